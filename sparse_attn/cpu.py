@@ -1,0 +1,213 @@
+"""CPU implementations in torch, chunked so that memory stays bounded.
+
+bf16 and fp16 inputs are computed in fp32: torch's bf16 matrix product rounds its result, which
+would put an error of a whole bf16 step on every logit. Each function fills the outputs it is given.
+"""
+
+import torch
+from torch import Tensor
+
+from .reference import compute_dtype
+
+INF = float("inf")
+KEY_BLOCK = 1024  # keys scored at a time: the block and its scores stay in cache
+SCORE_BYTES = 4 << 20  # per-head scores held at a time while index logits are summed
+SELECT_BYTES = 32 << 20  # temporaries of the selection
+GATHER_BYTES = 16 << 20  # selected rows held at a time in attention
+
+
+def index_logits(
+    q: Tensor, k: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, block_table: Tensor | None, out: Tensor
+) -> None:
+    if block_table is None:
+        _index_logits(q, weights, ks, ke, out, lambda start, stop: (k[start:stop], None))
+        return
+    queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
+    # Neighbouring queries of one sequence share their pages: score them together.
+    tables, counts = block_table.unique_consecutive(dim=0, return_counts=True)
+    start = 0
+    for table, count in zip(tables, counts.tolist(), strict=True):
+        t = slice(start, start + count * queries_per_row)
+        start = t.stop
+        _index_logits(q[t], weights[t], ks[t], ke[t], out[t], _page_reader(k, table))
+
+
+def _page_reader(k: Tensor, table: Tensor):
+    """A function (start, stop) -> (keys, exists) over the logical positions that ``table`` maps to pages."""
+    pages, page_size, _ = k.shape
+
+    def read(start: int, stop: int):
+        position = torch.arange(start, stop)
+        page = table[position // page_size].long()
+        exists = (page >= 0) & (page < pages)
+        return k[torch.where(exists, page, 0), position % page_size], exists
+
+    return read
+
+
+def _index_logits(q, weights, ks, ke, out, read_keys) -> None:
+    s_q, heads, d = q.shape
+    width = out.shape[1]
+    dtype = compute_dtype(q.dtype)
+    out.fill_(-INF)
+    if s_q == 0 or width == 0:
+        return
+    ks, ke = ks.clamp(0, width), ke.clamp(0, width)
+    block = max(1, min(s_q, SCORE_BYTES // (heads * KEY_BLOCK * dtype.itemsize)))
+    for t0 in range(0, s_q, block):
+        t = slice(t0, min(t0 + block, s_q))
+        starts, stops = ks[t, None], ke[t, None]
+        queries = q[t].to(dtype).reshape(-1, d)  # [block * heads, d]
+        head_weights = weights[t].to(dtype)[:, None]  # [block, 1, heads]
+        for s0 in range(int(starts.min()), int(stops.max()), KEY_BLOCK):
+            s1 = min(s0 + KEY_BLOCK, int(stops.max()))
+            keys, exists = read_keys(s0, s1)
+            scores = (queries @ keys.to(dtype).mT).relu_().view(-1, heads, s1 - s0)
+            logits = torch.bmm(head_weights, scores)[:, 0]  # [block, keys]
+            position = torch.arange(s0, s1)
+            hidden = (position < starts) | (position >= stops)
+            if exists is not None:
+                hidden |= ~exists
+            out[t, s0:s1] = logits.masked_fill_(hidden, -INF)
+
+
+def select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor, out: Tensor) -> None:
+    s_q, s_kv = logits.shape
+    out.fill_(-1)
+    if s_q == 0 or s_kv == 0:
+        return
+    block = max(1, SELECT_BYTES // (32 * s_kv))
+    for t0 in range(0, s_q, block):
+        t = slice(t0, min(t0 + block, s_q))
+        start, stop = int(ks[t].clamp(0, s_kv).min()), int(ke[t].clamp(0, s_kv).max())
+        if start < stop:
+            _select_topk(logits[t, start:stop], topk, ks[t, None], ke[t, None], start, out[t])
+
+
+def _select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor, start: int, out: Tensor) -> None:
+    """Rows of logits whose column 0 is position ``start``. Everything above the k-th value, then ties from the left."""
+    position = torch.arange(start, start + logits.shape[1])
+    eligible = (position >= ks) & (position < ke) & (logits > -INF)  # NaN compares false
+    scores = torch.where(eligible, logits, -INF)
+    n = min(topk, scores.shape[1])
+    kth = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    chosen = scores > kth
+    ties = (scores == kth) & eligible  # a row with fewer than n has kth = -inf and no ties
+    room = n - chosen.sum(-1, keepdim=True)
+    if (ties.sum(-1, keepdim=True) > room).any():
+        ties &= ties.cumsum(-1) <= room
+    chosen |= ties
+    row, column = chosen.nonzero(as_tuple=True)  # ascending within each row
+    count = chosen.sum(-1)
+    slot = torch.arange(row.numel()) - (count.cumsum(0) - count)[row]
+    out[row, slot] = (column + start).to(out.dtype)
+
+
+def sparse_mla(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    extra_kv: Tensor | None,
+    extra_indices: Tensor | None,
+    extra_topk_length: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    segments = [(kv, indices, topk_length)]
+    if extra_kv is not None:
+        segments.append((extra_kv, extra_indices, extra_topk_length))
+    dtype = compute_dtype(q.dtype)
+    selected = sum(i.shape[-1] for _, i, _ in segments)
+    for t in _query_chunks(q.shape[0], selected * q.shape[2] * dtype.itemsize):
+        gathered = [
+            _gather(cache[:, None], i[t, None], None if length is None else length[t], dtype)
+            for cache, i, length in segments
+        ]
+        rows, valid = gathered[0] if len(gathered) == 1 else (torch.cat(p, 2) for p in zip(*gathered, strict=True))
+        _attend(q[t, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale, attn_sink, out[t], lse[t])
+
+
+def sparse_gqa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    softmax_scale: float,
+    topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    h_kv = k.shape[1]
+    dtype = compute_dtype(q.dtype)
+    if indices.dim() == 2:
+        indices = indices[:, None].expand(-1, h_kv, -1)
+    row_bytes = indices.shape[-1] * h_kv * (k.shape[2] + v.shape[2]) * dtype.itemsize
+    for t in _query_chunks(q.shape[0], row_bytes):
+        length = None if topk_length is None else topk_length[t]
+        keys, valid = _gather(k, indices[t], length, dtype)
+        values, _ = _gather(v, indices[t], length, dtype)
+        grouped = q[t].to(dtype).unflatten(1, (h_kv, -1))  # [chunk, h_kv, group, d]
+        _attend(grouped, keys, values, valid, softmax_scale, attn_sink, out[t], lse[t])
+
+
+def merge_attention(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
+    total = torch.logsumexp(lses, 0)
+    merged = torch.zeros(out.shape, dtype=compute_dtype(outs.dtype))
+    for part, part_lse in zip(outs, lses, strict=True):
+        empty = (part_lse == -INF)[..., None]
+        merged += torch.where(empty, 0.0, (part_lse - total).exp()[..., None] * part)
+    out.copy_(merged)
+    lse.copy_(total)
+
+
+def _query_chunks(s_q: int, bytes_per_query: int):
+    step = max(1, GATHER_BYTES // max(bytes_per_query, 1))
+    return [slice(t, min(t + step, s_q)) for t in range(0, s_q, step)]
+
+
+def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
+    """cache [s_kv, h_kv, d], indices [s_q, h_kv, topk] -> rows [s_q, h_kv, topk, d], valid (None: all are).
+
+    Rows that are not valid come back as zeros, whatever the cache holds.
+    """
+    s_kv, h_kv, d = cache.shape
+    valid = (indices >= 0) & (indices < s_kv)
+    if topk_length is not None:
+        valid &= torch.arange(indices.shape[-1]) < topk_length[:, None, None]
+    if s_kv == 0:
+        return torch.zeros(*indices.shape, d, dtype=dtype), valid
+    safe = torch.where(valid, indices, 0)
+    if h_kv == 1:
+        rows = cache[:, 0].index_select(0, safe.flatten()).view(*indices.shape, d).to(dtype)
+    else:
+        rows = cache[safe.long(), torch.arange(h_kv)[:, None]].to(dtype)
+    if not valid.all():
+        rows.masked_fill_(~valid[..., None], 0.0)
+    return rows, valid
+
+
+def _attend(q, k, v, valid, softmax_scale, attn_sink, out, lse) -> None:
+    """q [n, h_kv, group, d], k and v [n, h_kv, topk, d]; fills out [n, h_q, d_v] and lse [n, h_q]."""
+    scores = (q @ k.mT).mul_(softmax_scale)  # [n, h_kv, group, topk]
+    if not valid.all():
+        scores.masked_fill_(~valid[:, :, None], -INF)
+    if scores.shape[-1] == 0:
+        out.zero_()
+        lse.fill_(-INF)
+        return
+    top = scores.amax(-1, keepdim=True)
+    empty = ~valid.any(-1)[:, :, None, None]
+    scores.sub_(top.masked_fill(empty, 0.0)).exp_()
+    total = scores.sum(-1, keepdim=True)
+    row_lse = (top + total.log()).flatten(1, 2)  # [n, h_q, 1]
+    result = torch.where(empty, 0.0, (scores @ v) / total).flatten(1, 2)
+    if attn_sink is not None:
+        kept = torch.sigmoid(row_lse - attn_sink[:, None])
+        result = torch.where(row_lse == -INF, 0.0, result * kept)
+    out.copy_(result)
+    lse.copy_(row_lse[..., 0])

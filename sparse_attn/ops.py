@@ -1,0 +1,133 @@
+"""The operations as ``torch.library`` ops: schemas, fakes, and one implementation a device.
+
+Every op fills outputs that its caller allocated and returns nothing, so one schema serves plain
+calls, ``out=``, CUDA graphs and ``torch.compile``. Implementations are imported at their first call.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+SCHEMAS = {
+    "index_logits": "(Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, Tensor? block_table, "
+    "Tensor(a!) out) -> ()",
+    "select_topk": "(Tensor logits, int topk, Tensor ks, Tensor ke, Tensor(a!) out) -> ()",
+    "lightning_topk": "(Tensor q, Tensor k, Tensor weights, int topk, Tensor ks, Tensor ke, "
+    "Tensor? block_table, int workspace_bytes, Tensor(a!) out) -> ()",
+    "sparse_mla": "(Tensor q, Tensor kv, Tensor indices, int d_v, float softmax_scale, "
+    "Tensor? topk_length, Tensor? attn_sink, Tensor? extra_kv, Tensor? extra_indices, "
+    "Tensor? extra_topk_length, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    "sparse_gqa": "(Tensor q, Tensor k, Tensor v, Tensor indices, float softmax_scale, "
+    "Tensor? topk_length, Tensor? attn_sink, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    "merge_attention": "(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()",
+}
+
+DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
+BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
+
+# What scoring and selection hold for each logit of a row: the fp32 logit, its masked and sorted
+# copies, int64 positions.
+BYTES_PER_LOGIT = 40
+
+
+@functools.cache
+def implementation(name: str, backend: str) -> Callable[..., None]:
+    """The function that runs op ``name`` on ``backend`` ("cpu" or "triton")."""
+    if name == "lightning_topk":
+        score, select = (implementation(part, backend) for part in ("index_logits", "select_topk"))
+        return functools.partial(_lightning_topk_in_chunks, score, select)
+    if backend == "triton" and name == "select_topk":
+        return _select_topk_by_sort
+    module = "sparse_attn.cpu" if backend == "cpu" else f"sparse_attn.kernels.{name}"
+    return getattr(importlib.import_module(module), name)
+
+
+def call(name: str, backend: str, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
+    """Run op ``name`` on ``backend``, filling ``outputs``."""
+    if backend == "reference":
+        results = getattr(reference, name)(*inputs)
+        for out, result in zip(outputs, (results,) if len(outputs) == 1 else results, strict=True):
+            out.copy_(result)
+    elif backend == "triton" and outputs[0].device.type == "cpu":  # Triton's interpreter
+        implementation(name, "triton")(*inputs, *outputs)
+    else:
+        getattr(torch.ops.sparse_attn, name)(*inputs, *outputs)
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise ValueError unless ``backend`` can run tensors on ``device``."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "reference":
+        return
+    if backend == "auto" and device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"backend: 'auto' runs on cpu and cuda tensors, got tensors on {device}; "
+            "backend='reference' runs on any device, slowly"
+        )
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' needs cpu tensors, got tensors on {device}")
+    if backend == "triton" and device.type != "cuda" and not _interpreting(device):
+        raise ValueError(
+            f"backend: 'triton' needs cuda tensors, got tensors on {device} "
+            "(cpu tensors run in Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported)"
+        )
+
+
+def _interpreting(device: torch.device) -> bool:
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _select_topk_by_sort(logits: Tensor, topk: int, ks: Tensor, ke: Tensor, out: Tensor) -> None:
+    # Fixed shapes and no host synchronisation, so it serves CUDA graphs.
+    out.copy_(reference.select_topk(logits, topk, ks, ke))
+
+
+def _lightning_topk_in_chunks(
+    score: Callable[..., None],
+    select: Callable[..., None],
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    ks: Tensor,
+    ke: Tensor,
+    block_table: Tensor | None,
+    workspace_bytes: int,
+    out: Tensor,
+) -> None:
+    """Score and select as many queries at a time as fit the workspace, at least one."""
+    s_q = q.shape[0]
+    width = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
+    rows = max(1, min(s_q, workspace_bytes // max(1, BYTES_PER_LOGIT * width)))
+    logits = torch.empty(rows, width, dtype=reference.compute_dtype(q.dtype), device=q.device)
+    for t0 in range(0, s_q, rows):
+        t = slice(t0, min(t0 + rows, s_q))
+        table, chunk = block_table, logits[: t.stop - t0]
+        if table is not None and table.shape[0] > 1:
+            query = torch.arange(t0, t.stop, device=q.device)
+            table = table[query // (s_q // table.shape[0])]
+        score(q[t], k, weights[t], ks[t], ke[t], table, chunk)
+        select(chunk, topk, ks[t], ke[t], out[t])
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        op = f"sparse_attn::{name}"
+        torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(op, lambda *args: None)
+        for backend, key in DISPATCH_KEYS.items():
+            torch.library.impl(op, key, _deferred(name, backend))
+
+
+def _deferred(name: str, backend: str) -> Callable[..., None]:
+    return lambda *args: implementation(name, backend)(*args)
+
+
+_register()

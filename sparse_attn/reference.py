@@ -1,0 +1,174 @@
+"""The definition of every operation, in plain torch, written to be read and not to be fast.
+
+All other implementations are compared with these functions. They compute in fp32, and in fp64
+when they are given fp64, on any device. Memory is not bounded here: selected rows are gathered
+as ``[s_q, topk, d]``.
+
+Shapes and the meaning of each argument are those of :mod:`sparse_attn.functional`, which checks
+them; these functions trust their arguments.
+"""
+
+import torch
+from torch import Tensor
+
+INF = float("inf")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; every other dtype is computed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def index_logits(
+    q: Tensor, k: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, block_table: Tensor | None = None
+) -> Tensor:
+    """``logits[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])`` for ``ks[t] <= s < ke[t]``, else -inf.
+
+    Source: the lightning indexer of the DeepSeek-V3.2 report, equation 1.
+    """
+    if block_table is not None:
+        return _paged_index_logits(q, k, weights, ks, ke, block_table)
+    dtype = compute_dtype(q.dtype)
+    logits = torch.zeros(q.shape[0], k.shape[0], dtype=dtype, device=q.device)
+    keys = k.to(dtype).mT  # [d, s_kv]
+    for head in range(q.shape[1]):  # one head at a time: never [s_q, h, s_kv]
+        logits += weights[:, head, None].to(dtype) * torch.relu(q[:, head].to(dtype) @ keys)
+    return logits.masked_fill(~_visible(k.shape[0], ks, ke), -INF)
+
+
+def _paged_index_logits(q, k, weights, ks, ke, block_table):
+    pages, page_size, d = k.shape
+    queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
+    rows = []
+    for row, table in enumerate(block_table):
+        t = slice(row * queries_per_row, (row + 1) * queries_per_row)
+        exists = (table >= 0) & (table < pages)
+        keys = k[torch.where(exists, table, 0).long()].reshape(-1, d)  # [max_pages * page_size, d]
+        logits = index_logits(q[t], keys, weights[t], ks[t], ke[t])
+        rows.append(logits.masked_fill(~exists.repeat_interleave(page_size), -INF))
+    width = block_table.shape[1] * page_size
+    return torch.cat(rows) if rows else weights.new_empty(0, width, dtype=compute_dtype(q.dtype))
+
+
+def select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor) -> Tensor:
+    """The ``topk`` highest logits of each row within [ks, ke): ties to the lower index, ascending, -1 padded."""
+    s_q, s_kv = logits.shape
+    eligible = _visible(s_kv, ks, ke) & (logits > -INF)  # NaN compares false
+    scores = torch.where(logits == 0, 0.0, logits)  # -0.0 equals +0.0, also for a sort of bit patterns
+    scores = torch.where(eligible, scores, -INF)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+    order = torch.where(eligible.gather(1, order), order, s_kv).sort(dim=-1).values
+    indices = logits.new_full((s_q, topk), -1, dtype=torch.int32)
+    indices[:, : order.shape[1]] = torch.where(order < s_kv, order, -1)
+    return indices
+
+
+def lightning_topk(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    ks: Tensor,
+    ke: Tensor,
+    block_table: Tensor | None = None,
+    workspace_bytes: int = 0,
+) -> Tensor:
+    """:func:`index_logits`, then :func:`select_topk`; it holds all logits, whatever ``workspace_bytes`` says."""
+    return select_topk(index_logits(q, k, weights, ks, ke, block_table), topk, ks, ke)
+
+
+def sparse_mla(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_kv: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every head over the selected rows of one shared latent key/value.
+
+    Source: multi-head latent attention in its absorbed form, DeepSeek-V2 report, section 2.1.
+    """
+    dtype = compute_dtype(q.dtype)
+    rows, valid = _gather(kv[:, None], indices[:, None], topk_length, dtype)
+    if extra_kv is not None:
+        extra_rows, extra_valid = _gather(
+            extra_kv[:, None], extra_indices[:, None], extra_topk_length, dtype
+        )
+        rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
+    out, lse = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
+    out = _apply_sink(out[:, 0], lse[:, 0], attn_sink)
+    return out.to(q.dtype), lse[:, 0]
+
+
+def sparse_gqa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    softmax_scale: float,
+    topk_length: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention over the selected rows of k and v; query head h reads kv head h // group."""
+    dtype = compute_dtype(q.dtype)
+    if indices.dim() == 2:
+        indices = indices[:, None].expand(-1, k.shape[1], -1)
+    keys, valid = _gather(k, indices, topk_length, dtype)
+    values, _ = _gather(v, indices, topk_length, dtype)
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # [s_q, h_kv, group, d]
+    out, lse = _attend(grouped, keys, values, valid, softmax_scale)
+    out, lse = out.flatten(1, 2), lse.flatten(1, 2)
+    return _apply_sink(out, lse, attn_sink).to(q.dtype), lse
+
+
+def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Join attention over disjoint sets of keys: ``out = sum_i exp(lse_i - lse) out_i``."""
+    dtype = compute_dtype(outs.dtype)
+    lses = lses.to(dtype)
+    lse = torch.logsumexp(lses, 0)
+    weights = (lses - lse).exp().masked_fill(lses == -INF, 0.0)[..., None]  # [n, s_q, h, 1]
+    out = torch.where(lses[..., None] == -INF, 0.0, weights * outs.to(dtype)).sum(0)
+    return out.to(outs.dtype), lse
+
+
+def _visible(s_kv: int, ks: Tensor, ke: Tensor) -> Tensor:
+    position = torch.arange(s_kv, device=ks.device)
+    return (position >= ks[:, None]) & (position < ke[:, None])  # [s_q, s_kv]
+
+
+def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
+    """cache [s_kv, h_kv, d], indices [s_q, h_kv, topk] -> rows [s_q, h_kv, topk, d], valid [s_q, h_kv, topk].
+
+    Rows that are not valid come back as zeros, whatever the cache holds.
+    """
+    s_kv, h_kv, d = cache.shape
+    valid = (indices >= 0) & (indices < s_kv)
+    if topk_length is not None:
+        valid &= torch.arange(indices.shape[-1], device=indices.device) < topk_length[:, None, None]
+    if s_kv == 0:
+        return cache.new_zeros(*indices.shape, d, dtype=dtype), valid
+    heads = torch.arange(h_kv, device=cache.device)[:, None]
+    rows = cache[torch.where(valid, indices, 0).long(), heads]
+    return torch.where(valid[..., None], rows.to(dtype), 0.0), valid
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float):
+    """q [s_q, h_kv, group, d], k and v [s_q, h_kv, n, d], valid [s_q, h_kv, n] -> out, lse by query head."""
+    scores = (q @ k.mT * softmax_scale).masked_fill(~valid[:, :, None], -INF)  # [s_q, h_kv, group, n]
+    lse = torch.logsumexp(scores, -1)
+    empty = ~valid.any(-1)[:, :, None, None]  # [s_q, h_kv, 1, 1]
+    probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0)
+    return probabilities @ v, lse
+
+
+def _apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor | None) -> Tensor:
+    """Scale by exp(lse) / (exp(lse) + exp(sink)); a row with nothing to attend to stays zero."""
+    if attn_sink is None:
+        return out
+    kept = torch.sigmoid(lse - attn_sink.to(lse.dtype))
+    return out * torch.where(lse == -INF, 0.0, kept)[..., None]
