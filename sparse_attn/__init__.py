@@ -1,6 +1,9 @@
 """DeepSeek Sparse Attention for PyTorch: exact, deterministic, bounded in memory, on every device."""
 
 from ._version import __version__
+from .attention import SparseGQA, SparseMLA
+from .cache import DSACache
+from .config import DSAConfig, YaRN
 from .functional import (
     index_logits,
     lightning_topk,
@@ -9,8 +12,15 @@ from .functional import (
     sparse_gqa,
     sparse_mla,
 )
+from .indexer import LightningIndexer
 
 __all__ = [
+    "DSACache",
+    "DSAConfig",
+    "LightningIndexer",
+    "SparseGQA",
+    "SparseMLA",
+    "YaRN",
     "__version__",
     "index_logits",
     "lightning_topk",

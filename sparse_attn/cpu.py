@@ -85,7 +85,7 @@ def select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor, out: Tensor) 
 
 
 def _select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor, start: int, out: Tensor) -> None:
-    """Rows of logits whose column 0 is position ``start``. Everything above the k-th value, then ties from the left."""
+    """Column 0 is position ``start``. Select what is above the k-th value, then ties from the left."""
     position = torch.arange(start, start + logits.shape[1])
     eligible = (position >= ks) & (position < ke) & (logits > -INF)  # NaN compares false
     scores = torch.where(eligible, logits, -INF)
@@ -127,7 +127,9 @@ def sparse_mla(
             _gather(cache[:, None], i[t, None], None if length is None else length[t], dtype)
             for cache, i, length in segments
         ]
-        rows, valid = gathered[0] if len(gathered) == 1 else (torch.cat(p, 2) for p in zip(*gathered, strict=True))
+        rows, valid = (
+            gathered[0] if len(gathered) == 1 else (torch.cat(p, 2) for p in zip(*gathered, strict=True))
+        )
         _attend(q[t, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale, attn_sink, out[t], lse[t])
 
 

@@ -355,7 +355,7 @@ def _check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> 
 
 
 def _flatten_pages(name: str, kv: Tensor, dims: dict[str, int], q: Tensor) -> Tensor:
-    """[s_kv, d_qk], [pages, page_size, d_qk] or [pages, page_size, 1, d_qk] -> [slots, d_qk], never copied."""
+    """``[slots, d_qk]`` from the three shapes that a latent cache may have, never copied."""
     specs = {3: "pages page_size d_qk", 4: "pages page_size 1 d_qk"}
     spec = specs.get(kv.dim(), "s_kv d_qk") if isinstance(kv, Tensor) else "s_kv d_qk"
     _check(name, kv, spec, {**dims, "1": 1}, (q.dtype,), q.device)

@@ -76,7 +76,7 @@ def check_backend(backend: str, device: torch.device) -> None:
     if backend == "triton" and device.type != "cuda" and not _interpreting(device):
         raise ValueError(
             f"backend: 'triton' needs cuda tensors, got tensors on {device} "
-            "(cpu tensors run in Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported)"
+            "(cpu tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported)"
         )
 
 

@@ -51,7 +51,7 @@ def _paged_index_logits(q, k, weights, ks, ke, block_table):
 
 
 def select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor) -> Tensor:
-    """The ``topk`` highest logits of each row within [ks, ke): ties to the lower index, ascending, -1 padded."""
+    """The ``topk`` highest logits within [ks, ke): ties to the lower index, ascending, -1 padded."""
     s_q, s_kv = logits.shape
     eligible = _visible(s_kv, ks, ke) & (logits > -INF)  # NaN compares false
     scores = torch.where(logits == 0, 0.0, logits)  # -0.0 equals +0.0, also for a sort of bit patterns
@@ -73,7 +73,7 @@ def lightning_topk(
     block_table: Tensor | None = None,
     workspace_bytes: int = 0,
 ) -> Tensor:
-    """:func:`index_logits`, then :func:`select_topk`; it holds all logits, whatever ``workspace_bytes`` says."""
+    """:func:`index_logits`, then :func:`select_topk`; all logits are held, whatever the workspace."""
     return select_topk(index_logits(q, k, weights, ks, ke, block_table), topk, ks, ke)
 
 
@@ -96,9 +96,7 @@ def sparse_mla(
     dtype = compute_dtype(q.dtype)
     rows, valid = _gather(kv[:, None], indices[:, None], topk_length, dtype)
     if extra_kv is not None:
-        extra_rows, extra_valid = _gather(
-            extra_kv[:, None], extra_indices[:, None], extra_topk_length, dtype
-        )
+        extra_rows, extra_valid = _gather(extra_kv[:, None], extra_indices[:, None], extra_topk_length, dtype)
         rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
     out, lse = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
     out = _apply_sink(out[:, 0], lse[:, 0], attn_sink)

@@ -1,0 +1,250 @@
+"""Attention layers that read only the tokens which the lightning indexer selects."""
+
+import itertools
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from .cache import DSACache, Placement
+from .config import DSAConfig
+from .functional import lightning_topk, sparse_gqa, sparse_mla
+from .indexer import LightningIndexer
+from .rope import apply_rope, rope_cos_sin
+
+
+class _SparseAttention(nn.Module):
+    """What both layers share: place the tokens, store their rows, select, attend, project.
+
+    A layer's ``_project`` returns its queries, the rows to store, and the indexer's input;
+    ``_attend`` reads the selected rows and returns ``[tokens, num_attention_heads * v_head_dim]``.
+    """
+
+    def __init__(self, config: DSAConfig, backend: str, dtype, device) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.indexer = LightningIndexer(config, dtype=dtype, device=device)
+
+    def forward(
+        self, hidden_states: Tensor, *, cache: DSACache | None = None, cu_seqlens_q: Tensor | None = None
+    ) -> Tensor:
+        """Attend from new tokens to everything before them in their sequence, themselves included.
+
+        Args:
+            hidden_states: ``[tokens, hidden_size]``, the sequences of a batch one after the other.
+            cache: holds the tokens of earlier calls; the new ones are appended. Without it the call
+                is a causal prefill of its own.
+            cu_seqlens_q: ``[batch_size + 1]`` int32 or int64, the boundaries of the sequences in
+                hidden_states, starting at 0; a sequence may have no new tokens. Best kept on the CPU,
+                since it is read there. Default: all tokens belong to one sequence.
+
+        Returns:
+            ``[tokens, hidden_size]``.
+
+        Raises:
+            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. The cache
+                is then unchanged.
+        """
+        self._check_inputs(hidden_states, cache)
+        counts = _sequence_counts(hidden_states.shape[0], cache, cu_seqlens_q)
+        if cache is None:
+            starts = [sum(counts[:b]) for b in range(len(counts))]
+            placement = Placement.of(counts, [0] * len(counts), starts, hidden_states.device)
+        else:
+            placement = cache.place(counts)
+        q, rows, q_lora = self._project(hidden_states, placement.positions)
+        rows["index_k"] = self.indexer.keys(hidden_states, placement.positions)
+        if cache is not None:
+            cache.append(placement, **rows)
+            rows = {name: cache[name].flatten(0, 1) for name in rows}
+        if placement.longest <= self.config.index_topk:
+            indices = _all_visible(placement)
+        else:
+            index_q, weights = self.indexer.queries(hidden_states, q_lora, placement.positions)
+            indices = self._select(index_q, rows["index_k"], weights, placement, cache)
+        return self._attend(q, rows, indices)
+
+    def _select(
+        self, q: Tensor, k: Tensor, weights: Tensor, placement: Placement, cache: DSACache | None
+    ) -> Tensor:
+        """Rows of the keys that each query attends to, ``[tokens, index_topk]`` int32, -1 padded."""
+        topk, first = self.config.index_topk, placement.first_rows
+        visible = placement.positions + 1
+        if cache is None:
+            ks, ke = first.int(), (first + visible).int()
+            return lightning_topk(q, k, weights, topk, ks, ke, backend=self.backend)
+        # The cache is paged with one page a sequence; only as much of a page as is in use is scored.
+        pages = cache["index_k"][:, : placement.longest]
+        table = placement.sequences[:, None].int() if cache.batch_size > 1 else first.new_zeros(1, 1).int()
+        ke = visible.int()
+        positions = lightning_topk(
+            q, pages, weights, topk, torch.zeros_like(ke), ke, block_table=table, backend=self.backend
+        )
+        return torch.where(positions >= 0, positions + first[:, None], -1).int()
+
+    def _check_inputs(self, hidden_states: Tensor, cache: DSACache | None) -> None:
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
+        weight, size = self.indexer.wk.weight, self.config.hidden_size
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != size:
+            raise ValueError(
+                f"hidden_states: expected shape [tokens, {size}], got {list(hidden_states.shape)}; "
+                "pack a batch along the first dimension and pass cu_seqlens_q"
+            )
+        if hidden_states.dtype != weight.dtype:
+            raise TypeError(
+                f"hidden_states: expected the layer's dtype {weight.dtype}, got {hidden_states.dtype}"
+            )
+        if hidden_states.device != weight.device:
+            raise ValueError(
+                f"hidden_states: expected the layer's device {weight.device}, got {hidden_states.device}"
+            )
+        if cache is None:
+            return
+        if not isinstance(cache, DSACache):
+            raise TypeError(f"cache: expected a DSACache, got {type(cache).__name__}")
+        if cache.config != self.config:
+            raise ValueError("cache: expected a cache made with this layer's config, got another config")
+        if cache.dtype != weight.dtype or cache.device != weight.device:
+            raise ValueError(
+                f"cache: expected the layer's {weight.dtype} on {weight.device}, "
+                f"got {cache.dtype} on {cache.device}"
+            )
+
+
+class SparseMLA(_SparseAttention):
+    """Multi-head latent attention with a lightning indexer, computed in absorbed form.
+
+    The layer of DeepSeek-V3.2 and GLM-5: weights under DeepSeek's names (``wq_a, q_norm, wq_b,
+    wkv_a, kv_norm, wkv_b, wo, indexer.*``), so that its checkpoints load.
+
+    Args:
+        config: a :class:`DSAConfig` with ``kv_lora_rank``.
+        backend: of the sparse operations: "auto", "cpu", "triton" or "reference".
+        dtype, device: of the weights.
+    """
+
+    def __init__(
+        self, config: DSAConfig, *, backend: str = "auto", dtype: torch.dtype | None = None, device=None
+    ) -> None:
+        if not config.is_mla:
+            raise ValueError("config: SparseMLA expects a config with kv_lora_rank, got None (use SparseGQA)")
+        super().__init__(config, backend, dtype, device)
+        factory = {"dtype": dtype, "device": device}
+        linear = {"bias": False, **factory}
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.wq_a = nn.Linear(hidden, config.q_lora_rank, **linear)
+        self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps, **factory)
+        self.wq_b = nn.Linear(config.q_lora_rank, heads * (nope + rope), **linear)
+        self.wkv_a = nn.Linear(hidden, config.kv_lora_rank + rope, **linear)
+        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, **factory)
+        self.wkv_b = nn.Linear(config.kv_lora_rank, heads * (nope + config.v_head_dim), **linear)
+        self.wo = nn.Linear(heads * config.v_head_dim, hidden, **linear)
+
+    def _project(self, hidden_states: Tensor, positions: Tensor):
+        config = self.config
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        cos, sin = rope_cos_sin(positions, rope, config)
+        q_lora = self.q_norm(self.wq_a(hidden_states))
+        q = rearrange(self.wq_b(q_lora), "t (h d) -> t h d", h=config.num_attention_heads)
+        q_nope, q_rope = q.split([nope, rope], -1)
+        # Absorb wkv_b's key half into the query: scores are then taken with the latent itself.
+        q_latent = einsum(q_nope, self._wkv_b()[:, :nope], "t h d, h d c -> t h c")
+        q = torch.cat([q_latent, apply_rope(q_rope, cos, sin, "interleaved")], -1)
+        latent, k_rope = self.wkv_a(hidden_states).split([config.kv_lora_rank, rope], -1)
+        k_rope = apply_rope(k_rope[:, None], cos, sin, "interleaved")[:, 0]
+        return q, {"kv": torch.cat([self.kv_norm(latent), k_rope], -1)}, q_lora
+
+    def _attend(self, q: Tensor, rows: dict[str, Tensor], indices: Tensor) -> Tensor:
+        out = sparse_mla(
+            q,
+            rows["kv"],
+            indices,
+            d_v=self.config.kv_lora_rank,
+            softmax_scale=self.config.softmax_scale,
+            backend=self.backend,
+        )
+        out = einsum(out, self._wkv_b()[:, self.config.qk_nope_head_dim :], "t h c, h d c -> t h d")
+        return self.wo(rearrange(out, "t h d -> t (h d)"))
+
+    def _wkv_b(self) -> Tensor:
+        """``[heads, qk_nope_head_dim + v_head_dim, kv_lora_rank]``."""
+        return rearrange(self.wkv_b.weight, "(h d) c -> h d c", h=self.config.num_attention_heads)
+
+
+class SparseGQA(_SparseAttention):
+    """Grouped-query attention with a lightning indexer, over ``q_proj, k_proj, v_proj, o_proj``.
+
+    The layer of Llama-like models (half-split RoPE over the whole head) with one set of selected
+    tokens for all heads. The indexer's queries are projected from the hidden states.
+
+    Args:
+        config: a :class:`DSAConfig` without ``kv_lora_rank``.
+        backend, dtype, device: as for :class:`SparseMLA`.
+    """
+
+    def __init__(
+        self, config: DSAConfig, *, backend: str = "auto", dtype: torch.dtype | None = None, device=None
+    ) -> None:
+        if config.is_mla:
+            raise ValueError("config: SparseGQA expects a config without kv_lora_rank (use SparseMLA)")
+        super().__init__(config, backend, dtype, device)
+        linear = {"bias": config.attention_bias, "dtype": dtype, "device": device}
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, **linear)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, **linear)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, **linear)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, **linear)
+
+    def _project(self, hidden_states: Tensor, positions: Tensor):
+        d = self.config.head_dim
+        cos, sin = rope_cos_sin(positions, d, self.config)
+        q, k, v = (
+            rearrange(projection(hidden_states), "t (h d) -> t h d", d=d)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        rows = {"k": apply_rope(k, cos, sin, "half"), "v": v}
+        return apply_rope(q, cos, sin, "half"), rows, hidden_states
+
+    def _attend(self, q: Tensor, rows: dict[str, Tensor], indices: Tensor) -> Tensor:
+        scale = self.config.softmax_scale
+        out = sparse_gqa(q, rows["k"], rows["v"], indices, softmax_scale=scale, backend=self.backend)
+        return self.o_proj(rearrange(out, "t h d -> t (h d)"))
+
+
+def _all_visible(placement: Placement) -> Tensor:
+    """Every row that each query sees, when there are no more than topk: ``[tokens, longest]`` int32."""
+    position = torch.arange(placement.longest, device=placement.positions.device)
+    rows = placement.first_rows[:, None] + position
+    return torch.where(position <= placement.positions[:, None], rows, -1).int()
+
+
+def _sequence_counts(tokens: int, cache: DSACache | None, cu_seqlens_q: Tensor | None) -> list[int]:
+    """New tokens of each sequence, from the packed boundaries."""
+    if cu_seqlens_q is None:
+        if cache is not None and cache.batch_size > 1:
+            raise ValueError(
+                f"cu_seqlens_q: expected with a cache of batch_size={cache.batch_size}, got None"
+            )
+        return [tokens]
+    if not isinstance(cu_seqlens_q, Tensor):
+        raise TypeError(f"cu_seqlens_q: expected a tensor, got {type(cu_seqlens_q).__name__}")
+    if cu_seqlens_q.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens_q: expected dtype int32 or int64, got {cu_seqlens_q.dtype}")
+    batch_size = "batch_size" if cache is None else cache.batch_size
+    if (
+        cu_seqlens_q.dim() != 1
+        or len(cu_seqlens_q) < 1
+        or (cache and len(cu_seqlens_q) != cache.batch_size + 1)
+    ):
+        raise ValueError(f"cu_seqlens_q: expected shape [{batch_size} + 1], got {list(cu_seqlens_q.shape)}")
+    bounds = cu_seqlens_q.tolist()
+    counts = [stop - start for start, stop in itertools.pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(counts, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens_q: expected ascending boundaries from 0 to {tokens} tokens, got {bounds}"
+        )
+    return counts

@@ -1,0 +1,146 @@
+"""The preallocated cache of one layer, and where the tokens of a call stand in it."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .config import DSAConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The new tokens of a call: which sequence, which position, which rows of the keys are theirs.
+
+    Attributes:
+        counts: new tokens of each sequence.
+        sequences: ``[tokens]`` int64, the sequence of each token.
+        positions: ``[tokens]`` int64, its position in that sequence.
+        first_rows: ``[tokens]`` int64, the row that holds position 0 of its sequence.
+        longest: the most tokens that a query of this call can see, itself included.
+    """
+
+    counts: list[int]
+    sequences: Tensor
+    positions: Tensor
+    first_rows: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, counts: list[int], lengths: list[int], first_rows: list[int], device) -> "Placement":
+        """For sequences that hold ``lengths`` tokens, each to be followed by its ``counts``."""
+        repeats = torch.tensor(counts)
+        sequences = torch.arange(len(counts)).repeat_interleave(repeats)
+        starts = repeats.cumsum(0) - repeats
+        within = torch.arange(sequences.numel()) - starts[sequences]
+        positions = within + torch.tensor(lengths, dtype=torch.int64)[sequences]
+        rows = torch.tensor(first_rows, dtype=torch.int64)[sequences]
+        longest = max((old + new for old, new in zip(lengths, counts, strict=True) if new), default=0)
+        return cls(counts, sequences.to(device), positions.to(device), rows.to(device), longest)
+
+
+class DSACache:
+    """Keys, values and index keys of one attention layer for ``batch_size`` sequences.
+
+    Everything is allocated once. Sequence b's token at position p lies in row
+    ``b * max_tokens + p``. Unused rows are never read, whatever they hold.
+
+    Args:
+        config: decides what is stored: for MLA the latent ``kv`` ``[batch_size, max_tokens,
+            kv_lora_rank + qk_rope_head_dim]``, for GQA ``k`` and ``v`` ``[batch_size, max_tokens,
+            num_key_value_heads, head_dim]``; and ``index_k`` ``[batch_size, max_tokens, index_head_dim]``.
+        max_tokens: the room of each sequence.
+        batch_size: number of sequences.
+        dtype: of all tensors, that of the hidden states; default torch's default dtype.
+        device: where they live.
+    """
+
+    def __init__(
+        self,
+        config: DSAConfig,
+        max_tokens: int,
+        batch_size: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        if max_tokens * batch_size >= 2**31:
+            raise ValueError(
+                "max_tokens: expected batch_size * max_tokens below 2**31 (rows are int32), "
+                f"got {batch_size} * {max_tokens}"
+            )
+        self.config = config
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        if config.is_mla:
+            rows = {"kv": (config.kv_lora_rank + config.qk_rope_head_dim,)}
+        else:
+            heads = (config.num_key_value_heads, config.head_dim)
+            rows = {"k": heads, "v": heads}
+        rows["index_k"] = (config.index_head_dim,)
+        self._tensors = {
+            name: torch.empty(batch_size, max_tokens, *row, dtype=dtype, device=device)
+            for name, row in rows.items()
+        }
+        self._lengths = [0] * batch_size
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor ``name`` ("kv", "k", "v" or "index_k"), ``[batch_size, max_tokens, ...]``."""
+        return self._tensors[name]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held for each sequence."""
+        return tuple(self._lengths)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self["index_k"].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self["index_k"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def place(self, counts: list[int]) -> Placement:
+        """Where the next ``counts[b]`` tokens of each sequence go.
+
+        Raises:
+            ValueError: a sequence would outgrow ``max_tokens``; the cache is unchanged.
+        """
+        for b, (old, new) in enumerate(zip(self._lengths, counts, strict=True)):
+            if old + new > self.max_tokens:
+                raise ValueError(
+                    f"cache: sequence {b} holds {old} of {self.max_tokens} tokens, no room for {new} more; "
+                    "make a DSACache with a larger max_tokens, or truncate() this one"
+                )
+        first_rows = [b * self.max_tokens for b in range(self.batch_size)]
+        return Placement.of(counts, self._lengths, first_rows, self.device)
+
+    def append(self, placement: Placement, **rows: Tensor) -> None:
+        """Write the new tokens' ``rows`` (one tensor ``[tokens, ...]`` for each tensor held)."""
+        for name, tensor in self._tensors.items():
+            tensor.flatten(0, 1)[placement.first_rows + placement.positions] = rows[name]
+        self._lengths = [old + new for old, new in zip(self._lengths, placement.counts, strict=True)]
+
+    def truncate(self, length: int, sequence: int = 0) -> None:
+        """Forget the tokens of ``sequence`` from position ``length`` on, e.g. rejected draft tokens."""
+        if not 0 <= sequence < self.batch_size:
+            raise ValueError(f"sequence: expected 0 to {self.batch_size - 1}, got {sequence}")
+        if not 0 <= length <= self._lengths[sequence]:
+            raise ValueError(
+                f"length: expected 0 to the {self._lengths[sequence]} tokens held for sequence {sequence}, "
+                f"got {length}"
+            )
+        self._lengths[sequence] = length
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._lengths = [0] * self.batch_size

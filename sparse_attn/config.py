@@ -1,0 +1,242 @@
+"""The configuration of a DSA layer, with the field names of DeepSeek's and Hugging Face's configs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+# Model types whose indexer is known; any other config must name its own convention.
+INDEXER_ROPE = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YaRN:
+    """YaRN context extension, as in the ``rope_scaling`` of DeepSeek's configs.
+
+    Source: "YaRN: Efficient Context Window Extension of Large Language Models", section 3.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    @property
+    def rotation_scale(self) -> float:
+        """Multiplies cos and sin; 1 when mscale and mscale_all_dim agree."""
+        return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+
+    @property
+    def softmax_factor(self) -> float:
+        """Multiplies the softmax scale."""
+        return self._mscale(self.mscale_all_dim) ** 2
+
+    def _mscale(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    @classmethod
+    def from_dict(cls, scaling: Mapping[str, Any]) -> "YaRN | None":
+        """From a ``rope_scaling`` or ``rope_parameters`` dict; None for the default type."""
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "default":
+            return None
+        if kind != "yarn":
+            raise ValueError(f"rope_scaling: expected type 'yarn' or 'default', got {kind!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in scaling.items() if name in known and value is not None}
+        missing = {"factor", "original_max_position_embeddings"} - values.keys()
+        if missing:
+            raise ValueError(
+                f"rope_scaling: expected {', '.join(sorted(missing))} for YaRN, got {dict(scaling)}"
+            )
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSAConfig:
+    """Sizes and conventions of one sparse attention layer.
+
+    A config with ``kv_lora_rank`` describes multi-head latent attention (:class:`SparseMLA`); one
+    without describes grouped-query attention (:class:`SparseGQA`) and needs ``num_key_value_heads``
+    and ``head_dim``.
+
+    Args:
+        indexer_rope: how the indexer pairs the dimensions that RoPE turns: "half" (DeepSeek-V3.2)
+            or "interleaved" (GLM-5). It has no default, because the wrong one silently loses
+            accuracy. The main attention is interleaved for MLA and half-split for GQA.
+        index_rope_head_dim: leading dimensions of the index head that RoPE turns; by default those
+            of the main attention.
+        indexer_fp8: rotate index queries and keys by a Hadamard matrix and round them to fp8 as
+            DeepSeek's own inference code does. Off by default: bf16 index keys are more exact.
+        rope_scaling: :class:`YaRN`, or a Hugging Face ``rope_scaling`` dict.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    indexer_rope: Literal["half", "interleaved"]
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    index_rope_head_dim: int | None = None
+    indexer_fp8: bool = False
+    attention_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: YaRN | None = None
+    max_position_embeddings: int = 163840
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", YaRN.from_dict(self.rope_scaling))
+        if self.indexer_rope not in ("half", "interleaved"):
+            raise ValueError(f"indexer_rope: expected 'half' or 'interleaved', got {self.indexer_rope!r}")
+        needed = ("num_key_value_heads", "head_dim")
+        if self.is_mla:
+            needed = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        kind = "MLA (kv_lora_rank is given)" if self.is_mla else "GQA (kv_lora_rank is None)"
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: expected a size for {kind}, got None")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, int | None) and value is not None:
+                self._check_size(field.name, value)
+        self._check_divisions()
+
+    @staticmethod
+    def _check_size(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < (0 if name == "qk_nope_head_dim" else 1):
+            raise ValueError(f"{name}: expected a positive size, got {value}")
+
+    def _check_divisions(self) -> None:
+        if not self.is_mla and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                "num_attention_heads: expected a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}, got {self.num_attention_heads}"
+            )
+        if self.rope_dim % 2:
+            raise ValueError(f"qk_rope_head_dim: expected an even size, got {self.rope_dim}")
+        if self.index_rope_dim % 2 or self.index_rope_dim > self.index_head_dim:
+            raise ValueError(
+                "index_rope_head_dim: expected an even size of at most "
+                f"index_head_dim={self.index_head_dim}, got {self.index_rope_dim}"
+            )
+        if self.indexer_fp8 and self.index_head_dim & (self.index_head_dim - 1):
+            raise ValueError(
+                f"index_head_dim: expected a power of two with indexer_fp8, got {self.index_head_dim}"
+            )
+
+    @property
+    def is_mla(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a main-attention head that RoPE turns."""
+        return self.qk_rope_head_dim if self.is_mla else self.head_dim
+
+    @property
+    def index_rope_dim(self) -> int:
+        """Leading dimensions of an index head that RoPE turns."""
+        if self.index_rope_head_dim is not None:
+            return self.index_rope_head_dim
+        return self.rope_dim if self.is_mla else min(self.rope_dim, self.index_head_dim)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Scale of the unabsorbed head; under YaRN times the square of its mscale."""
+        d = self.qk_nope_head_dim + self.qk_rope_head_dim if self.is_mla else self.head_dim
+        return d**-0.5 * (self.rope_scaling.softmax_factor if self.rope_scaling else 1.0)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "DSAConfig":
+        """From a Hugging Face ``config.json`` dict; fields that attention does not use are ignored.
+
+        Both ways to write RoPE are read: ``rope_theta`` with ``rope_scaling``, and the newer
+        ``rope_parameters``. ``indexer_rope`` follows from ``model_type`` for deepseek_v32 and
+        glm_moe_dsa and must be given otherwise.
+
+        Raises:
+            ValueError: a required field is missing (all of them are named) or has a wrong value.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in config.items() if name in known and value is not None}
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        values["rope_scaling"] = YaRN.from_dict(rope)
+        values.setdefault("indexer_rope", INDEXER_ROPE.get(config.get("model_type")))
+        if "kv_lora_rank" not in values and "num_attention_heads" in values and "hidden_size" in values:
+            values.setdefault("num_key_value_heads", values["num_attention_heads"])
+            values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        values.update(overrides)
+        values = {name: value for name, value in values.items() if value is not None}
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ValueError(
+                f"config: missing {', '.join(missing)} (model_type {config.get('model_type')!r}); "
+                "pass them as keyword arguments"
+            )
+        return cls(**values)
+
+    @classmethod
+    def deepseek_v32(cls, **overrides: Any) -> "DSAConfig":
+        """DeepSeek-V3.2, from its published config.json."""
+        values = {
+            "hidden_size": 7168,
+            "num_attention_heads": 128,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "index_n_heads": 64,
+            "index_head_dim": 128,
+            "index_topk": 2048,
+            "indexer_rope": "half",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "rope_scaling": YaRN(
+                factor=40.0,
+                original_max_position_embeddings=4096,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
+            "max_position_embeddings": 163840,
+        }
+        return cls(**{**values, **overrides})
+
+    @classmethod
+    def glm5(cls, **overrides: Any) -> "DSAConfig":
+        """GLM-5, from its published config.json."""
+        values = {
+            "hidden_size": 6144,
+            "num_attention_heads": 64,
+            "q_lora_rank": 2048,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 192,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 256,
+            "index_n_heads": 32,
+            "index_head_dim": 128,
+            "index_topk": 2048,
+            "indexer_rope": "interleaved",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "max_position_embeddings": 202752,
+        }
+        return cls(**{**values, **overrides})

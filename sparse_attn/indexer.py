@@ -1,0 +1,104 @@
+"""The lightning indexer: the small projections that decide which tokens a query attends to."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import DSAConfig
+from .rope import apply_rope, rope_cos_sin
+
+FP8_MAX = 448.0  # largest finite e4m3 value
+
+
+class LightningIndexer(nn.Module):
+    """Projects hidden states to index queries, one index key a token, and head weights.
+
+    Weights carry DeepSeek's names (``wq_b, wk, k_norm, weights_proj``). Queries are projected from
+    the *normalised* low-rank query of the attention layer, or from the hidden states when the
+    config has no ``q_lora_rank``.
+
+    Source: DeepSeek-V3.2 report, section 2, and its inference code.
+    """
+
+    def __init__(self, config: DSAConfig, *, dtype: torch.dtype | None = None, device=None) -> None:
+        super().__init__()
+        self.config = config
+        factory = {"dtype": dtype, "device": device}
+        heads, d = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank or config.hidden_size, heads * d, bias=False, **factory)
+        self.wk = nn.Linear(config.hidden_size, d, bias=False, **factory)
+        self.k_norm = nn.LayerNorm(d, eps=1e-6, **factory)
+        self.weights_proj = nn.Linear(config.hidden_size, heads, bias=False, **factory)
+
+    def forward(
+        self, hidden_states: Tensor, q_lora: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs of :func:`sparse_attn.lightning_topk` for new tokens.
+
+        Args:
+            hidden_states: ``[tokens, hidden_size]``.
+            q_lora: ``[tokens, q_lora_rank]`` (hidden states without a q_lora_rank).
+            positions: ``[tokens]`` integers, each token's position in its sequence.
+
+        Returns:
+            q ``[tokens, index_n_heads, index_head_dim]``, k ``[tokens, index_head_dim]``, weights
+            ``[tokens, index_n_heads]`` in fp32 (fp64 for fp64 hidden states).
+        """
+        q, weights = self.queries(hidden_states, q_lora, positions)
+        return q, self.keys(hidden_states, positions), weights
+
+    def queries(self, hidden_states: Tensor, q_lora: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q and weights of :meth:`forward`."""
+        q = rearrange(self.wq_b(q_lora), "t (h d) -> t h d", h=self.config.index_n_heads)
+        return self._rotate(q, positions), self._head_weights(hidden_states)
+
+    def keys(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """k of :meth:`forward`; a cache needs it even while all tokens are selected."""
+        return self._rotate(self._normalise(self.wk(hidden_states))[:, None], positions)[:, 0]
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = rope_cos_sin(positions, self.config.index_rope_dim, self.config)
+        x = apply_rope(x, cos, sin, self.config.indexer_rope)
+        return simulate_fp8(hadamard_transform(x)) if self.config.indexer_fp8 else x
+
+    def _normalise(self, k: Tensor) -> Tensor:
+        norm, dtype = self.k_norm, torch.promote_types(k.dtype, torch.float32)
+        normed = F.layer_norm(
+            k.to(dtype), norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps
+        )
+        return normed.to(k.dtype)
+
+    def _head_weights(self, hidden_states: Tensor) -> Tensor:
+        """In fp32 whatever the module's dtype: the weights scale every score."""
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weights = F.linear(hidden_states.to(dtype), self.weights_proj.weight.to(dtype))
+        return weights * (self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5)
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Multiply the last dimension, a power of two, by the orthonormal Sylvester-Hadamard matrix."""
+    d = x.shape[-1]
+    if d & (d - 1):
+        raise ValueError(f"x: expected a power of two as last dimension, got {d}")
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    step = 1
+    while step < d:
+        y = rearrange(y, "... (n two step) -> ... n two step", two=2, step=step)
+        first, second = y.unbind(-2)
+        y = rearrange(torch.stack([first + second, first - second], -2), "... n two step -> ... (n two step)")
+        step *= 2
+    return (y * d**-0.5).to(x.dtype)
+
+
+def simulate_fp8(x: Tensor) -> Tensor:
+    """Round each last dimension to e4m3 under one power-of-two scale, and return it in x's dtype.
+
+    The scale is ``2 ** ceil(log2(max(amax, 1e-4) / 448))``, as in DeepSeek's inference code. Values
+    times a power of two are exact in bf16, so scores equal those of real fp8 operands.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    amax = wide.abs().amax(-1, keepdim=True).clamp(min=1e-4)
+    scale = torch.exp2(torch.ceil(torch.log2(amax / FP8_MAX)))
+    rounded = (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (rounded.to(wide.dtype) * scale).to(x.dtype)

@@ -1,0 +1,61 @@
+"""Rotary position embedding in both pairings, with YaRN."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .config import DSAConfig, YaRN
+
+
+def rope_cos_sin(positions: Tensor, dim: int, config: DSAConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[tokens, dim / 2]`` in fp32 for integer ``positions`` ``[tokens]``."""
+    frequencies = _frequencies(dim, config.rope_theta, config.rope_scaling).to(positions.device)
+    angles = positions[:, None].float() * frequencies  # fp32 as in the models' own code
+    scale = config.rope_scaling.rotation_scale if config.rope_scaling else 1.0
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
+    """Turn the leading ``2 * cos.shape[-1]`` dimensions of each head; the others pass through.
+
+    Args:
+        x: ``[tokens, heads, d]``.
+        cos, sin: ``[tokens, dim / 2]`` from :func:`rope_cos_sin`.
+        pairing: "interleaved" turns dimensions (0, 1), (2, 3), ...; "half" turns (0, dim / 2),
+            (1, dim / 2 + 1), ...
+    """
+    dim = 2 * cos.shape[-1]
+    turned = x[..., :dim].to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = cos[:, None], sin[:, None]
+    if pairing == "interleaved":
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    elif pairing == "half":
+        first, second = turned.chunk(2, dim=-1)
+    else:
+        raise ValueError(f"pairing: expected 'interleaved' or 'half', got {pairing!r}")
+    parts = (first * cos - second * sin, first * sin + second * cos)
+    turned = torch.stack(parts, -1).flatten(-2) if pairing == "interleaved" else torch.cat(parts, -1)
+    return torch.cat([turned.to(x.dtype), x[..., dim:]], -1)
+
+
+@functools.lru_cache(maxsize=32)
+def _frequencies(dim: int, theta: float, yarn: YaRN | None) -> Tensor:
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if yarn is None:
+        return frequencies
+
+    def correction_dim(rotations: float) -> float:
+        """The dimension that makes this many rotations within the original context."""
+        return (
+            dim
+            * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
+
+    low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
+    high = min(math.ceil(correction_dim(yarn.beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    interpolate = ramp.clamp(0, 1)  # 0: fast dimensions stay, 1: slow ones are stretched by factor
+    return frequencies * (1 - interpolate) + frequencies / yarn.factor * interpolate
