@@ -62,7 +62,7 @@ def index_logits(
     Source: DeepSeek-V3.2 report, equation 1.
     """
     width = _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
-    out = _output("out", out, (q.shape[0], width), compute_dtype(q.dtype), q.device)
+    out = _output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
     ops.call("index_logits", backend, (q, k, weights, ks, ke, block_table), (out,))
     return out
 
@@ -89,7 +89,7 @@ def select_topk(
     _check("logits", logits, "s_q s_kv", dims, (torch.float32, torch.float64))
     _check_ranges(ks, ke, dims, logits.device)
     _check_call(backend, logits.device, logits)
-    out = _output("out", out, (logits.shape[0], topk), torch.int32, logits.device)
+    out = _output("out", out, {"s_q": logits.shape[0], "topk": topk}, torch.int32, logits.device)
     ops.call("select_topk", backend, (logits, topk, ks, ke), (out,))
     return out
 
@@ -122,7 +122,7 @@ def lightning_topk(
     _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
-    out = _output("out", out, (q.shape[0], topk), torch.int32, q.device)
+    out = _output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
     inputs = (q, k, weights, topk, ks, ke, block_table, workspace_bytes)
     ops.call("lightning_topk", backend, inputs, (out,))
     return out
@@ -195,7 +195,7 @@ def sparse_mla(
     elif extra_topk_length is not None:
         raise ValueError("extra_topk_length: expected None without extra_kv")
     _check_call(backend, q.device, q, kv, attn_sink, extra_kv)
-    out, lse = _attention_outputs(out, (q.shape[0], q.shape[1], d_v), q, return_lse)
+    out, lse = _attention_outputs(out, q, d_v, return_lse)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     inputs = (q, kv, indices, d_v, scale, topk_length, attn_sink)
     ops.call("sparse_mla", backend, (*inputs, extra_kv, extra_indices, extra_topk_length), (out, lse))
@@ -238,7 +238,7 @@ def sparse_gqa(
     _check_selection("indices", indices, spec, "topk_length", topk_length, dims, q.device)
     _check_sink(attn_sink, dims, q.device)
     _check_call(backend, q.device, q, k, v, attn_sink)
-    out, lse = _attention_outputs(out, (q.shape[0], q.shape[1], v.shape[2]), q, return_lse)
+    out, lse = _attention_outputs(out, q, v.shape[2], return_lse)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     ops.call("sparse_gqa", backend, (q, k, v, indices, scale, topk_length, attn_sink), (out, lse))
     return (out, lse) if return_lse else out
@@ -267,7 +267,7 @@ def merge_attention(
     _check("outs", outs, "n s_q h d_v", dims, FLOATS)
     _check("lses", lses, "n s_q h", dims, (compute_dtype(outs.dtype),), outs.device)
     _check_call(backend, outs.device, outs, lses)
-    merged, lse = _attention_outputs(out, tuple(outs.shape[1:]), outs, True)
+    merged, lse = _attention_outputs(out, outs, outs.shape[3], True)
     ops.call("merge_attention", backend, (outs, lses), (merged, lse))
     return merged, lse
 
@@ -288,7 +288,7 @@ def _check(
         raise TypeError(f"{name}: expected a tensor [{_named(spec, dims)}], got {type(tensor).__name__}")
     axes = spec.split()
     shape = tensor.shape
-    if len(shape) != len(axes) or any(dims.get(a, n) != n for a, n in zip(axes, shape, strict=True)):
+    if len(shape) != len(axes) or any(_size(a, dims, n) != n for a, n in zip(axes, shape, strict=True)):
         raise ValueError(f"{name}: expected shape [{_named(spec, dims)}], got {list(shape)}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -298,8 +298,14 @@ def _check(
     dims.update(zip(axes, shape, strict=True))
 
 
+def _size(axis: str, dims: dict[str, int], default: int) -> int:
+    return int(axis) if axis.isdigit() else dims.get(axis, default)
+
+
 def _named(spec: str, dims: dict[str, int]) -> str:
-    return ", ".join(f"{axis}={dims[axis]}" if axis in dims else axis for axis in spec.split())
+    return ", ".join(
+        f"{axis}={dims[axis]}" if axis in dims and not axis.isdigit() else axis for axis in spec.split()
+    )
 
 
 def _check_index_inputs(q, k, weights, ks, ke, block_table, backend: str) -> int:
@@ -358,7 +364,7 @@ def _flatten_pages(name: str, kv: Tensor, dims: dict[str, int], q: Tensor) -> Te
     """``[slots, d_qk]`` from the three shapes that a latent cache may have, never copied."""
     specs = {3: "pages page_size d_qk", 4: "pages page_size 1 d_qk"}
     spec = specs.get(kv.dim(), "s_kv d_qk") if isinstance(kv, Tensor) else "s_kv d_qk"
-    _check(name, kv, spec, {**dims, "1": 1}, (q.dtype,), q.device)
+    _check(name, kv, spec, dict(dims), (q.dtype,), q.device)
     if kv.dim() == 2:
         return kv
     if kv.dim() == 4:
@@ -383,18 +389,21 @@ def _stack(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts))
 
 
-def _output(name: str, out: Tensor | None, shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _output(
+    name: str, out: Tensor | None, dims: dict[str, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     if out is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    _check(name, out, " ".join(map(str, shape)), {str(n): n for n in shape}, (dtype,), device)
+        return torch.empty(tuple(dims.values()), dtype=dtype, device=device)
+    _check(name, out, " ".join(dims), dims, (dtype,), device)
     return out
 
 
-def _attention_outputs(out, shape, q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+def _attention_outputs(out, q: Tensor, d_v: int, return_lse: bool) -> tuple[Tensor, Tensor]:
     lse = None
     if return_lse and out is not None:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(f"out: expected the pair (out, lse) with return_lse, got {type(out).__name__}")
         out, lse = out
-    result = _output("out", out, shape, q.dtype, q.device)
-    return result, _output("lse", lse, shape[:2], compute_dtype(q.dtype), q.device)
+    dims = {"s_q": q.shape[-3], "h_q": q.shape[-2]}
+    result = _output("out", out, {**dims, "d_v": d_v}, q.dtype, q.device)
+    return result, _output("lse", lse, dims, compute_dtype(q.dtype), q.device)

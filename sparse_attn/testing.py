@@ -1,0 +1,218 @@
+"""Inputs, adversarial cases and comparisons for testing implementations of the public functions.
+
+The inputs are hostile by default: rows that nobody selected hold NaN, index rows contain invalid
+entries of every kind, tensors may be non-contiguous. Comparisons take the fp64 reference as truth.
+"""
+
+import torch
+from torch import Tensor
+
+from .reference import compute_dtype
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+# Relative error of arithmetic itself, for results that are hardly rounded on output.
+ARITHMETIC_ERROR = {torch.float64: 1e-13, torch.float32: 2e-6}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over norm of ``expected``, in fp64, over the finite entries."""
+    expected = expected.double()
+    finite = expected.isfinite()
+    difference = (actual.double() - expected)[finite].norm()
+    return (difference / expected[finite].norm().clamp(min=1e-30)).item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.2) -> None:
+    """Same shape, same NaN and infinities, and an error of at most ``factor`` roundings to actual's dtype.
+
+    The budget is ``factor`` times the error that rounding ``expected`` (fp64) to ``actual``'s dtype
+    makes by itself, plus the arithmetic error of the dtype that it was computed in.
+    """
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
+    expected = expected.double()
+    for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = test(actual) != test(expected)
+        assert not wrong.any(), (
+            f"{name} differs in {int(wrong.sum())} places, first at {wrong.nonzero()[0].tolist()}"
+        )
+    rounding = relative_error(expected.to(actual.dtype), expected)
+    budget = factor * rounding + ARITHMETIC_ERROR[compute_dtype(actual.dtype)]
+    error = relative_error(actual, expected)
+    assert error <= budget, f"relative error {error:.3g} exceeds the budget {budget:.3g} ({actual.dtype})"
+
+
+def index_inputs(
+    s_q: int,
+    s_kv: int,
+    heads: int = 4,
+    d: int = 32,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of :func:`sparse_attn.index_logits`: ranges of every kind, NaN in keys nobody sees."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(s_q, heads, d, generator=g, dtype=torch.float64)
+    k = torch.randn(s_kv, d, generator=g, dtype=torch.float64)
+    weights = torch.randn(s_q, heads, generator=g, dtype=torch.float64)
+    ks = torch.randint(-3, s_kv // 2 + 1, (s_q,), generator=g)
+    ke = torch.randint(0, s_kv + 4, (s_q,), generator=g)  # some reversed, some beyond the keys
+    position = torch.arange(s_kv)
+    seen = ((position >= ks[:, None]) & (position < ke[:, None])).any(0)
+    k[~seen] = float("nan")
+    return {
+        "q": q.to(device, dtype),
+        "k": k.to(device, dtype),
+        "weights": weights.to(device, compute_dtype(dtype)),
+        "ks": ks.int().to(device),
+        "ke": ke.int().to(device),
+    }
+
+
+def to_pages(k: Tensor, page_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Scatter keys ``[s_kv, ...]`` over shuffled pages; unused slots hold NaN, unused entries garbage.
+
+    Returns:
+        The paged cache ``[pages, page_size, ...]`` and its block table ``[1, max_pages]`` int32.
+    """
+    g = torch.Generator().manual_seed(seed)
+    used = -(-k.shape[0] // page_size)
+    pages = used + 3
+    cache = torch.full((pages, page_size, *k.shape[1:]), float("nan"), dtype=k.dtype, device=k.device)
+    table = torch.randperm(pages, generator=g)[:used].to(k.device)
+    padded = torch.full((used * page_size, *k.shape[1:]), float("nan"), dtype=k.dtype, device=k.device)
+    padded[: k.shape[0]] = k
+    cache[table] = padded.unflatten(0, (used, page_size))
+    garbage = torch.tensor([INT_MIN, -1, pages, INT_MAX], device=k.device)
+    return cache, torch.cat([table, garbage])[None].int()
+
+
+def selection_indices(
+    s_q: int, s_kv: int, topk: int, *, device: torch.device | str = "cpu", seed: int = 0
+) -> Tensor:
+    """``[s_q, topk]`` int32 with valid, repeated and invalid entries; the last row has no valid one."""
+    g = torch.Generator().manual_seed(seed)
+    indices = torch.randint(0, max(s_kv // 2, 1), (s_q, topk), generator=g)  # the other half stays unused
+    invalid = torch.tensor([-1, INT_MIN, s_kv, s_kv + 1, INT_MAX])
+    noise = invalid[torch.randint(0, len(invalid), (s_q, topk), generator=g)]
+    indices = torch.where(torch.rand(s_q, topk, generator=g) < 0.25, noise, indices)
+    if s_q:
+        indices[-1] = noise[-1]
+    return indices.int().to(device)
+
+
+def poison_unused(cache: Tensor, *indices: Tensor) -> Tensor:
+    """A copy of ``cache`` ``[s_kv, ...]`` whose rows that no index names hold NaN."""
+    used = torch.zeros(cache.shape[0], dtype=torch.bool, device=cache.device)
+    for index in indices:
+        valid = index[(index >= 0) & (index < cache.shape[0])]
+        used[valid.long()] = True
+    poisoned = cache.clone()
+    poisoned[~used] = float("nan")
+    return poisoned
+
+
+def mla_inputs(
+    s_q: int,
+    s_kv: int,
+    h_q: int = 4,
+    topk: int = 16,
+    d_qk: int = 40,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """q, kv and indices of :func:`sparse_attn.sparse_mla`, NaN in every row that is not selected."""
+    g = torch.Generator().manual_seed(seed)
+    indices = selection_indices(s_q, s_kv, topk, device=device, seed=seed)
+    kv = torch.randn(s_kv, d_qk, generator=g, dtype=torch.float64).to(device, dtype)
+    return {
+        "q": torch.randn(s_q, h_q, d_qk, generator=g, dtype=torch.float64).to(device, dtype),
+        "kv": poison_unused(kv, indices),
+        "indices": indices,
+    }
+
+
+def gqa_inputs(
+    s_q: int,
+    s_kv: int,
+    h_q: int = 4,
+    h_kv: int = 2,
+    topk: int = 16,
+    d: int = 32,
+    d_v: int = 32,
+    *,
+    per_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """q, k, v and indices of :func:`sparse_attn.sparse_gqa`, NaN in every row that is not selected."""
+    g = torch.Generator().manual_seed(seed)
+    sets = h_kv if per_head else 1
+    indices = selection_indices(s_q * sets, s_kv, topk, device=device, seed=seed)
+    k = torch.randn(s_kv, h_kv, d, generator=g, dtype=torch.float64).to(device, dtype)
+    v = torch.randn(s_kv, h_kv, d_v, generator=g, dtype=torch.float64).to(device, dtype)
+    return {
+        "q": torch.randn(s_q, h_q, d, generator=g, dtype=torch.float64).to(device, dtype),
+        "k": poison_unused(k, indices),
+        "v": poison_unused(v, indices),
+        "indices": indices.view(s_q, h_kv, topk) if per_head else indices,
+    }
+
+
+ADVERSARIAL_LOGITS = (
+    "gaussian",
+    "zeros",
+    "relu_plateau",
+    "signed_zeros",
+    "constant",
+    "one_bin",
+    "few_values",
+    "ascending",
+    "descending",
+    "nan_scattered",
+    "infinities",
+    "all_minus_inf",
+    "all_nan",
+    "boundary_ties",
+)
+
+
+def adversarial_logits(kind: str, s_q: int, s_kv: int, seed: int = 0) -> Tensor:
+    """``[s_q, s_kv]`` fp32 rows of one of the :data:`ADVERSARIAL_LOGITS` kinds."""
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(s_q, s_kv, generator=g)
+    coin = torch.rand(s_q, s_kv, generator=g)
+    inf, nan = float("inf"), float("nan")
+    if kind == "gaussian":
+        return noise
+    if kind == "zeros":
+        return torch.zeros(s_q, s_kv)
+    if kind == "relu_plateau":  # what few index heads give: most scores exactly zero
+        return torch.where(coin < 0.8, 0.0, noise.relu())
+    if kind == "signed_zeros":
+        return torch.where(coin < 0.5, -0.0, 0.0)
+    if kind == "constant":
+        return torch.full((s_q, s_kv), -3.5)
+    if kind == "one_bin":  # neighbours in the last bits of the mantissa
+        return (torch.randint(0, 7, (s_q, s_kv), generator=g) + 0x3F800000).int().view(torch.float32)
+    if kind == "few_values":
+        return torch.randint(-2, 3, (s_q, s_kv), generator=g).float()
+    if kind == "ascending":
+        return torch.arange(s_kv).float().expand(s_q, -1).clone()
+    if kind == "descending":
+        return -torch.arange(s_kv).float().expand(s_q, -1).clone()
+    if kind == "nan_scattered":
+        return torch.where(coin < 0.3, nan, noise)
+    if kind == "infinities":
+        return torch.where(coin < 0.1, inf, torch.where(coin < 0.4, -inf, noise))
+    if kind == "all_minus_inf":
+        return torch.full((s_q, s_kv), -inf)
+    if kind == "all_nan":
+        return torch.full((s_q, s_kv), nan)
+    if kind == "boundary_ties":  # the k-th value occurs many times
+        return torch.where(coin < 0.5, 1.0, noise)
+    raise ValueError(f"kind: expected one of {', '.join(ADVERSARIAL_LOGITS)}, got {kind!r}")

@@ -1,0 +1,362 @@
+"""Wrong arguments are refused before anything runs, and the message names argument, expected and got."""
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA
+from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+INDEX = index_inputs(3, 20, heads=2, d=16)
+MLA = {**mla_inputs(3, 20), "d_v": 32}
+GQA = gqa_inputs(3, 20)
+TABLE = torch.zeros(3, 2, dtype=torch.int32)
+
+CASES = [
+    # function, good arguments, what is changed, error, words of the message
+    ("index_logits", INDEX, {"q": [1.0]}, TypeError, "q: expected a tensor .* got list"),
+    (
+        "index_logits",
+        INDEX,
+        {"q": torch.zeros(3, 16)},
+        ValueError,
+        r"q: expected shape \[s_q, .* got \[3, 16\]",
+    ),
+    ("index_logits", INDEX, {"q": INDEX["q"].int()}, TypeError, "q: expected dtype bfloat16 or .* got int32"),
+    ("index_logits", INDEX, {"k": INDEX["k"].half()}, TypeError, "k: expected dtype float32, got float16"),
+    (
+        "index_logits",
+        INDEX,
+        {"k": torch.zeros(20, 8)},
+        ValueError,
+        r"k: .*index_head_dim=16\], got \[20, 8\]",
+    ),
+    ("index_logits", INDEX, {"k": INDEX["k"].to("meta")}, ValueError, "k: expected device cpu, got meta"),
+    (
+        "index_logits",
+        INDEX,
+        {"weights": INDEX["weights"].half()},
+        TypeError,
+        "weights: expected dtype float32",
+    ),
+    (
+        "index_logits",
+        INDEX,
+        {"weights": torch.zeros(3, 5)},
+        ValueError,
+        r"weights: .*index_n_heads=2\], got \[3, 5\]",
+    ),
+    ("index_logits", INDEX, {"ks": INDEX["ks"].long()}, TypeError, "ks: expected dtype int32, got int64"),
+    ("index_logits", INDEX, {"ke": ints(1, 2)}, ValueError, r"ke: expected shape \[s_q=3\], got \[2\]"),
+    ("index_logits", INDEX, {"block_table": TABLE}, ValueError, r"k: expected shape \[pages, page_size"),
+    (
+        "index_logits",
+        {**INDEX, "k": torch.zeros(5, 4, 16), "block_table": TABLE},
+        {"block_table": TABLE[:2]},
+        ValueError,
+        "block_table: .* divides s_q=3, got 2",
+    ),
+    (
+        "index_logits",
+        INDEX,
+        {"out": torch.zeros(3, 19)},
+        ValueError,
+        r"out: expected shape .*20.*, got \[3, 19\]",
+    ),
+    (
+        "index_logits",
+        INDEX,
+        {"backend": "cuda"},
+        ValueError,
+        "backend: expected one of 'auto', .* got 'cuda'",
+    ),
+    (
+        "index_logits",
+        INDEX,
+        {"backend": "triton"},
+        ValueError,
+        "backend: 'triton' needs cuda tensors, got .* cpu",
+    ),
+    ("lightning_topk", {**INDEX, "topk": 4}, {"topk": 0}, ValueError, "topk: expected at least 1, got 0"),
+    ("lightning_topk", {**INDEX, "topk": 4}, {"topk": 2.0}, TypeError, "topk: expected an int, got float"),
+    ("lightning_topk", {**INDEX, "topk": 4}, {"workspace_bytes": 0}, ValueError, "workspace_bytes: .* got 0"),
+    (
+        "lightning_topk",
+        {**INDEX, "topk": 4},
+        {"out": torch.zeros(3, 4)},
+        TypeError,
+        "out: expected dtype int32",
+    ),
+    (
+        "select_topk",
+        {"logits": torch.zeros(2, 5), "topk": 2, "ks": ints(0, 0), "ke": ints(5, 5)},
+        {"logits": torch.zeros(2, 5).half()},
+        TypeError,
+        "logits: expected dtype float32 or float64, got float16",
+    ),
+    ("sparse_mla", MLA, {"kv": torch.zeros(20, 39)}, ValueError, r"kv: expected shape \[s_kv, d_qk=40\]"),
+    (
+        "sparse_mla",
+        MLA,
+        {"kv": torch.zeros(4, 10, 40)[:, :5]},
+        ValueError,
+        "kv: expected pages .* without gaps",
+    ),
+    (
+        "sparse_mla",
+        MLA,
+        {"kv": torch.zeros(4, 5, 2, 40)},
+        ValueError,
+        r"kv: expected shape \[pages, page_size, 1, d_qk=40",
+    ),
+    (
+        "sparse_mla",
+        MLA,
+        {"indices": MLA["indices"].long()},
+        TypeError,
+        "indices: expected dtype int32, got int64",
+    ),
+    (
+        "sparse_mla",
+        MLA,
+        {"indices": MLA["indices"][:2]},
+        ValueError,
+        r"indices: expected shape \[s_q=3, topk\]",
+    ),
+    ("sparse_mla", MLA, {"d_v": 41}, ValueError, "d_v: expected 1 to d_qk=40, got 41"),
+    ("sparse_mla", MLA, {"topk_length": ints(1)}, ValueError, r"topk_length: expected shape \[s_q=3\]"),
+    ("sparse_mla", MLA, {"attn_sink": torch.zeros(3)}, ValueError, r"attn_sink: expected shape \[h_q=4\]"),
+    ("sparse_mla", MLA, {"extra_kv": MLA["kv"]}, ValueError, "extra_kv and extra_indices: expected both"),
+    ("sparse_mla", MLA, {"extra_topk_length": ints(1, 1, 1)}, ValueError, "extra_topk_length: expected None"),
+    (
+        "sparse_mla",
+        MLA,
+        {"out": torch.zeros(3, 4, 31)},
+        ValueError,
+        r"out: expected shape .* got \[3, 4, 31\]",
+    ),
+    (
+        "sparse_mla",
+        {**MLA, "return_lse": True},
+        {"out": torch.zeros(3, 4, 32)},
+        TypeError,
+        "out: expected the pair",
+    ),
+    ("sparse_mla", MLA, {"q": MLA["q"].clone().requires_grad_()}, ValueError, "gradients: .*no_grad"),
+    (
+        "sparse_gqa",
+        GQA,
+        {"q": torch.zeros(3, 5, 32)},
+        ValueError,
+        "q: expected h_q .* multiple .* h_kv=2, got h_q=5",
+    ),
+    (
+        "sparse_gqa",
+        GQA,
+        {"v": torch.zeros(19, 2, 32)},
+        ValueError,
+        r"v: expected shape \[s_kv=20, h_kv=2, d_v\]",
+    ),
+    (
+        "sparse_gqa",
+        GQA,
+        {"indices": torch.zeros(3, 4, 8, dtype=torch.int32)},
+        ValueError,
+        r"indices: .*h_kv=2, topk\], got \[3, 4, 8\]",
+    ),
+    (
+        "merge_attention",
+        {"outs": torch.zeros(2, 3, 4, 8), "lses": torch.zeros(2, 3, 4)},
+        {"lses": torch.zeros(2, 3, 5)},
+        ValueError,
+        r"lses: expected shape \[n=2, s_q=3, h=4\], got \[2, 3, 5\]",
+    ),
+    (
+        "merge_attention",
+        {"outs": torch.zeros(2, 3, 4, 8), "lses": torch.zeros(2, 3, 4)},
+        {"outs": [torch.zeros(3, 4, 8), torch.zeros(3, 4, 9)]},
+        ValueError,
+        "outs: expected parts of one shape",
+    ),
+    (
+        "merge_attention",
+        {"outs": torch.zeros(2, 3, 4, 8), "lses": torch.zeros(2, 3, 4)},
+        {"outs": []},
+        TypeError,
+        "outs: expected .* non-empty",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, good, change, error, words", CASES)
+def test_a_wrong_argument_is_named(name, good, change, error, words):
+    function = getattr(sparse_attn, name)
+    function(**good)  # the arguments are right until changed
+    with torch.enable_grad(), pytest.raises(error, match=words):
+        function(**{**good, **change})
+
+
+def test_fp64_is_refused_by_triton(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(TypeError, match="triton backend takes bfloat16, float16 or float32, got float64"):
+        sparse_attn.index_logits(**index_inputs(3, 20, dtype=torch.float64), backend="triton")
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "indexer_rope": "half",
+}
+SMALL_MLA = {
+    **SMALL,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+SMALL_GQA = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"indexer_rope": "neox"}, ValueError, "indexer_rope: expected 'half' or 'interleaved', got 'neox'"),
+        ({"index_topk": 0}, ValueError, "index_topk: expected a positive size, got 0"),
+        ({"hidden_size": 3.5}, TypeError, "hidden_size: expected an int, got 3.5"),
+        ({"v_head_dim": None}, ValueError, "v_head_dim: expected a size for MLA"),
+        ({"qk_rope_head_dim": 7}, ValueError, "qk_rope_head_dim: expected an even size, got 7"),
+        (
+            {"index_rope_head_dim": 18},
+            ValueError,
+            "index_rope_head_dim: .* at most index_head_dim=16, got 18",
+        ),
+        ({"index_head_dim": 24, "indexer_fp8": True}, ValueError, "index_head_dim: expected a power of two"),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            ValueError,
+            "rope_scaling: expected type 'yarn' .* got 'linear'",
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, ValueError, "factor, original_max_position_embeddings for YaRN"),
+    ],
+)
+def test_wrong_configs(change, error, words):
+    with pytest.raises(error, match=words):
+        DSAConfig(**{**SMALL_MLA, **change})
+
+
+def test_missing_config_fields_are_all_named():
+    with pytest.raises(ValueError, match=r"missing hidden_size, index_n_heads.*indexer_rope .*'llama'"):
+        DSAConfig.from_dict({"model_type": "llama", "num_attention_heads": 4, "index_head_dim": 16})
+    with pytest.raises(ValueError, match="head_dim: expected a size for GQA"):
+        DSAConfig(**{**SMALL_GQA, "head_dim": None})
+    with pytest.raises(ValueError, match="multiple of num_key_value_heads=3, got 4"):
+        DSAConfig(**{**SMALL_GQA, "num_key_value_heads": 3})
+
+
+def test_layers_refuse_the_other_kind_of_config():
+    with pytest.raises(ValueError, match="config: SparseMLA expects a config with kv_lora_rank"):
+        SparseMLA(DSAConfig(**SMALL_GQA))
+    with pytest.raises(ValueError, match="config: SparseGQA expects a config without kv_lora_rank"):
+        SparseGQA(DSAConfig(**SMALL_MLA))
+
+
+@pytest.fixture
+def layer():
+    return SparseMLA(DSAConfig(**SMALL_MLA))
+
+
+def test_layer_inputs(layer):
+    x = torch.randn(6, 32)
+    for bad, error, words in [
+        (x.tolist(), TypeError, "hidden_states: expected a tensor, got list"),
+        (
+            x[None],
+            ValueError,
+            r"hidden_states: expected shape \[tokens, 32\], got \[1, 6, 32\].*cu_seqlens_q",
+        ),
+        (x.half(), TypeError, "hidden_states: expected the layer's dtype torch.float32, got torch.float16"),
+        (x.to("meta"), ValueError, "hidden_states: expected the layer's device cpu, got meta"),
+    ]:
+        with pytest.raises(error, match=words):
+            layer(bad)
+    for cu, error, words in [
+        ([0, 6], TypeError, "cu_seqlens_q: expected a tensor, got list"),
+        (torch.tensor([0.0, 6.0]), TypeError, "cu_seqlens_q: expected dtype int32 or int64"),
+        (torch.tensor([[0, 6]]), ValueError, r"cu_seqlens_q: expected shape \[batch_size \+ 1\]"),
+        (
+            torch.tensor([0, 4, 2, 6]),
+            ValueError,
+            r"ascending boundaries from 0 to 6 tokens, got \[0, 4, 2, 6\]",
+        ),
+        (torch.tensor([0, 5]), ValueError, r"ascending boundaries from 0 to 6 tokens, got \[0, 5\]"),
+        (torch.tensor([1, 6]), ValueError, "ascending boundaries"),
+    ]:
+        with pytest.raises(error, match=words):
+            layer(x, cu_seqlens_q=cu)
+    with torch.enable_grad(), pytest.raises(ValueError, match="gradients"):
+        layer(x)
+
+
+def test_layer_caches(layer):
+    x, config = torch.randn(6, 32), layer.config
+    for cache, error, words in [
+        ({}, TypeError, "cache: expected a DSACache, got dict"),
+        (
+            DSACache(DSAConfig(**SMALL_GQA), 8),
+            ValueError,
+            "cache: expected a cache made with this layer's config",
+        ),
+        (
+            DSACache(config, 8, dtype=torch.bfloat16),
+            ValueError,
+            "cache: expected .*float32 .* got torch.bfloat16",
+        ),
+        (
+            DSACache(config, 8, batch_size=2),
+            ValueError,
+            "cu_seqlens_q: expected with a cache of batch_size=2",
+        ),
+    ]:
+        with pytest.raises(error, match=words):
+            layer(x, cache=cache)
+    two = DSACache(config, 8, batch_size=2)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q: expected shape \[2 \+ 1\], got \[2\]"):
+        layer(x, cache=two, cu_seqlens_q=torch.tensor([0, 6]))
+    for size in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="max_tokens: expected a positive int"):
+            DSACache(config, size)
+    with pytest.raises(ValueError, match=r"max_tokens: expected .* below 2\*\*31"):
+        DSACache(config, 2**20, batch_size=2**11, device="meta")
+
+
+def test_a_full_cache_says_so_and_stays_usable(layer):
+    cache = DSACache(layer.config, 8)
+    x = torch.randn(11, 32)
+    layer(x[:6], cache=cache)
+    with pytest.raises(ValueError, match="sequence 0 holds 6 of 8 tokens, no room for 3 more"):
+        layer(x[6:9], cache=cache)
+    assert cache.lengths == (6,)
+    torch.testing.assert_close(layer(x[6:8], cache=cache), layer(x[:8])[6:])
+    with pytest.raises(ValueError, match="length: expected 0 to the 8 tokens held for sequence 0, got 9"):
+        cache.truncate(9)
+    with pytest.raises(ValueError, match="sequence: expected 0 to 0, got 1"):
+        cache.truncate(0, sequence=1)
+
+
+def test_a_mismatched_checkpoint_names_keys_and_shapes(layer):
+    state = SparseMLA(DSAConfig(**{**SMALL_MLA, "kv_lora_rank": 24})).state_dict()
+    del state["indexer.wk.weight"]
+    state["surplus"] = torch.zeros(1)
+    with pytest.raises(RuntimeError) as error:
+        layer.load_state_dict(state)
+    for words in ("indexer.wk.weight", "surplus", "wkv_a.weight", "[32, 32]", "[24, 32]"):
+        assert words in str(error.value)

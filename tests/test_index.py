@@ -1,0 +1,174 @@
+"""index_logits, select_topk and lightning_topk: every edge of their meaning, on every backend."""
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn import reference
+from sparse_attn.testing import (
+    ADVERSARIAL_LOGITS,
+    adversarial_logits,
+    assert_close,
+    index_inputs,
+    to_pages,
+)
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def exact_logits(inputs, block_table=None):
+    """fp64 logits of the values that the implementation was given."""
+    wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
+    return reference.index_logits(**wide, block_table=None if block_table is None else block_table.cpu())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "heads, d, s_q, s_kv", [(1, 32, 1, 1), (3, 40, 5, 37), (16, 64, 2, 150), (64, 128, 2, 70)]
+)
+def test_logits_match_fp64(backend, device, dtype, heads, d, s_q, s_kv):
+    inputs = index_inputs(s_q, s_kv, heads, d, dtype=dtype, device=device)
+    logits = sparse_attn.index_logits(**inputs, backend=backend)
+    assert logits.dtype == torch.float32
+    assert_close(logits.cpu(), exact_logits(inputs))
+
+
+def test_logits_of_a_definition_by_hand(backend, device):
+    q = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]], device=device)
+    k = torch.tensor([[3.0, -1.0], [-5.0, 4.0], [1.0, 1.0]], device=device)
+    weights = torch.tensor([[0.5, -1.0]], device=device)
+    ks, ke = (
+        torch.tensor([0], dtype=torch.int32, device=device),
+        torch.tensor([2], dtype=torch.int32, device=device),
+    )
+    logits = sparse_attn.index_logits(q, k, weights, ks, ke, backend=backend)
+    # heads give relu(3), relu(-2) for key 0 and relu(-5), relu(8) for key 1; key 2 is outside
+    assert logits.tolist() == [[1.5, -8.0, float("-inf")]]
+
+
+def test_empty_and_reversed_ranges_give_minus_inf(backend, device):
+    inputs = index_inputs(4, 20, device=device)
+    inputs["k"].fill_(float("nan"))
+    inputs["ks"] = torch.tensor([5, 9, 20, -7], dtype=torch.int32, device=device)
+    inputs["ke"] = torch.tensor([5, 2, 30, 0], dtype=torch.int32, device=device)
+    logits = sparse_attn.index_logits(**inputs, backend=backend)
+    assert torch.isneginf(logits).all()
+
+
+@pytest.mark.parametrize("s_q, s_kv", [(0, 7), (3, 0), (0, 0)])
+def test_nothing_to_score(backend, device, s_q, s_kv):
+    inputs = index_inputs(s_q, s_kv, device=device)
+    assert sparse_attn.index_logits(**inputs, backend=backend).shape == (s_q, s_kv)
+    indices = sparse_attn.lightning_topk(**inputs, topk=3, backend=backend)
+    assert indices.tolist() == [[-1] * 3] * s_q
+
+
+def test_a_visible_nan_key_gives_a_nan_logit(backend, device):
+    inputs = index_inputs(2, 12, device=device)
+    inputs["ks"].zero_()
+    inputs["ke"].fill_(12)
+    inputs["k"].nan_to_num_()
+    inputs["k"][5, 3] = float("nan")
+    logits = sparse_attn.index_logits(**inputs, backend=backend)
+    assert logits.isnan().sum(0).tolist() == [2 * (s == 5) for s in range(12)]
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16, 64])
+def test_paged_logits_equal_contiguous_ones(backend, device, page_size):
+    inputs = index_inputs(4, 50, dtype=torch.float32, device=device)
+    contiguous = sparse_attn.index_logits(**inputs, backend=backend)
+    pages, table = to_pages(inputs.pop("k"), page_size)
+    paged = sparse_attn.index_logits(**inputs, k=pages, block_table=table, backend=backend)
+    assert paged.shape == (4, table.shape[1] * page_size)
+    wide = torch.full_like(paged, float("-inf"))
+    wide[:, :50] = contiguous
+    visible = torch.arange(wide.shape[1], device=device) < inputs["ke"][:, None].clamp(max=50)
+    assert_close(torch.where(visible, paged, float("-inf")).cpu(), wide.cpu())
+
+
+def test_a_block_table_row_serves_consecutive_queries(backend, device):
+    inputs = index_inputs(6, 40, device=device)
+    one, table_one = to_pages(inputs["k"], 8, seed=1)
+    two, table_two = to_pages(inputs.pop("k").flip(0), 8, seed=2)
+    table_two = torch.where((table_two >= 0) & (table_two < len(two)), table_two + len(one), table_two)
+    pages, table = torch.cat([one, two]).nan_to_num_(), torch.cat([table_one, table_two])
+    logits = sparse_attn.index_logits(**inputs, k=pages, block_table=table, backend=backend)
+    for row in range(2):
+        t = slice(3 * row, 3 * row + 3)
+        part = {name: tensor[t] for name, tensor in inputs.items()}
+        single = sparse_attn.index_logits(**part, k=pages, block_table=table[row, None], backend=backend)
+        assert_close(logits[t].cpu(), single.cpu())
+        assert_close(logits[t].cpu(), exact_logits({**part, "k": pages}, table[row, None]))
+
+
+def test_strided_inputs_and_out(backend, device):
+    inputs = index_inputs(3, 30, heads=4, d=32, device=device)
+    expected = exact_logits(inputs)
+    strided = dict(inputs)
+    for name in ("q", "k", "weights"):
+        spread = torch.full((*inputs[name].shape, 2), float("nan"), device=device)
+        spread[..., 1] = inputs[name]
+        strided[name] = spread[..., 1]
+    out = torch.full((30, 3), float("nan"), device=device).T
+    result = sparse_attn.index_logits(**strided, out=out, backend=backend)
+    assert result is out
+    assert_close(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL_LOGITS)
+@pytest.mark.parametrize("topk", [1, 7, 40, 100])
+def test_selection_equals_the_reference_bit_for_bit(backend, device, kind, topk):
+    logits = adversarial_logits(kind, 6, 64)
+    ks = torch.tensor([0, 0, 10, 63, 40, -5], dtype=torch.int32)
+    ke = torch.tensor([64, 33, 50, 64, 20, 99], dtype=torch.int32)
+    expected = [brute_force_topk(row, topk, int(a), int(b)) for row, a, b in zip(logits, ks, ke, strict=True)]
+    indices = sparse_attn.select_topk(logits.to(device), topk, ks.to(device), ke.to(device), backend=backend)
+    assert indices.dtype == torch.int32
+    assert indices.tolist() == expected
+
+
+def brute_force_topk(row, topk, start, stop):
+    """Python's own sort: by score, then by index; NaN and -inf left out."""
+    candidates = [i for i in range(max(start, 0), min(stop, len(row))) if row[i] > float("-inf")]
+    chosen = sorted(sorted(candidates, key=lambda i: (-float(row[i]), i))[:topk])
+    return chosen + [-1] * (topk - len(chosen))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_selection_on_random_shapes(backend, device, seed):
+    g = torch.Generator().manual_seed(seed)
+    s_q, s_kv, topk = (
+        int(torch.randint(low, high, (), generator=g)) for low, high in ((1, 9), (1, 3000), (1, 600))
+    )
+    kind = ADVERSARIAL_LOGITS[seed % len(ADVERSARIAL_LOGITS)]
+    logits = adversarial_logits(kind, s_q, s_kv, seed).to(device)
+    ks = torch.randint(-5, s_kv, (s_q,), generator=g, dtype=torch.int32).to(device)
+    ke = torch.randint(0, s_kv + 9, (s_q,), generator=g, dtype=torch.int32).to(device)
+    expected = reference.select_topk(logits, topk, ks, ke)
+    assert torch.equal(sparse_attn.select_topk(logits, topk, ks, ke, backend=backend), expected)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 40 * 300, 40 * 300 * 4, 1 << 30])
+@pytest.mark.parametrize("paged", [False, True])
+def test_the_workspace_never_changes_the_selection(backend, device, workspace_bytes, paged):
+    inputs = index_inputs(11, 300, device=device)
+    inputs["q"].round_()  # small integers: every way to sum gives the same logits
+    inputs["k"].round_()
+    inputs["weights"].round_()
+    expected = reference.lightning_topk(**inputs, topk=20)
+    if paged:
+        pages, table = to_pages(inputs.pop("k"), 16)
+        inputs.update(k=pages, block_table=table.repeat(11, 1))
+        inputs["ke"].clamp_(max=300)
+    indices = sparse_attn.lightning_topk(**inputs, topk=20, workspace_bytes=workspace_bytes, backend=backend)
+    assert torch.equal(indices, expected)
+    again = sparse_attn.lightning_topk(**inputs, topk=20, workspace_bytes=workspace_bytes, backend=backend)
+    assert torch.equal(again, indices)
+
+
+def test_topk_fills_the_callers_buffer(backend, device):
+    inputs = index_inputs(3, 30, device=device)
+    out = torch.full((3, 64), 7, dtype=torch.int32, device=device)[:, ::2][:, :5]
+    result = sparse_attn.lightning_topk(**inputs, topk=5, out=out, backend=backend)
+    assert result is out
+    assert torch.equal(out, sparse_attn.lightning_topk(**inputs, topk=5, backend=backend))

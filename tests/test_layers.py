@@ -1,0 +1,278 @@
+"""SparseMLA, SparseGQA and their cache: dense equivalence, prefill, chunks, decode, batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, attention
+from sparse_attn.rope import apply_rope, rope_cos_sin
+from sparse_attn.testing import relative_error
+
+COMMON = {
+    "hidden_size": 96,
+    "num_attention_heads": 4,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 12,
+    "indexer_rope": "half",
+}
+MLA = DSAConfig(
+    **COMMON, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20
+)
+GQA = DSAConfig(**COMMON, num_key_value_heads=2, head_dim=32)
+BUDGET = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+
+
+def make(config, dtype=torch.float32, seed=0, **options):
+    torch.manual_seed(seed)
+    return (SparseMLA if config.is_mla else SparseGQA)(config, dtype=dtype, **options)
+
+
+@pytest.fixture(params=[MLA, GQA], ids=["mla", "gqa"])
+def config(request):
+    return request.param
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """Every selection that the layers make, as logical rows."""
+    made = []
+
+    def recording(*args, **kwargs):
+        indices = lightning_topk(*args, **kwargs)
+        made.append(indices)
+        return indices
+
+    lightning_topk = attention.lightning_topk
+    monkeypatch.setattr(attention, "lightning_topk", recording)
+    return made
+
+
+@pytest.mark.parametrize("dtype", BUDGET)
+@pytest.mark.parametrize("chunks", [[60], [20, 40], [1] * 60, [13, 1, 1, 30, 4, 11], [59, 1]], ids=str)
+def test_chunks_and_decode_equal_one_prefill(config, selections, dtype, chunks):
+    layer = make(config, dtype)
+    hidden = torch.randn(60, 96, dtype=dtype)
+    whole = layer(hidden)
+    expected = selections.pop()
+    cache = DSACache(config, 64, dtype=dtype)
+    parts = [layer(part, cache=cache) for part in hidden.split(chunks)]
+    assert cache.lengths == (60,)
+    assert relative_error(torch.cat(parts), whole) < BUDGET[dtype]
+    if dtype == torch.float32:
+        made = torch.cat(selections)
+        assert torch.equal(made, expected[60 - len(made) :])
+
+
+def test_batches_equal_their_sequences_one_by_one(config):
+    layer = make(config)
+    first, second = torch.randn(2, 40, 96)
+    cache = DSACache(config, 50, batch_size=3)
+    steps = [([30, 0, 17], [0, 0, 0]), ([1, 0, 1], [30, 0, 17]), ([3, 9, 5], [31, 0, 18])]
+    sequences = [first, second.flip(0), second]
+    for counts, starts in steps:
+        new = [s[a : a + n] for s, a, n in zip(sequences, starts, counts, strict=True)]
+        cu = torch.tensor([0, *counts]).cumsum(0).int()
+        out = layer(torch.cat(new), cache=cache, cu_seqlens_q=cu)
+        for s, a, n, got in zip(sequences, starts, counts, out.split(counts), strict=True):
+            assert relative_error(got, layer(s[: a + n])[a:]) < 5e-6
+    assert cache.lengths == (34, 9, 23)
+
+
+def test_packed_prefill_without_a_cache(config):
+    layer = make(config)
+    hidden = torch.randn(70, 96)
+    cu = torch.tensor([0, 30, 30, 31, 70])
+    packed = layer(hidden, cu_seqlens_q=cu)
+    separate = torch.cat([layer(part) for part in hidden.split([30, 0, 1, 39])])
+    assert relative_error(packed, separate) < 5e-6
+
+
+def test_rejected_draft_tokens_are_forgotten(config):
+    layer = make(config)
+    hidden, drafts = torch.randn(40, 96), torch.randn(4, 96)
+    cache = DSACache(config, 44)
+    layer(hidden[:30], cache=cache)
+    layer(drafts, cache=cache)  # speculative decoding: four tokens in one step
+    cache.truncate(30)
+    assert relative_error(layer(hidden[30:], cache=cache), layer(hidden)[30:]) < 5e-6
+    cache.reset()
+    assert cache.lengths == (0,)
+    assert relative_error(layer(hidden[:9], cache=cache), layer(hidden[:9])) < 5e-6
+
+
+def test_each_query_attends_to_its_own_past_only(config):
+    layer = make(config)
+    hidden = torch.randn(50, 96)
+    changed = hidden.clone()
+    changed[30:] = float("nan")
+    assert torch.equal(layer(changed)[:30], layer(hidden)[:30])
+
+
+def test_an_empty_batch(config):
+    layer = make(config)
+    assert layer(torch.empty(0, 96)).shape == (0, 96)
+    cache = DSACache(config, 8, batch_size=2)
+    out = layer(torch.empty(0, 96), cache=cache, cu_seqlens_q=torch.zeros(3, dtype=torch.int32))
+    assert out.shape == (0, 96) and cache.lengths == (0, 0)
+
+
+def dense_mla(layer, hidden):
+    """Multi-head latent attention as the models' papers write it: keys and values expanded, SDPA."""
+    config = layer.config
+    nope, rope, heads = config.qk_nope_head_dim, config.qk_rope_head_dim, config.num_attention_heads
+    cos, sin = rope_cos_sin(torch.arange(len(hidden)), rope, config)
+    q = layer.wq_b(layer.q_norm(layer.wq_a(hidden))).unflatten(-1, (heads, -1))
+    q = torch.cat([q[..., :nope], apply_rope(q[..., nope:], cos, sin, "interleaved")], -1)
+    latent, k_rope = layer.wkv_a(hidden).split([config.kv_lora_rank, rope], -1)
+    k_rope = apply_rope(k_rope[:, None], cos, sin, "interleaved").expand(-1, heads, -1)
+    k_nope, v = (
+        layer.wkv_b(layer.kv_norm(latent)).unflatten(-1, (heads, -1)).split([nope, config.v_head_dim], -1)
+    )
+    q, k, v = (rearrange(x, "t h d -> 1 h t d") for x in (q, torch.cat([k_nope, k_rope], -1), v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.softmax_scale)
+    return layer.wo(rearrange(out, "1 h t d -> t (h d)"))
+
+
+def dense_gqa(layer, hidden):
+    cos, sin = rope_cos_sin(torch.arange(len(hidden)), layer.config.head_dim, layer.config)
+    q, k, v = (p(hidden).unflatten(-1, (-1, 32)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k, v = (
+        x.transpose(0, 1)[None] for x in (apply_rope(q, cos, sin, "half"), apply_rope(k, cos, sin, "half"), v)
+    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return layer.o_proj(rearrange(out, "1 h t d -> t (h d)"))
+
+
+@pytest.mark.parametrize("topk", [50, 64, 2048])
+@pytest.mark.parametrize("dtype", BUDGET)
+def test_enough_topk_equals_dense_attention(config, dtype, topk):
+    import dataclasses
+
+    layer = make(dataclasses.replace(config, index_topk=topk), dtype)
+    exact = make(dataclasses.replace(config, index_topk=topk), torch.float64)
+    exact.load_state_dict({name: w.double() for name, w in layer.state_dict().items()})
+    hidden = torch.randn(50, 96, dtype=dtype)
+    dense = dense_mla if config.is_mla else dense_gqa
+    truth = dense(exact, hidden.double())
+    error, dense_error = relative_error(layer(hidden), truth), relative_error(dense(layer, hidden), truth)
+    assert error < max(1.5 * dense_error, 1e-6)
+    assert relative_error(exact(hidden.double()), truth) < 1e-12
+
+
+def test_selecting_by_the_indexer_equals_selecting_all(config):
+    """The path through scoring and the one that skips it agree where both see everything."""
+    import dataclasses
+
+    layer = make(dataclasses.replace(config, index_topk=20))
+    hidden = torch.randn(25, 96)
+    scored = layer(hidden)[:20]  # the longest query sees more than topk, so all are scored
+    skipped = layer(hidden[:20])
+    assert relative_error(scored, skipped) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_backends_agree_in_a_layer(config, name):
+    hidden = torch.randn(40, 96)
+    assert relative_error(make(config, backend=name)(hidden), make(config)(hidden)) < 5e-6
+
+
+def test_weights_carry_deepseeks_names():
+    names = {name.rsplit(".", 1)[0] for name in make(MLA).state_dict()}
+    attention_names = {"wq_a", "q_norm", "wq_b", "wkv_a", "kv_norm", "wkv_b", "wo"}
+    assert names == attention_names | {f"indexer.{n}" for n in ("wq_b", "wk", "k_norm", "weights_proj")}
+    assert "indexer.k_norm.bias" in make(MLA).state_dict()
+
+
+def test_presets_have_the_models_shapes():
+    v32, glm = DSAConfig.deepseek_v32(), DSAConfig.glm5()
+    layer = SparseMLA(v32, device="meta", dtype=torch.bfloat16)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes["wq_a.weight"] == (1536, 7168)
+    assert shapes["wkv_a.weight"] == (576, 7168)
+    assert shapes["wkv_b.weight"] == (128 * 256, 512)
+    assert shapes["wo.weight"] == (7168, 128 * 128)
+    assert shapes["indexer.wq_b.weight"] == (64 * 128, 1536)
+    assert shapes["indexer.weights_proj.weight"] == (64, 7168)
+    assert v32.softmax_scale == pytest.approx(192**-0.5 * (0.1 * torch.tensor(40.0).log().item() + 1) ** 2)
+    assert glm.softmax_scale == 256**-0.5
+    assert (v32.indexer_rope, glm.indexer_rope) == ("half", "interleaved")
+
+
+def test_from_dict_reads_both_spellings_of_rope():
+    base = {
+        **{k: v for k, v in COMMON.items() if k != "indexer_rope"},
+        "model_type": "deepseek_v32",
+        **{"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16},
+        "v_head_dim": 20,
+        "vocab_size": 1000,
+        "num_key_value_heads": 4,
+    }
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+    old = DSAConfig.from_dict({**base, "rope_theta": 5e4, "rope_scaling": {"type": "yarn", **yarn}})
+    new = DSAConfig.from_dict({**base, "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4, **yarn}})
+    assert old == new and old.rope_theta == 5e4 and old.rope_scaling.factor == 4.0
+    assert old.indexer_rope == "half"
+    assert DSAConfig.from_dict(base, indexer_rope="interleaved", index_topk=3).index_topk == 3
+    assert hash(old) == hash(new)
+
+
+def test_from_dict_of_a_grouped_query_model():
+    llama = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    index = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "indexer_rope": "half"}
+    config = DSAConfig.from_dict(llama, **index)
+    assert not config.is_mla and config.head_dim == 24 and config.index_rope_dim == 16
+
+
+def test_indexer_follows_the_definition():
+    """Each step of the indexer written out for one token."""
+    torch.manual_seed(0)
+    indexer = LightningIndexer(MLA)
+    hidden, q_lora = torch.randn(1, 96), torch.randn(1, 48)
+    q, k, weights = indexer(hidden, q_lora, torch.tensor([5]))
+    raw = indexer.wk(hidden)[0]
+    normed = (raw - raw.mean()) / (raw.var(correction=0) + 1e-6).sqrt()
+    angle = 5 * 10000.0 ** (-torch.arange(8) / 8)
+    turned = torch.complex(normed[:8], normed[8:16]) * torch.polar(torch.ones(8), angle)
+    expected = torch.cat([turned.real, turned.imag, normed[16:]])
+    torch.testing.assert_close(k[0], expected, rtol=1e-5, atol=1e-5)
+    assert q.shape == (1, 16, 32)
+    torch.testing.assert_close(q[0, :, 16:].flatten(), indexer.wq_b(q_lora).view(16, 32)[:, 16:].flatten())
+    torch.testing.assert_close(weights, indexer.weights_proj(hidden) * 16**-0.5 * 32**-0.5)
+
+
+def test_head_weights_stay_fp32_in_a_bf16_layer():
+    layer = make(MLA, torch.bfloat16)
+    hidden = torch.randn(3, 96, dtype=torch.bfloat16)
+    _, weights = layer.indexer.queries(hidden, torch.randn(3, 48, dtype=torch.bfloat16), torch.arange(3))
+    exact = hidden.double() @ layer.indexer.weights_proj.weight.double().T * (16 * 32) ** -0.5
+    assert weights.dtype == torch.float32 and relative_error(weights, exact) < 1e-6
+
+
+def test_fp8_indexer_keeps_scores_close():
+    import dataclasses
+
+    from sparse_attn.reference import index_logits
+
+    hidden, q_lora = torch.randn(40, 96), torch.randn(40, 48)
+    positions, zero = torch.arange(40), torch.zeros(40, dtype=torch.int32)
+    torch.manual_seed(0)
+    plain = LightningIndexer(MLA)
+    rounded = LightningIndexer(dataclasses.replace(MLA, indexer_fp8=True))
+    rounded.load_state_dict(plain.state_dict())
+    a, b = (
+        index_logits(*indexer(hidden, q_lora, positions), zero, zero + 40) for indexer in (plain, rounded)
+    )
+    assert 1e-4 < relative_error(b, a) < 0.1  # rounded, but the rotation of both sides cancels
+    q, k, _ = rounded(hidden, q_lora, positions)
+    for x in (q, k):  # at most 8 significant bits survive
+        assert torch.equal(x, x.bfloat16().float())
+
+
+def test_caches_of_a_layer_hold_what_they_say():
+    cache = DSACache(MLA, 10, batch_size=2, dtype=torch.bfloat16)
+    assert cache["kv"].shape == (2, 10, 48) and cache["index_k"].shape == (2, 10, 32)
+    assert cache.nbytes == 2 * 10 * (48 + 32) * 2
+    cache = DSACache(GQA, 10)
+    assert cache["k"].shape == cache["v"].shape == (1, 10, 2, 32)

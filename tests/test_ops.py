@@ -1,0 +1,113 @@
+"""The ops behind the functions: schemas and fakes by opcheck, torch.compile, and bounded memory."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs, selection_indices, to_pages
+
+
+def op_arguments():
+    index = index_inputs(3, 40)
+    pages, table = to_pages(index["k"], 8)
+    ranges = index["ks"], index["ke"]
+    logits = torch.zeros(3, 40)
+    mla, gqa = mla_inputs(3, 20), gqa_inputs(3, 20)
+    extra_kv, extra_indices = torch.randn(9, 40), selection_indices(3, 9, 5)
+    length = torch.tensor([3, 0, 16], dtype=torch.int32)
+    picked = torch.zeros(3, 6, dtype=torch.int32)
+    out, lse = torch.zeros(3, 4, 32), torch.zeros(3, 4)
+    q, weights = index["q"], index["weights"]
+    return {
+        "index_logits": (q, index["k"], weights, *ranges, None, logits),
+        "select_topk": (torch.randn(3, 40), 6, *ranges, picked),
+        "lightning_topk": (q, pages, weights, 6, *ranges, table, 1 << 20, picked),
+        "sparse_mla": (
+            *(mla["q"], mla["kv"], mla["indices"], 32, 0.1, length, torch.zeros(4)),
+            *(extra_kv, extra_indices, None, out, lse),
+        ),
+        "sparse_gqa": (*gqa.values(), 0.1, length, None, out, lse),
+        "merge_attention": (torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4), out, lse),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_arguments()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.sparse_attn, name).default, op_arguments()[name])
+
+
+def select(q, k, weights, ks, ke):
+    logits = sparse_attn.index_logits(q, k, weights, ks, ke)
+    return (
+        logits,
+        sparse_attn.select_topk(logits, 5, ks, ke),
+        sparse_attn.lightning_topk(q, k, weights, 5, ks, ke),
+    )
+
+
+def attend(q, kv, indices):
+    parts = [sparse_attn.sparse_mla(q, kv, i, d_v=32, return_lse=True) for i in indices.chunk(2, 1)]
+    return sparse_attn.merge_attention(*zip(*parts, strict=True))
+
+
+def attend_grouped(q, k, v, indices):
+    buffers = torch.zeros_like(q), torch.zeros(q.shape[:2])
+    return sparse_attn.sparse_gqa(q, k, v, indices, return_lse=True, out=buffers)
+
+
+@pytest.mark.parametrize(
+    "function, inputs",
+    [(select, index_inputs), (attend, mla_inputs), (attend_grouped, gqa_inputs)],
+    ids=["index", "mla", "gqa"],
+)
+def test_compiled_functions_give_the_same_results(function, inputs):
+    torch.use_deterministic_algorithms(False)  # the compiler does not fill empty memory
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for s_q, s_kv in ((3, 30), (5, 47), (2, 90)):
+        arguments = inputs(s_q, s_kv)
+        for actual, expected in zip(compiled(**arguments), function(**arguments), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_compiled_functions_refuse_wrong_arguments():
+    inputs = mla_inputs(3, 20)
+    inputs["indices"] = inputs["indices"].long()
+    with pytest.raises(Exception, match="indices: expected dtype int32, got int64"):
+        torch.compile(attend)(**inputs)
+
+
+MEMORY = """
+import resource, sys, torch, sparse_attn
+torch.set_num_threads(1)
+s_q, s_kv, workspace = 256, 16384, 16 << 20
+q, k, weights = torch.randn(s_q, 16, 64), torch.randn(s_kv, 64), torch.randn(s_q, 16)
+ks, ke = torch.zeros(s_q, dtype=torch.int32), torch.full((s_q,), s_kv, dtype=torch.int32)
+qm, kv = torch.randn(s_q, 16, 96), torch.randn(s_kv, 96)
+def run(t):  # warm-up on a few queries, so that libraries and thread pools are not counted
+    i = sparse_attn.lightning_topk(q[t], k, weights[t], 512, ks[t], ke[t], workspace_bytes=workspace)
+    return i, sparse_attn.sparse_mla(qm[t], kv, i, d_v=64)
+with torch.no_grad():
+    run(slice(0, 4))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(slice(None))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_does_not_grow_with_s_q_times_s_kv():
+    """All logits would take 16 MiB, all selected rows 48 MiB, all head scores 256 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 48 << 20
+
+
+def test_ru_maxrss_sees_memory():
+    """The measure itself: touching 64 MiB shows."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    block = torch.ones(before * 1024 // 4 + (64 << 20) // 4)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > before
+    del block

@@ -1,0 +1,285 @@
+"""sparse_mla, sparse_gqa and merge_attention: every edge of their meaning, on every backend."""
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn import reference
+from sparse_attn.testing import (
+    INT_MAX,
+    INT_MIN,
+    assert_close,
+    gqa_inputs,
+    mla_inputs,
+    poison_unused,
+    selection_indices,
+)
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+INF = float("inf")
+# Implementations that round probabilities to the input dtype, as flash attention does, may err more.
+FACTOR = {"reference": 1.2, "cpu": 1.2, "triton": 2.5}
+
+
+def run(function, backend, inputs, **options):
+    """The function's (out, lse) and those of the fp64 reference, on the CPU."""
+    name = function.__name__
+    actual = function(**inputs, **options, return_lse=True, backend=backend)
+    wide = {}
+    for key, value in {**inputs, **options}.items():
+        if isinstance(value, torch.Tensor):
+            value = value.cpu()
+            if value.is_floating_point() and key != "attn_sink":
+                value = value.double()
+        wide[key] = value
+    expected = getattr(sparse_attn, name)(**wide, return_lse=True, backend="reference")
+    return [t.cpu() for t in actual], expected
+
+
+def check(backend, actual, expected):
+    (out, lse), (expected_out, expected_lse) = actual, expected
+    assert_close(out, expected_out, FACTOR[backend])
+    assert lse.dtype == torch.float32
+    tolerance = 1e-5 if backend != "triton" else 1e-4
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=tolerance, atol=tolerance)
+
+
+def mla(backend, inputs, d_v=32, **options):
+    check(backend, *run(sparse_attn.sparse_mla, backend, inputs, d_v=d_v, **options))
+
+
+def gqa(backend, inputs, **options):
+    check(backend, *run(sparse_attn.sparse_gqa, backend, inputs, **options))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "s_q, s_kv, h_q, topk, d_qk, d_v",
+    [(3, 50, 4, 16, 40, 32), (1, 7, 1, 1, 24, 24), (2, 90, 17, 33, 72, 64), (2, 200, 16, 70, 576, 512)],
+)
+def test_mla_matches_fp64(backend, device, dtype, s_q, s_kv, h_q, topk, d_qk, d_v):
+    mla(backend, mla_inputs(s_q, s_kv, h_q, topk, d_qk, dtype=dtype, device=device), d_v=d_v)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(
+    "h_q, h_kv, topk, d, d_v",
+    [(4, 2, 16, 32, 32), (3, 3, 5, 24, 40), (9, 3, 33, 64, 64), (8, 1, 20, 128, 128)],
+)
+def test_gqa_matches_fp64(backend, device, dtype, per_head, h_q, h_kv, topk, d, d_v):
+    gqa(backend, gqa_inputs(3, 60, h_q, h_kv, topk, d, d_v, per_head=per_head, dtype=dtype, device=device))
+
+
+def test_mla_of_a_definition_by_hand(backend, device):
+    q = torch.tensor([[[1.0, 0.0, 1.0]]], device=device)
+    kv = torch.tensor([[2.0, 5.0, 0.0], [0.0, 1.0, 0.0], [9.0, 9.0, 9.0]], device=device)
+    indices = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
+    out, lse = sparse_attn.sparse_mla(
+        q, kv, indices, d_v=2, softmax_scale=0.5, return_lse=True, backend=backend
+    )
+    p = torch.tensor([1.0, 0.0]).softmax(0)  # scores 2 * 0.5 and 0
+    expected = p[0] * torch.tensor([2.0, 5.0]) + p[1] * torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(out[0, 0].cpu(), expected)
+    assert lse.item() == pytest.approx(torch.tensor([1.0, 0.0]).logsumexp(0).item(), rel=1e-6)
+
+
+def test_a_query_without_tokens_is_zero_with_lse_minus_inf(backend, device):
+    inputs = mla_inputs(3, 20, device=device)
+    inputs["indices"].copy_(torch.tensor([-1, 20, INT_MIN, INT_MAX]).repeat(4))
+    inputs["kv"].fill_(float("nan"))
+    for sink in (None, torch.tensor([-INF, INF, 0.0, 5.0], device=device)):
+        out, lse = sparse_attn.sparse_mla(**inputs, d_v=32, attn_sink=sink, return_lse=True, backend=backend)
+        assert (out == 0).all() and torch.isneginf(lse).all()
+
+
+def test_invalid_indices_are_ignored_wherever_they_stand(backend, device):
+    inputs = mla_inputs(1, 30, topk=6, device=device)
+    inputs["kv"].nan_to_num_()
+    valid = torch.tensor([[4, 7, 2]], dtype=torch.int32, device=device)
+    mixed = torch.tensor([[INT_MAX, 4, -1, 7, 30, 2]], dtype=torch.int32, device=device)
+    clean = sparse_attn.sparse_mla(inputs["q"], inputs["kv"], valid, d_v=32, backend=backend)
+    noisy = sparse_attn.sparse_mla(inputs["q"], inputs["kv"], mixed, d_v=32, backend=backend)
+    torch.testing.assert_close(clean, noisy, rtol=1e-6, atol=1e-6)
+
+
+def test_a_duplicate_counts_twice(backend, device):
+    inputs = mla_inputs(1, 30, topk=3, device=device)
+    inputs["kv"].nan_to_num_()
+    inputs["indices"] = torch.tensor([[4, 4, 9]], dtype=torch.int32, device=device)
+    mla(backend, inputs)
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 16], [99, -4, 5]])
+def test_topk_length_cuts_the_row(backend, device, lengths):
+    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    inputs = mla_inputs(3, 50, device=device)
+    cut = inputs["indices"].clone()
+    cut[torch.arange(16, device=device) >= length[:, None]] = -1
+    inputs["kv"] = poison_unused(inputs["kv"].nan_to_num(), cut)
+    mla(backend, inputs, topk_length=length)
+    grouped = gqa_inputs(3, 50, device=device, per_head=True)
+    gqa(backend, grouped, topk_length=length)
+
+
+def test_sinks_enter_the_denominator_only(backend, device):
+    sink = torch.tensor([0.5, -INF, INF, 30.0], device=device)
+    mla(backend, mla_inputs(3, 50, device=device), attn_sink=sink)
+    gqa(backend, gqa_inputs(3, 50, device=device), attn_sink=sink)
+    inputs = mla_inputs(3, 50, device=device)
+    plain, lse = sparse_attn.sparse_mla(**inputs, d_v=32, return_lse=True, backend=backend)
+    with_sink, same_lse = sparse_attn.sparse_mla(
+        **inputs, d_v=32, attn_sink=sink, return_lse=True, backend=backend
+    )
+    assert torch.equal(lse, same_lse)
+    assert torch.equal(with_sink[:, 1], plain[:, 1])  # -inf is no sink
+    assert (with_sink[:, 2] == 0).all()  # +inf takes everything
+    kept = lse[:, 0].exp() / (lse[:, 0].exp() + sink[0].exp())
+    torch.testing.assert_close(with_sink[:, 0], plain[:, 0] * kept[:, None])
+
+
+def test_two_segments_share_one_softmax(backend, device):
+    first, second = mla_inputs(4, 50, device=device, seed=1), mla_inputs(4, 30, topk=9, device=device, seed=2)
+    length = torch.tensor([9, 0, 4, 2], dtype=torch.int32, device=device)
+    extra = {"extra_kv": second["kv"], "extra_indices": second["indices"], "extra_topk_length": length}
+    mla(backend, first, **extra)
+    mla(backend, first, **extra, attn_sink=torch.randn(4, device=device))
+    cut = second["indices"].clone()
+    cut[torch.arange(9, device=device) >= length[:, None]] = -1
+    joined = {
+        "q": first["q"],
+        "kv": torch.cat([first["kv"], second["kv"]]),
+        "indices": torch.cat(
+            [
+                torch.where((first["indices"] >= 0) & (first["indices"] < 50), first["indices"], -1),
+                torch.where((cut >= 0) & (cut < 30), cut + 50, -1),
+            ],
+            1,
+        ),
+    }
+    options = {"d_v": 32, "return_lse": True, "backend": backend}
+    for two, one in zip(
+        sparse_attn.sparse_mla(**first, **extra, **options),
+        sparse_attn.sparse_mla(**joined, **options),
+        strict=True,
+    ):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("s_q, s_kv, topk", [(0, 9, 4), (2, 0, 4), (2, 9, 0)])
+def test_nothing_to_attend_to(backend, device, s_q, s_kv, topk):
+    mla(backend, mla_inputs(s_q, s_kv, topk=topk, device=device))
+    gqa(backend, gqa_inputs(s_q, s_kv, topk=topk, device=device))
+
+
+def test_strided_inputs_and_outputs(backend, device):
+    inputs = mla_inputs(3, 40, h_q=4, device=device)
+    expected = reference.sparse_mla(
+        **{**inputs, "q": inputs["q"].double(), "kv": inputs["kv"].double()}, d_v=32, softmax_scale=40**-0.5
+    )
+    for name in ("q", "kv"):
+        spread = torch.full((*inputs[name].shape[:-1], 2 * 40 + 3), float("nan"), device=device)
+        spread[..., 1:81:2] = inputs[name]
+        inputs[name] = spread[..., 1:81:2]
+    inputs["indices"] = inputs["indices"].T.contiguous().T
+    out = torch.full((32, 4, 3), float("nan"), device=device).permute(2, 1, 0)
+    lse = torch.full((4, 3), float("nan"), device=device).T
+    result = sparse_attn.sparse_mla(**inputs, d_v=32, return_lse=True, out=(out, lse), backend=backend)
+    assert result[0] is out and result[1] is lse
+    assert_close(out.cpu(), expected[0].cpu(), FACTOR[backend])
+    torch.testing.assert_close(lse.double(), expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_strided_gqa_caches(backend, device):
+    inputs = gqa_inputs(3, 40, d=32, d_v=32, device=device)
+    both = torch.cat([inputs["k"], inputs["v"]], -1)  # one tensor holds k and v side by side
+    inputs["k"], inputs["v"] = both.split(32, -1)
+    inputs["q"] = inputs["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    gqa(backend, inputs)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 40), (5, 8, 1, 40)])
+def test_a_paged_cache_is_addressed_by_slot(backend, device, shape):
+    inputs = mla_inputs(3, 40, device=device)
+    flat = sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend)
+    inputs["kv"] = inputs["kv"].view(shape)
+    assert torch.equal(sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend), flat)
+
+
+def test_results_repeat_bit_for_bit(backend, device):
+    inputs = mla_inputs(5, 200, topk=64, dtype=torch.bfloat16, device=device)
+    first, again = (
+        sparse_attn.sparse_mla(**inputs, d_v=32, return_lse=True, backend=backend) for _ in range(2)
+    )
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_all_tokens_selected_equals_dense_attention(backend, device):
+    q, k, v = (torch.randn(6, h, 32, device=device) for h in (4, 2, 2))
+    position = torch.arange(6, dtype=torch.int32, device=device)
+    causal = torch.where(position <= position[:, None], position, -1)
+    out = sparse_attn.sparse_gqa(q, k, v, causal, backend=backend)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        is_causal=True,
+        enable_gqa=True,
+    )[0].transpose(0, 1)
+    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merging_parts_gives_the_whole(backend, device, dtype):
+    inputs = mla_inputs(4, 60, topk=48, dtype=dtype, device=device)
+    indices = inputs.pop("indices")
+    parts = [
+        sparse_attn.sparse_mla(**inputs, indices=i, d_v=32, return_lse=True, backend=backend)
+        for i in indices.split([16, 30, 2], 1)
+    ]
+    out, lse = sparse_attn.merge_attention(*zip(*parts, strict=True), backend=backend)
+    whole, whole_lse = reference.sparse_mla(
+        inputs["q"].double(), inputs["kv"].double(), indices, d_v=32, softmax_scale=40**-0.5
+    )
+    assert out.dtype == dtype
+    assert_close(out.cpu(), whole.cpu(), factor=3.0)  # parts were rounded, then the sum
+    torch.testing.assert_close(lse.double(), whole_lse, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_ignores_empty_parts(backend, device):
+    outs = torch.randn(3, 2, 4, 8, device=device)
+    lses = torch.randn(3, 2, 4, device=device)
+    lses[1] = -INF
+    outs[1] = float("nan")
+    lses[:, 1, 2] = -INF
+    out, lse = sparse_attn.merge_attention(outs, lses, backend=backend)
+    assert (out[1, 2] == 0).all() and lse[1, 2] == -INF
+    expected, expected_lse = reference.merge_attention(outs[::2].double(), lses[::2].double())
+    assert_close(out.cpu(), expected.cpu())
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_takes_stacked_parts_and_buffers(backend, device):
+    outs, lses = torch.randn(2, 3, 4, 8, device=device), torch.randn(2, 3, 4, device=device)
+    buffers = torch.empty(3, 4, 8, device=device), torch.empty(3, 4, device=device)
+    result = sparse_attn.merge_attention(outs, lses, out=buffers, backend=backend)
+    assert result[0] is buffers[0] and result[1] is buffers[1]
+    listed = sparse_attn.merge_attention(list(outs), list(lses), backend=backend)
+    assert torch.equal(result[0], listed[0]) and torch.equal(result[1], listed[1])
+
+
+def test_huge_caches_are_addressed_in_64_bits(backend, device):
+    rows = 2**31 // 64 + 10  # row * d exceeds int32
+    kv = torch.zeros(1, 64, device=device).expand(rows, 64)  # stride 0: no memory
+    q = torch.randn(1, 2, 64, device=device)
+    indices = torch.tensor([[rows - 1, 0]], dtype=torch.int32, device=device)
+    out = sparse_attn.sparse_mla(q, kv, indices, d_v=64, backend=backend)
+    assert (out == 0).all()
+
+
+def test_selected_rows_of_index_sets(backend, device):
+    """selection_indices really is hostile: it names valid, repeated and invalid rows."""
+    indices = selection_indices(8, 20, 32)
+    valid = (indices >= 0) & (indices < 20)
+    assert valid[:-1].any(1).all() and not valid[-1].any()
+    assert (indices[:-1] == INT_MIN).any() and (indices[:-1] == INT_MAX).any()
