@@ -1,0 +1,101 @@
+"""Merge attention over disjoint sets of keys.
+
+    lse[t, h] = log(sum_i exp(lses[i, t, h]))
+    out[t, h] = sum_i exp(lses[i, t, h] - lse[t, h]) * outs[i, t, h]
+
+summed in fp32 in the order of i. A part with lse = -inf is not read; if all are, out = 0 and lse = -inf.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_H = 8  # heads a program: with d_v = 512, 16 fp32 values a thread of 8 warps on every architecture
+
+
+def merge_attention(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Fill out [s_q, h, d_v] and lse [s_q, h] from outs [n, s_q, h, d_v] and lses [n, s_q, h]."""
+    n, s_q, h, d_v = outs.shape
+    if lse.numel() == 0:
+        return
+    with torch.cuda.device_of(outs):
+        _merge_attention_kernel[(s_q * triton.cdiv(h, BLOCK_H),)](
+            outs,
+            *outs.stride(),
+            lses,
+            *lses.stride(),
+            out,
+            *out.stride(),
+            lse,
+            *lse.stride(),
+            n,
+            h,
+            D_V=d_v,
+            BLOCK_H=BLOCK_H,
+            BLOCK_V=triton.next_power_of_2(d_v),
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+
+
+@triton.jit(do_not_specialize=["stride_lses_i", "n", "h"])
+def _merge_attention_kernel(
+    outs_ptr,  # [n, s_q, h, d_v]
+    stride_outs_i,
+    stride_outs_t,
+    stride_outs_h,
+    stride_outs_d,
+    lses_ptr,  # [n, s_q, h]
+    stride_lses_i,
+    stride_lses_t,
+    stride_lses_h,
+    out_ptr,  # [s_q, h, d_v]
+    stride_out_t,
+    stride_out_h,
+    stride_out_d,
+    lse_ptr,  # [s_q, h]
+    stride_lse_t,
+    stride_lse_h,
+    n,
+    h,
+    D_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program: one query, BLOCK_H heads."""
+    head_blocks = tl.cdiv(h, BLOCK_H)
+    t = (tl.program_id(0) // head_blocks).to(tl.int64)
+    offs_h = (tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
+    head_ok = offs_h < h
+    offs_v = tl.arange(0, BLOCK_V).to(tl.int64)  # [BLOCK_V]
+    lse_rows = lses_ptr + t * stride_lses_t + offs_h * stride_lses_h  # [BLOCK_H]
+    out_rows = (
+        outs_ptr + t * stride_outs_t + offs_h[:, None] * stride_outs_h + offs_v[None, :] * stride_outs_d
+    )  # [BLOCK_H, BLOCK_V]
+
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    for i in range(n):
+        part_lse = tl.load(lse_rows + tl.cast(i, tl.int64) * stride_lses_i, mask=head_ok, other=float("-inf"))
+        top = tl.maximum(top, part_lse)
+    top = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # never inf - inf
+
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
+    for i in range(n):
+        part_lse = tl.load(lse_rows + tl.cast(i, tl.int64) * stride_lses_i, mask=head_ok, other=float("-inf"))
+        weight = tl.exp(part_lse - top)  # [BLOCK_H]
+        part = tl.load(
+            out_rows + tl.cast(i, tl.int64) * stride_outs_i,
+            mask=(part_lse != float("-inf"))[:, None] & (offs_v < D_V)[None, :],
+            other=0.0,
+        )  # [BLOCK_H, BLOCK_V]
+        total += weight
+        acc += weight[:, None] * part.to(tl.float32)
+
+    out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])  # [BLOCK_H, BLOCK_V]
+    tl.store(
+        out_ptr + t * stride_out_t + offs_h[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
+        out.to(out_ptr.dtype.element_ty),
+        mask=head_ok[:, None] & (offs_v < D_V)[None, :],
+    )
+    tl.store(lse_ptr + t * stride_lse_t + offs_h * stride_lse_h, top + tl.log(total), mask=head_ok)
