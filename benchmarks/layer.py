@@ -4,7 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from sparse_attn.bench import layer
@@ -20,7 +19,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the plot")
     parser.add_argument("--json", metavar="FILE", help="append the figures as one JSON line")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     contexts, (tokens, context) = options.contexts, options.prefill
     if options.quick:
         contexts, tokens, context = [8192, 32768], 64, 8192
@@ -31,6 +29,7 @@ def main() -> None:
         prefill_tokens=tokens,
         prefill_context=context,
         rounds=options.rounds,
+        threads=options.threads,
     )
     if options.json:
         with open(options.json, "a") as file:

@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--part", choices=["model", "layer", "all"], default="all", help="default: all")
     demo.add_argument("--tokens", type=int, default=2048, help="length of the text (default 2048)")
     demo.add_argument("--text", type=Path, help="a text file instead of Python's own documentation")
-    demo.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    demo.add_argument("--threads", type=int, default=1, help="torch threads of the layer part (default 1)")
     demo.add_argument(
         "--output", type=Path, default=Path("sparse-attn-demo"), help="folder for plots and results.json"
     )
@@ -25,8 +25,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    import torch
-
     try:
         from rich.console import Console
 
@@ -34,8 +32,6 @@ def _demo(options: argparse.Namespace) -> None:
         from .demo import model
     except ModuleNotFoundError as error:
         raise SystemExit(f"sparse-attn demo needs {error.name}: {MISSING_DEMO}") from None
-    if options.threads:
-        torch.set_num_threads(options.threads)
     console = Console()
     start = time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -45,7 +41,7 @@ def _demo(options: argparse.Namespace) -> None:
         results["model"] = model.run(console, options.output, tokens=options.tokens, text=options.text)
     if options.part in ("layer", "all"):
         console.rule("2. A DeepSeek-V3.2-shaped layer: 128 heads, indexer 64 x 128, k = 2048")
-        results["layer"] = layer.run(console, options.output)
+        results["layer"] = layer.run(console, options.output, threads=options.threads)
     (options.output / "results.json").write_text(json.dumps(results, indent=1))
     console.print(
         f"{time.perf_counter() - start:.0f} s. Plots and results.json are in {options.output}/. "

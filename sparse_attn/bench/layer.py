@@ -1,5 +1,6 @@
 """A DeepSeek-V3.2-shaped attention layer on this machine: sparse against dense, decode and prefill."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,13 +50,18 @@ def run(
     prefill_tokens: int = 512,
     prefill_context: int = 32768,
     rounds: int = 5,
+    threads: int = 1,
     config: DSAConfig | None = None,
 ) -> dict[str, Any]:
-    """Measure, print tables, plot to ``output_dir/layer_decode.png``; return the figures (seconds, bytes)."""
+    """Measure, print tables, plot to ``output_dir/layer_decode.png``; return the figures (seconds, bytes).
+
+    One thread by default: on a machine that does other work too, a few threads wait for each other
+    more than they compute, and ratios say nothing.
+    """
     config = config or DSAConfig.deepseek_v32()
-    results: dict[str, Any] = {"machine": machine(), "decode": [], "prefill": None}
     torch.manual_seed(0)
-    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+    with torch.inference_mode(), _threads(threads), Progress(console=console, transient=True) as progress:
+        results: dict[str, Any] = {"machine": machine(), "decode": [], "prefill": None}
         layer = SparseMLA(config, dtype=torch.bfloat16)
         cache = _filled_cache(config, max(*contexts, prefill_context))
         task = progress.add_task("layer: decode", total=len(contexts) * rounds * 6)
@@ -69,6 +75,16 @@ def run(
     if output_dir is not None:
         results["plot"] = str(_plot(results, output_dir / "layer_decode.png"))
     return results
+
+
+@contextlib.contextmanager
+def _threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _filled_cache(config: DSAConfig, tokens: int) -> DSACache:
