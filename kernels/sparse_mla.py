@@ -31,8 +31,9 @@ class Config(NamedTuple):
 
 # architecture -> heads a program (BLOCK_H) -> the rest, for d_v = 512 and a tail of 64. A stage holds BLOCK_N
 # rows of 1152 bytes; the [BLOCK_H, 512] fp32 accumulator bounds BLOCK_H. None of these spills in its loop.
-# SKIP_EMPTY puts the scores under an `if`, which also changes the layout that the compiler gives them. Without
-# it, 64 heads compute every score in both warpgroups on sm_90 (72 wgmma for 36), and take 281 KiB on sm_100.
+# SKIP_EMPTY puts the scores under an `if`, which also changes the layout that the compiler gives them. Tiles
+# of 64 heads need it: else sm_90 computes every score in both warpgroups (72 wgmma, not 36) and spills, and
+# sm_100 takes 281 KiB of shared memory.
 CONFIGS = {
     80: {16: Config(64, 8, 2), 32: Config(64, 8, 2)},  # 163 KiB of shared memory; 64 heads would spill
     86: {16: Config(32, 4, 2)},  # 99 KiB, also sm_89

@@ -1,0 +1,377 @@
+"""What only the kernels can get wrong: tile edges, every configuration, strides, memory around the outputs.
+
+The meaning of the operations at large is tested by tests/test_index.py and tests/test_sparse_attention.py,
+which run in the interpreter too.
+"""
+
+import mmap
+
+import pytest
+import torch
+from sparse_attn.kernels import configs
+from sparse_attn.kernels.index_logits import KEYS_PER_PROGRAM, index_logits
+from sparse_attn.kernels.merge_attention import merge_attention
+from sparse_attn.kernels.sparse_gqa import sparse_gqa
+from sparse_attn.kernels.sparse_mla import sparse_mla
+
+from sparse_attn import reference
+from sparse_attn.testing import assert_close, gqa_inputs, index_inputs, mla_inputs, to_pages
+
+NAN, INF = float("nan"), float("inf")
+MAP_NORESERVE = 0x4000  # Linux; the mmap module has the name from Python 3.13 on
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+ARCHITECTURES = [80, 86, 90, 100, 120]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request, monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda device: request.param)
+    return request.param
+
+
+def wide(inputs):
+    return {n: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in inputs.items()}
+
+
+def check(out, lse, expected_out, expected_lse):
+    assert_close(out, expected_out, factor=2.5)  # probabilities are rounded to the input dtype too
+    tolerance = 1e-5 if out.dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=tolerance, atol=tolerance)
+
+
+MLA_OPTIONS = ("topk_length", "attn_sink", "extra_kv", "extra_indices", "extra_topk_length")
+
+
+def run_mla(inputs, d_v, out=None, lse=None):
+    """Launch into poisoned outputs and compare with the fp64 reference."""
+    q, scale = inputs["q"], inputs["q"].shape[-1] ** -0.5
+    out = q.new_full((*q.shape[:2], d_v), NAN) if out is None else out
+    lse = torch.full(q.shape[:2], NAN) if lse is None else lse
+    options = [inputs.get(name) for name in MLA_OPTIONS]
+    sparse_mla(q, inputs["kv"], inputs["indices"], d_v, scale, *options, out, lse)
+    check(out, lse, *reference.sparse_mla(**wide(inputs), d_v=d_v, softmax_scale=scale))
+    return out, lse
+
+
+def run_gqa(inputs, out=None, lse=None):
+    q, scale = inputs["q"], inputs["q"].shape[-1] ** -0.5
+    out = q.new_full((*q.shape[:2], inputs["v"].shape[-1]), NAN) if out is None else out
+    lse = torch.full(q.shape[:2], NAN) if lse is None else lse
+    options = [inputs.get(name) for name in ("topk_length", "attn_sink")]
+    sparse_gqa(q, inputs["k"], inputs["v"], inputs["indices"], scale, *options, out, lse)
+    check(out, lse, *reference.sparse_gqa(**wide(inputs), softmax_scale=scale))
+
+
+def run_index(inputs, block_table=None, out=None):
+    k = inputs["k"]
+    width = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
+    out = torch.full((len(inputs["q"]), width), NAN) if out is None else out
+    index_logits(*(inputs[n] for n in ("q", "k", "weights", "ks", "ke")), block_table, out)
+    assert_close(out, reference.index_logits(**wide(inputs), block_table=block_table))
+    return out
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# Every configuration: a partial block of heads, partial and wholly invalid tiles, both segments.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("h_q", [1, 17, 70])
+def test_mla_configurations(architecture, h_q, dtype):
+    inputs = mla_inputs(3, 90, h_q, topk=201, dtype=dtype)
+    inputs["indices"][0, 64:128] = -1  # no tile size sees a valid index here
+    inputs["indices"][1, :128] = 90
+    extra = mla_inputs(3, 40, h_q, topk=33, dtype=dtype, seed=1)
+    inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"], extra_topk_length=int32(33, 0, 7))
+    inputs.update(topk_length=int32(130, 201, 77), attn_sink=torch.randn(h_q))
+    run_mla(inputs, d_v=24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("h_q, h_kv", [(3, 3), (80, 2)])
+def test_gqa_configurations(architecture, h_q, h_kv, dtype):
+    inputs = gqa_inputs(3, 90, h_q, h_kv, topk=201, d=40, d_v=24, per_head=True, dtype=dtype)
+    inputs["indices"][0, :, 64:128] = -1
+    inputs.update(topk_length=int32(130, 201, 77), attn_sink=torch.randn(h_q))
+    run_gqa(inputs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_index_configurations(architecture, dtype):
+    run_index(index_inputs(4, 300, heads=17, d=40, dtype=dtype))
+
+
+@pytest.mark.parametrize("h", [1, 17, 128])
+def test_heads_of_the_indexer(h):
+    run_index(index_inputs(3, 70, heads=h, d=128, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("topk", [1, 33])
+@pytest.mark.parametrize("d_qk, d_v", [(576, 512), (512, 512), (40, 24)])
+def test_mla_widths(d_qk, d_v, topk):
+    run_mla(mla_inputs(2, 50, h_q=3, topk=topk, d_qk=d_qk, dtype=torch.bfloat16), d_v)
+
+
+# Ranges that meet the edges of a program's share of the keys.
+
+EDGES = [
+    0,
+    1,
+    63,
+    64,
+    65,
+    KEYS_PER_PROGRAM - 1,
+    KEYS_PER_PROGRAM,
+    KEYS_PER_PROGRAM + 1,
+    2 * KEYS_PER_PROGRAM + 5,
+]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_ranges_at_the_edges(paged):
+    ks = int32(*(a for a in EDGES for _ in EDGES))
+    ke = int32(*EDGES).repeat(len(EDGES))
+    inputs = index_inputs(len(ks), EDGES[-1], heads=2, d=16)
+    inputs.update(ks=ks, ke=ke, k=inputs["k"].nan_to_num())
+    table = None
+    if paged:
+        pages, table = to_pages(inputs["k"], page_size=48)
+        inputs["k"] = pages.nan_to_num()
+        table = torch.cat([table.roll(row, 1) for row in range(len(EDGES))])  # puts missing pages in view
+    run_index(inputs, table)
+
+
+def test_extreme_ranges():
+    inputs = index_inputs(4, 70)
+    inputs["k"].nan_to_num_()
+    limit = torch.iinfo(torch.int32)
+    inputs.update(
+        ks=int32(limit.min, limit.min, limit.max, 3), ke=int32(limit.max, limit.min, limit.min, limit.max)
+    )
+    run_index(inputs)
+
+
+def test_an_infinite_key_meets_padded_heads():
+    q, k = torch.ones(1, 3, 8), torch.ones(5, 8)
+    k[2] = INF
+    out = torch.full((1, 5), NAN)
+    index_logits(q, k, torch.ones(1, 3), int32(0), int32(5), None, out)
+    assert out.tolist() == [[24.0, 24.0, INF, 24.0, 24.0]]
+
+
+# Arithmetic at its limits.
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_huge_finite_scores(sign):
+    """Scores near -1e36 are ordinary: the running maximum must not be mistaken for them."""
+    q = torch.full((1, 1, 16), 1e18)
+    kv = sign * torch.tensor([[1e17], [2e17], [3e17]]).expand(3, 16).contiguous()
+    k, best = kv[:, None], 2 if sign > 0 else 0
+    out, lse = torch.full((1, 1, 16), NAN), torch.full((1, 1), NAN)
+    sparse_mla(q, kv, int32(0, 1, 2)[None], 16, 1.0, None, None, None, None, None, out, lse)
+    assert torch.equal(out[0, 0], kv[best])
+    assert lse.item() == pytest.approx(16 * 1e18 * kv[best, 0].item(), rel=1e-5)
+    out, lse = torch.full((1, 1, 16), NAN), torch.full((1, 1), NAN)
+    sparse_gqa(q, k, k, int32(0, 1, 2)[None], 1.0, None, None, out, lse)
+    assert torch.equal(out[0, 0], kv[best])
+
+
+def test_scores_of_minus_infinity_are_not_an_empty_row():
+    q, kv = torch.full((1, 1, 16), 1e20), torch.full((3, 16), -1e20)
+    for run in (
+        lambda out, lse: sparse_mla(q, kv, int32(0, 1)[None], 16, 1.0, *[None] * 5, out, lse),
+        lambda out, lse: sparse_gqa(
+            q, kv[:, None], kv[:, None], int32(0, 1)[None], 1.0, None, None, out, lse
+        ),
+    ):
+        out, lse = torch.zeros(1, 1, 16), torch.zeros(1, 1)
+        run(out, lse)
+        assert out.isnan().all() and torch.isneginf(lse).all()
+
+
+def test_nan_in_a_value_column_stays_there():
+    inputs = gqa_inputs(1, 30, topk=3)
+    inputs["k"].nan_to_num_()
+    inputs["v"].nan_to_num_()
+    inputs["indices"].copy_(int32(2, 5, 8))
+    inputs["v"][5, 0, 3] = NAN
+    run_gqa(inputs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merge(dtype):
+    outs, lses = torch.randn(5, 3, 17, 24).to(dtype), torch.randn(5, 3, 17).mul(20)
+    lses[1], lses[:, 2, 16], lses[:, 0, 3] = -INF, -INF, 1e30
+    outs[1] = NAN
+    lses[2, 1, 1] = NAN
+    out, lse = outs.new_full((3, 17, 24), NAN), torch.full((3, 17), NAN)
+    merge_attention(outs, lses, out, lse)
+    expected, expected_lse = reference.merge_attention(outs.double(), lses)
+    assert_close(out, expected)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_merging_one_part_changes_no_bit():
+    outs, lses = torch.randn(1, 3, 5, 24), torch.randn(1, 3, 5).mul(50)
+    out, lse = torch.full((3, 5, 24), NAN), torch.full((3, 5), NAN)
+    merge_attention(outs, lses, out, lse)
+    assert torch.equal(out, outs[0]) and torch.equal(lse, lses[0])
+
+
+# Strides: of every kind, and far enough to leave 32 bits.
+
+
+def strided(tensor):
+    """The same values with gaps between the elements of the last dimension, and dimensions reversed."""
+    order = range(tensor.dim() - 1, -1, -1)
+    buffer = torch.full((*tensor.permute(*order).shape, 3), 7).to(tensor.dtype)
+    view = buffer[..., 1].permute(*order)
+    return view.copy_(tensor), buffer
+
+
+def assert_gaps_untouched(buffer):
+    assert (buffer[..., 0] == 7).all() and (buffer[..., 2] == 7).all()
+
+
+def strided_outputs(*shapes):
+    return zip(*(strided(torch.full(shape, NAN)) for shape in shapes), strict=True)
+
+
+def test_strided_mla():
+    inputs = mla_inputs(3, 40, h_q=17, topk=20)
+    extra = mla_inputs(3, 30, h_q=17, topk=9, seed=1)
+    inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"], attn_sink=torch.randn(17))
+    inputs.update(topk_length=int32(7, 20, 3), extra_topk_length=int32(9, 2, 5))
+    inputs = {name: strided(t)[0] for name, t in inputs.items()}
+    outputs, buffers = strided_outputs((3, 17, 32), (3, 17))
+    run_mla(inputs, 32, *outputs)
+    for buffer in buffers:
+        assert_gaps_untouched(buffer)
+
+
+def test_strided_gqa():
+    inputs = gqa_inputs(3, 40, h_q=6, h_kv=2, d=40, d_v=24, per_head=True)
+    inputs.update(topk_length=int32(7, 16, 3), attn_sink=torch.randn(6))
+    inputs = {name: strided(t)[0] for name, t in inputs.items()}
+    outputs, buffers = strided_outputs((3, 6, 24), (3, 6))
+    run_gqa(inputs, *outputs)
+    for buffer in buffers:
+        assert_gaps_untouched(buffer)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_strided_index_logits(paged):
+    inputs, table = index_inputs(4, 40, heads=3, d=40), None
+    if paged:
+        inputs["k"], table = to_pages(inputs["k"], 16)
+        inputs["ke"].clamp_(max=40)
+        table = strided(table.repeat(2, 1))[0]
+    width = table.shape[1] * 16 if paged else 40
+    inputs = {name: strided(t)[0] for name, t in inputs.items()}
+    out, buffer = strided(torch.full((4, width), NAN))
+    run_index(inputs, table, out)
+    assert_gaps_untouched(buffer)
+
+
+def test_strided_merge():
+    outs, lses = torch.randn(2, 3, 9, 24), torch.randn(2, 3, 9)
+    (out, lse), buffers = strided_outputs((3, 9, 24), (3, 9))
+    merge_attention(strided(outs)[0], strided(lses)[0], out, lse)
+    check(out, lse, *reference.merge_attention(outs.double(), lses))
+    for buffer in buffers:
+        assert_gaps_untouched(buffer)
+
+
+def test_expanded_inputs():
+    mla = mla_inputs(1, 40, h_q=1, topk=20)
+    mla["indices"][:] = torch.arange(20)
+    mla["kv"].nan_to_num_()
+    mla = {n: t.expand(3, *t.shape[1:]) if n != "kv" else t for n, t in mla.items()}
+    mla["q"] = mla["q"].expand(3, 4, 40)
+    run_mla({**mla, "topk_length": int32(7).expand(3), "attn_sink": torch.randn(1).expand(4)}, 32)
+    index = index_inputs(1, 40, heads=1)
+    index = {
+        n: t.expand(3, *t.shape[1:]) if n != "k" else t[:1].nan_to_num().expand(40, -1)
+        for n, t in index.items()
+    }
+    run_index({**index, "weights": index["weights"].expand(3, 4), "q": index["q"].expand(3, 4, -1)})
+
+
+def far(tensor, dim):
+    """The same values in untouched virtual memory; twice the stride of ``dim`` leaves 32 bits."""
+    strides = list(tensor.contiguous().stride())
+    strides[dim] = 2**30 + 64
+    length = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, length * tensor.element_size(), flags=flags)
+    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    "name, dim", [("q", 0), ("q", 1), ("q", 2), ("kv", 0), ("kv", 1), ("indices", 0), ("indices", 1)]
+)
+def test_far_mla_inputs(name, dim):
+    inputs = mla_inputs(3, 12, h_q=3, topk=5, d_qk=24, dtype=torch.float16)
+    run_mla({**inputs, name: far(inputs[name], dim)}, 16)
+
+
+@pytest.mark.parametrize(
+    "name, dim", [("q", 0), ("q", 1), ("q", 2), *((n, d) for n in "kv" for d in range(3)), ("indices", 1)]
+)
+def test_far_gqa_inputs(name, dim):
+    inputs = gqa_inputs(3, 12, topk=5, d=16, d_v=24, per_head=True, dtype=torch.float16)
+    run_gqa({**inputs, name: far(inputs[name], dim)})
+
+
+@pytest.mark.parametrize(
+    "name, dim", [("q", 0), ("q", 1), ("q", 2), ("k", 0), ("k", 1), ("weights", 0), ("weights", 1)]
+)
+def test_far_index_inputs(name, dim):
+    inputs = index_inputs(3, 12, heads=3, d=16, dtype=torch.float16)
+    run_index({**inputs, name: far(inputs[name], dim)})
+
+
+@pytest.mark.parametrize("dim", range(3))
+def test_far_pages(dim):
+    inputs = index_inputs(3, 12, heads=3, d=16, dtype=torch.float16)
+    pages, table = to_pages(inputs["k"], 4)
+    inputs["ke"].clamp_(max=12)
+    run_index({**inputs, "k": far(pages, dim)}, table)
+    run_index({**inputs, "k": pages}, far(table.repeat(3, 1), min(dim, 1)))
+
+
+@pytest.mark.parametrize("dim", range(3))
+def test_far_outputs(dim):
+    mla = mla_inputs(3, 12, h_q=3, topk=5, d_qk=24, dtype=torch.float16)
+    out = far(torch.full((3, 3, 16), NAN, dtype=torch.float16), dim)
+    run_mla(mla, 16, out, far(torch.full((3, 3), NAN), min(dim, 1)))
+    gqa = gqa_inputs(3, 12, topk=5, d=16, d_v=16, dtype=torch.float16)
+    run_gqa(
+        gqa,
+        far(torch.full((3, 4, 16), NAN, dtype=torch.float16), dim),
+        far(torch.full((3, 4), NAN), min(dim, 1)),
+    )
+    run_index(index_inputs(3, 12), out=far(torch.full((3, 12), NAN), min(dim, 1)))
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_far_merge(dim):
+    outs, lses = torch.randn(3, 3, 4, 8), torch.randn(3, 3, 4)
+    out = far(torch.full((3, 4, 8), NAN), max(dim, 1) - 1)
+    lse = far(torch.full((3, 4), NAN), dim % 2)
+    merge_attention(far(outs, dim), far(lses, min(dim, 2)), out, lse)
+    check(out, lse, *reference.merge_attention(outs.double(), lses))
+
+
+def test_configurations_of_unknown_architectures(monkeypatch):
+    table = {80: "Ampere", 90: "Hopper"}
+    for arch, expected in ((80, "Ampere"), (89, "Ampere"), (90, "Hopper"), (121, "Hopper")):
+        monkeypatch.setattr(configs, "architecture", lambda device, arch=arch: arch)
+        assert configs.for_device(table, torch.device("cuda")) == expected
+    monkeypatch.setattr(configs, "architecture", lambda device: 75)
+    with pytest.raises(RuntimeError, match="need sm_80 or newer, cuda is sm_75"):
+        configs.for_device(table, torch.device("cuda"))
