@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 
 SCHEMAS = {
     "index_logits": "(Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, Tensor? block_table, "
@@ -39,6 +39,16 @@ BYTES_PER_LOGIT = 40
 @functools.cache
 def implementation(name: str, backend: str) -> Callable[..., None]:
     """The function that runs op ``name`` on ``backend`` ("cpu" or "triton")."""
+    if backend == "cpu" and hasattr(native, name):
+        return functools.partial(_native_or_torch, name, getattr(native, name), _torch_or_triton(name, "cpu"))
+    return _torch_or_triton(name, backend)
+
+
+def _native_or_torch(name: str, in_cpp: Callable[..., None], in_torch: Callable[..., None], *args) -> None:
+    (in_cpp if native.supports(name, *args) else in_torch)(*args)
+
+
+def _torch_or_triton(name: str, backend: str) -> Callable[..., None]:
     if name == "lightning_topk":
         score, select = (implementation(part, backend) for part in ("index_logits", "select_topk"))
         return functools.partial(_lightning_topk_in_chunks, score, select)

@@ -389,7 +389,7 @@ def run(
     topk: Sequence[int] = (64, 128, 256, 512),
     text: Path | str | None = None,
     new_tokens: int = 32,
-    depths: Sequence[float] = (0.1, 0.5, 0.9),
+    depths: Sequence[float] = (0.25, 0.5, 0.75),
 ) -> dict:
     """Compare dense attention with DSA at each k: print tables, write plots into the folder ``output``.
 
