@@ -1,0 +1,171 @@
+#include "api.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "workspace.h"
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// A set whose translation unit the compiler could not build is missing from the library: its address is null.
+#if defined(__x86_64__)
+extern const Kernels kernels_amx __attribute__((weak));
+extern const Kernels kernels_avx512bf16 __attribute__((weak));
+extern const Kernels kernels_avx512 __attribute__((weak));
+extern const Kernels kernels_avx2 __attribute__((weak));
+#endif
+extern const Kernels kernels_portable;
+
+namespace {
+
+struct Isa {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h: the kernel grants the tile state
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {&kernels_amx, has_amx},       {&kernels_avx512bf16, has_avx512bf16},
+    {&kernels_avx512, has_avx512}, {&kernels_avx2, has_avx2},
+#endif
+    {&kernels_portable, [] { return true; }},
+};
+constexpr int32_t kCount = sizeof kIsas / sizeof *kIsas;
+
+// The function that pick finds in this set or the next lower one that has it.
+template <class Pick>
+auto find(int32_t isa, const Pick& pick) {
+  while (isa < kCount - 1 && !(kIsas[isa].kernels && pick(*kIsas[isa].kernels))) isa++;
+  return pick(*kIsas[isa].kernels);
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+Range visible(const IndexArgs& args, int64_t t) {
+  const int64_t begin = std::clamp<int64_t>(args.ks[t], 0, args.width);
+  return {begin, std::max(begin, std::clamp<int64_t>(args.ke[t], 0, args.width))};
+}
+
+// Slices of a range, so that a few queries occupy all threads.
+int64_t slices_for(int64_t s_q, int threads) { return s_q >= 4 * threads ? 1 : threads; }
+
+Range slice(Range range, int64_t part, int64_t parts) {
+  const int64_t n = range.end - range.begin;
+  return {range.begin + n * part / parts, range.begin + n * (part + 1) / parts};
+}
+
+}  // namespace
+
+int32_t sparse_attn_isas() { return kCount; }
+int32_t sparse_attn_has_openmp() { return kHasOpenMP; }
+const char* sparse_attn_isa_name(int32_t isa) { return kIsas[isa].kernels ? kIsas[isa].kernels->name : ""; }
+int32_t sparse_attn_isa_supported(int32_t isa) { return kIsas[isa].kernels && kIsas[isa].supported(); }
+
+void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out, int64_t out_query) {
+  const auto score = find(isa, [&](const Kernels& k) { return k.score[args->dtype]; });
+  const int64_t parts = slices_for(args->s_q, threads);
+  parallel_for(args->s_q * parts, threads, [&](int64_t i) {
+    const int64_t t = i / parts;
+    const Range seen = visible(*args, t), all = slice({0, args->width}, i % parts, parts);
+    const Range mine = {std::clamp(seen.begin, all.begin, all.end), std::clamp(seen.end, all.begin, all.end)};
+    float* row = out + t * out_query;
+    std::fill(row + all.begin, row + mine.begin, -__builtin_inff());
+    if (mine.begin < mine.end) score(*args, t, mine.begin, mine.end, row + mine.begin);
+    std::fill(row + mine.end, row + all.end, -__builtin_inff());
+  });
+}
+
+void sparse_attn_select_topk(int32_t isa, int32_t threads, const SelectArgs* args) {
+  const auto select = find(isa, [](const Kernels& k) { return k.select; });
+  parallel_for(args->s_q, threads, [&](int64_t t) {
+    const int64_t begin = std::clamp<int64_t>(args->ks[t], 0, args->s_kv);
+    const int64_t end = std::clamp<int64_t>(args->ke[t], begin, std::max(begin, args->s_kv));
+    select(args->logits + t * args->logits_query + begin, begin, end - begin, args->topk,
+           args->out + t * args->out_query);
+  });
+}
+
+void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* args, int64_t topk,
+                                int64_t workspace_bytes, int32_t* out, int64_t out_query) {
+  const auto score = find(isa, [&](const Kernels& k) { return k.score[args->dtype]; });
+  const auto select = find(isa, [](const Kernels& k) { return k.select; });
+  const int64_t row_bytes = std::max<int64_t>(1, args->width * sizeof(float));
+  const int64_t rows = std::max<int64_t>(1, workspace_bytes / row_bytes);  // that may exist at a time
+  const auto select_from = [&](const float* row, int64_t t) {
+    const Range seen = visible(*args, t);
+    select(row, seen.begin, seen.end - seen.begin, topk, out + t * out_query);
+  };
+  if (args->s_q >= threads && rows >= threads) {  // a thread scores a row and selects from it in its cache
+    parallel_for(args->s_q, threads, [&](int64_t t) {
+      const Range seen = visible(*args, t);
+      Workspace workspace(Workspace::kRow, row_bytes);
+      float* row = workspace.take<float>(0);
+      if (seen.begin < seen.end) score(*args, t, seen.begin, seen.end, row);
+      select_from(row, t);
+    });
+    return;
+  }
+  const int64_t batch = std::min(rows, args->s_q);
+  Workspace workspace(Workspace::kRow, batch * row_bytes);
+  float* logits = workspace.take<float>(0);
+  for (int64_t first = 0; first < args->s_q; first += batch) {
+    const int64_t n = std::min(batch, args->s_q - first);
+    parallel_for(n * threads, threads, [&](int64_t i) {
+      const int64_t t = first + i / threads;
+      const Range seen = visible(*args, t), mine = slice(seen, i % threads, threads);
+      float* row = logits + (t - first) * args->width;
+      if (mine.begin < mine.end) score(*args, t, mine.begin, mine.end, row + mine.begin - seen.begin);
+    });
+    parallel_for(n, threads, [&](int64_t i) { select_from(logits + i * args->width, first + i); });
+  }
+}
+
+void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args) {
+  const int64_t group = args->h_q / args->h_kv;
+  const bool few = group <= kFewHeads;
+  const auto attend = find(isa, [&](const Kernels& k) { return few ? k.attend_few[args->dtype] : k.attend[args->dtype]; });
+  // Heads that stay together: a whole number of kv heads when they are few, else a part of one.
+  const bool shared = args->segments[0].indices_head == 0;
+  const int64_t unit = few ? group : kHeadUnit;
+  int64_t block = few ? (shared ? args->h_q : group) : std::min(group, kMaxHeads);
+  while (block > unit && args->s_q * (args->h_q / block) < threads) block = round_up((block + 1) / 2, unit);
+  const int64_t range = few ? args->h_q : group;  // that blocks divide
+  const int64_t blocks = (range + block - 1) / block, ranges = args->h_q / range;
+  parallel_for(args->s_q * ranges * blocks, threads, [&](int64_t i) {
+    const int64_t t = i / (ranges * blocks), first = i / blocks % ranges * range, head = first + i % blocks * block;
+    attend(*args, t, head, std::min(head + block, first + range));
+  });
+}
+
+int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds) {
+  return kIsas[isa].kernels ? kIsas[isa].kernels->peak(kind, rounds) : 0;
+}

@@ -1,0 +1,24 @@
+// The C ABI, called through ctypes. `isa` is an index below sparse_attn_isas(), the best first; it must be
+// supported. Functions may run in several threads at once, and each uses at most `threads` threads.
+#pragma once
+
+#include "common.h"
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int32_t sparse_attn_isas();
+const char* sparse_attn_isa_name(int32_t isa);
+int32_t sparse_attn_isa_supported(int32_t isa);
+int32_t sparse_attn_has_openmp();
+
+void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out, int64_t out_query);
+void sparse_attn_select_topk(int32_t isa, int32_t threads, const SelectArgs* args);
+void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* args, int64_t topk,
+                                int64_t workspace_bytes, int32_t* out, int64_t out_query);
+void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args);
+
+// Operations of a loop in registers, see Kernels::peak.
+int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds);
+}
+#pragma GCC visibility pop

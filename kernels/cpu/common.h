@@ -1,0 +1,82 @@
+// Types that every instruction set shares: the arguments of the operations and the table of their kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+enum DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kDTypes = 3 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// Strides count elements; the last dimension of every tensor is contiguous.
+
+// index_logits: q [s_q, heads, d], k [s_kv, d] or pages [pages, page_size, d], weights [s_q, heads].
+struct IndexArgs {
+  const void* q;
+  const void* k;
+  const float* weights;
+  const int32_t* ks;  // query t sees positions ks[t] <= s < ke[t]
+  const int32_t* ke;
+  const int32_t* block_table;  // [tables, max_pages], or null: then k is one page of s_kv rows
+  int64_t q_query, q_head, k_page, k_row, weights_query, block_table_row;
+  int64_t s_q, heads, d, pages, page_size, tables, width;
+  int32_t dtype;
+};
+
+// One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v], indices [s_q, h_kv, topk].
+struct Segment {
+  const void* k;
+  const void* v;
+  const int32_t* indices;
+  const int32_t* topk_length;  // [s_q] or null
+  int64_t k_row, k_head, v_row, v_head, indices_query, indices_head;
+  int64_t s_kv, topk;
+};
+
+// q [s_q, h_q, d_qk] -> out [s_q, h_q, d_v], lse [s_q, h_q]; one softmax over both segments.
+struct AttentionArgs {
+  Segment segments[2];
+  const void* q;
+  const float* attn_sink;  // [h_q] or null
+  void* out;
+  float* lse;
+  int64_t q_query, q_head, out_query, out_head, lse_query;
+  int64_t s_q, h_q, h_kv, d_qk, d_v;
+  int32_t n_segments, dtype;
+  float softmax_scale;
+};
+
+struct SelectArgs {
+  const float* logits;  // [s_q, s_kv]
+  const int32_t* ks;
+  const int32_t* ke;
+  int32_t* out;  // [s_q, topk]
+  int64_t logits_query, out_query, s_q, s_kv, topk;
+};
+
+// What one instruction set offers. A null entry is served by the next lower set.
+struct Kernels {
+  const char* name;
+  // Scores of positions [begin, end) of query t, which exist, into out[0 .. end - begin).
+  void (*score[kDTypes])(const IndexArgs&, int64_t t, int64_t begin, int64_t end, float* out);
+  // The top-k of the n logits x, which stand at positions begin, begin + 1, ..: into out[0 .. topk).
+  void (*select)(const float* x, int64_t begin, int64_t n, int64_t topk, int32_t* out);
+  // Heads [head, head_end) of query t: of one kv head, at most kMaxHeads of them.
+  void (*attend[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
+  // The same for at most kFewHeads heads a kv head, of one or several kv heads that share their indices.
+  void (*attend_few[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
+  // Runs a loop of multiply-adds in registers and returns how many operations it made; 0 if there is no such loop.
+  int64_t (*peak)(int32_t kind, int64_t rounds);
+};
+enum PeakKind : int32_t { kPeakFp32 = 0, kPeakBf16 = 1 };
+
+constexpr int64_t kMaxHeads = 128;
+constexpr int64_t kFewHeads = 8;
+constexpr int64_t kHeadUnit = 16;  // parts of a head range start at multiples of it
+
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

@@ -1,0 +1,200 @@
+// Attention of a few heads a kv head: memory-bound, so the rows are the vectors and every row is read once.
+//
+// One call takes several neighbouring kv heads of a shared selection: a row's page is then visited once for all.
+#pragma once
+
+#include "attention.h"
+
+namespace {
+
+template <class T>
+class FewHeads {
+  static constexpr int kBlock = 64;  // rows at a time
+  static constexpr int kRows = 4;    // of a register tile
+  static constexpr int kHeads = 4;
+  static constexpr float kSlack = 8.0f;  // as in OnlineSoftmax
+
+ public:
+  static constexpr int kMaxGroup = kFewHeads;
+
+  template <class Memory>
+  FewHeads(const HeadGroup& unit, Memory& memory)
+      : args_(unit.args),
+        unit_(unit),
+        group_(args_.h_q / args_.h_kv),
+        depth_(round_up(args_.d_qk, kWidth)),
+        columns_(round_up(args_.d_v, kWidth)),
+        k_(memory.template take<const T*>(max_rows(args_))),
+        v_(memory.template take<const T*>(max_rows(args_))),
+        q_(memory.template take<float>(unit.heads * depth_)),
+        acc_(memory.template take<float>(unit.heads * columns_)),
+        top_(memory.template take<float>(unit.heads)),
+        total_(memory.template take<float>(unit.heads)),
+        sums_(memory.template take<float>((kBlock + kRows) * kMaxGroup * kWidth)),
+        scores_(memory.template take<float>(kBlock * kMaxGroup)) {
+    for (lanes_ = 1; lanes_ < group_;) lanes_ *= 2;
+  }
+
+  void run() {
+    const int64_t kv_head = unit_.head / group_, kv_heads = unit_.heads / group_;
+    const int64_t n = selected_rows(args_, unit_.t, kv_head, k_, v_);
+    const T* q = static_cast<const T*>(args_.q) + unit_.t * args_.q_query + unit_.head * args_.q_head;
+    for (int64_t h = 0; h < unit_.heads; h++) {
+      to_words<Fp32>(q + h * args_.q_head, args_.d_qk, q_ + h * depth_, depth_);
+      top_[h] = -3e38f;
+      total_[h] = 0.0f;
+    }
+    std::memset(acc_, 0, unit_.heads * columns_ * sizeof(float));
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int rows = static_cast<int>(n - i < kBlock ? n - i : kBlock);
+      for (int64_t g = 0; g < kv_heads; g++) {
+        // The next block's rows, an equal share for each kv head.
+        const int64_t ahead = i + kBlock, share = kBlock / kv_heads + 1;
+        for (int64_t j = ahead + g * share; j < ahead + (g + 1) * share && j < ahead + kBlock && j < n; j++)
+          for (int64_t other = 0; other < kv_heads; other++) {
+            prefetch(key(j, other), args_.d_qk * sizeof(T));
+            prefetch(value(j, other), args_.d_v * sizeof(T));
+          }
+        scores(i, g, rows);
+        softmax(g, rows);
+        accumulate(i, g, rows);
+      }
+    }
+    for (int64_t h = 0; h < unit_.heads; h++) {
+      const float factor = finish_head(args_, unit_.t, unit_.head + h, n == 0, top_[h], total_[h]);
+      write_head<T>(args_, unit_.t, unit_.head + h, acc_ + h * columns_, factor);
+    }
+  }
+
+ private:
+  const T* key(int64_t row, int64_t g) const { return k_[row] + g * args_.segments[0].k_head; }
+  const T* value(int64_t row, int64_t g) const { return v_[row] + g * args_.segments[0].v_head; }
+
+  // scores_[row][lane], a lane for each head of the group.
+  void scores(int64_t first, int64_t g, int rows) {
+    std::memset(sums_, 0, rows * lanes_ * kWidth * sizeof(float));
+    for (int h = 0; h < group_; h += kHeads) {
+      const float* q = q_ + (g * group_ + h) * depth_;
+      with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
+        int r = 0;
+        for (; r + kRows <= rows; r += kRows) dots<kRows, heads>(first + r, g, q, r, h);
+        for (; r < rows; r++) dots<1, heads>(first + r, g, q, r, h);
+      });
+    }
+    for (int i = 0; i < rows * lanes_; i += kWidth) store(scores_ + i, sum_each(sums_ + i * kWidth));
+  }
+
+  template <int R, int H>
+  void dots(int64_t first, int64_t g, const float* q, int row, int head) {
+    const T* k[R];
+    for (int r = 0; r < R; r++) k[r] = key(first + r, g);
+    Float c[R][H] = {};
+    const auto step = [&](int64_t d, auto&& load_keys) {
+      Float queries[H];
+#pragma GCC unroll 8
+      for (int h = 0; h < H; h++) queries[h] = load(q + h * depth_ + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const Float keys = load_keys(k[r] + d);
+#pragma GCC unroll 8
+        for (int h = 0; h < H; h++) c[r][h] = fma(keys, queries[h], c[r][h]);
+      }
+    };
+    const int64_t whole = args_.d_qk / kWidth * kWidth;
+    for (int64_t d = 0; d < whole; d += kWidth) step(d, [](const T* p) { return load(p); });
+    if (whole < args_.d_qk) step(whole, [&](const T* p) { return load_tail(p, args_.d_qk - whole); });
+    for (int r = 0; r < R; r++)
+      for (int h = 0; h < H; h++) store(sums_ + ((row + r) * lanes_ + head + h) * kWidth, c[r][h]);
+  }
+
+  // scores_ become probabilities; what was summed so far is scaled to a new reference where it is needed.
+  void softmax(int64_t g, int rows) {
+    const float scale = args_.softmax_scale * kLog2e;
+    const int n = rows * lanes_;
+    constexpr int kPattern = kWidth > kMaxGroup ? kWidth : kMaxGroup;  // lanes repeat within so many
+    float top[kPattern], sums[kPattern];
+    for (int lane = 0; lane < group_; lane++) {
+      float& before = top_[g * group_ + lane];
+      float highest = before;
+      for (int i = lane; i < n; i += lanes_) highest = scores_[i] * scale > highest ? scores_[i] * scale : highest;
+      if (highest > before + kSlack) {
+        const float alpha = exp2(splat(before - highest))[0];
+        total_[g * group_ + lane] *= alpha;
+        float* acc = acc_ + (g * group_ + lane) * columns_;
+        for (int64_t c = 0; c < columns_; c += kWidth) store(acc + c, load(acc + c) * alpha);
+        before = highest;
+      }
+      top[lane] = before;
+    }
+    for (int i = 0; i < kPattern; i++) top[i] = i % lanes_ < group_ ? top[i % lanes_] : 0.0f;
+    for (int i = n; i < round_up(n, kPattern); i++) scores_[i] = -INFINITY;
+    std::memset(sums, 0, sizeof sums);
+    for (int i = 0; i < n; i += kPattern)
+      for (int j = 0; j < kPattern; j += kWidth) {
+        const Float p = exp2(fma(load(scores_ + i + j), splat(scale), -load(top + j)));
+        store(scores_ + i + j, p);
+        store(sums + j, load(sums + j) + p);
+      }
+    for (int i = 0; i < kPattern; i++)
+      if (i % lanes_ < group_) total_[g * group_ + i % lanes_] += sums[i];
+  }
+
+  void accumulate(int64_t first, int64_t g, int rows) {
+    constexpr int kVectors = kTileVectors;
+    for (int h = 0; h < group_; h += kHeads)
+      with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
+        for (int64_t c = 0; c < args_.d_v; c += kVectors * kWidth) {
+          const int64_t whole = (args_.d_v - c) / kWidth;
+          float* acc = acc_ + (g * group_ + h) * columns_ + c;
+          if (whole >= kVectors) {
+            add_values<heads, kVectors>(first, g, rows, c, h, acc, [](const T* p) { return load(p); });
+          } else {
+            for (int64_t v = 0; v * kWidth < args_.d_v - c; v++) {
+              const int64_t left = args_.d_v - c - v * kWidth;
+              add_values<heads, 1>(first, g, rows, c + v * kWidth, h, acc + v * kWidth,
+                                   [left](const T* p) { return load_tail(p, left); });
+            }
+          }
+        }
+      });
+  }
+
+  template <int H, int N, class Load>
+  void add_values(int64_t first, int64_t g, int rows, int64_t column, int head, float* acc, Load&& load_values) {
+    Float c[H][N];
+    for (int h = 0; h < H; h++)
+      for (int n = 0; n < N; n++) c[h][n] = load(acc + h * columns_ + n * kWidth);
+    for (int r = 0; r < rows; r++) {
+      const T* row = value(first + r, g) + column;
+      Float values[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) values[n] = load_values(row + n * kWidth);
+#pragma GCC unroll 8
+      for (int h = 0; h < H; h++) {
+        const Float p = splat(scores_[r * lanes_ + head + h]);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) c[h][n] = fma(p, values[n], c[h][n]);
+      }
+    }
+    for (int h = 0; h < H; h++)
+      for (int n = 0; n < N; n++) store(acc + h * columns_ + n * kWidth, c[h][n]);
+  }
+
+  const AttentionArgs& args_;
+  const HeadGroup& unit_;
+  int group_;      // heads a kv head
+  int lanes_ = 1;  // the power of two that holds them
+  int64_t depth_, columns_;
+  const T **k_, **v_;
+  float *q_, *acc_;         // [heads, depth], [heads, columns]
+  float *top_, *total_;     // [heads]
+  float *sums_, *scores_;   // of one block and kv head
+};
+
+template <class T>
+void attend_few_heads(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
+  const HeadGroup unit{args, t, head, head_end - head};
+  with_workspace<FewHeads<T>>(unit, [](FewHeads<T>& heads) { heads.run(); });
+}
+
+}  // namespace

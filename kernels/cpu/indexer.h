@@ -1,0 +1,141 @@
+// Lightning-indexer scores: logits[s] = sum_j weights[j] * relu(q[j] . k[s]).
+//
+// The heads of one query are the columns of a register tile, a few keys its rows; relu and weight are applied to
+// the accumulators, so a score leaves registers as one vector a key.
+#pragma once
+
+#include "tile.h"
+#include "workspace.h"
+
+namespace {
+
+// The weights of one query, zero for the heads that fill up the last vector.
+class HeadWeights {
+ public:
+  template <class Memory>
+  HeadWeights(const IndexArgs& args, Memory& memory)
+      : heads_(args.heads), weights_(memory.template take<float>(round_up(args.heads, kWidth))) {
+    for (int i = 0; i < kWidth; i++) tail_[i] = i < heads_ - (vectors() - 1) * kWidth ? -1 : 0;
+  }
+
+  int64_t vectors() const { return round_up(heads_, kWidth) / kWidth; }
+
+  void prepare(const float* weights) {
+    std::memset(weights_, 0, vectors() * kWidth * sizeof(float));
+    std::memcpy(weights_, weights, heads_ * sizeof(float));
+  }
+
+  // total + weights * relu(scores) for the heads of vector v
+  Float add(Float total, int64_t v, Float scores) const {
+    scores = relu(scores);
+    if (v == vectors() - 1) scores = bit_cast<Float>(bit_cast<Int>(scores) & tail_);
+    return fma(scores, load(weights_ + v * kWidth), total);
+  }
+
+ private:
+  int64_t heads_;
+  float* weights_;
+  Int tail_;  // the lanes of the last vector that are heads; in the others 0 * inf must not count
+};
+
+// The scorer of one query on register tiles.
+template <class Math, class T>
+class TileScorer {
+  using Word = typename Math::Word;
+  static constexpr int kKeys = 48;  // a multiple of kTileRows and of kWidth
+
+ public:
+  using Element = T;
+
+  template <class Memory>
+  TileScorer(const IndexArgs& args, Memory& memory)
+      : args_(args),
+        weights_(args, memory),
+        words_((args.d + Math::kPerWord - 1) / Math::kPerWord),
+        depth_(round_up(words_, kWidth)),
+        queries_(memory.template take<Word>(weights_.vectors() * kWidth * depth_)),
+        keys_(memory.template take<Word>(kKeys * depth_)),
+        sums_(memory.template take<float>(kKeys * kWidth)) {}
+
+  void prepare(int64_t t) {
+    weights_.prepare(args_.weights + t * args_.weights_query);
+    const T* q = static_cast<const T*>(args_.q) + t * args_.q_query;
+    pack_columns<Math>(q, args_.q_head, args_.heads, args_.d, depth_, queries_, keys_);
+  }
+
+  // Scores of n keys that lie `stride` elements apart.
+  void run(const T* k, int64_t stride, int64_t n, float* out) const {
+    const Word* rows[kKeys];
+    for (int64_t s = 0; s < n; s += kKeys, k += kKeys * stride) {
+      const int m = static_cast<int>(n - s < kKeys ? n - s : kKeys);
+      for (int i = 0; i < m; i++) {
+        const T* row = k + i * stride;
+        if (are_words<Math, T>(args_.d)) {
+          rows[i] = reinterpret_cast<const Word*>(row);
+        } else {
+          to_words<Math>(row, args_.d, keys_ + i * depth_, depth_);
+          rows[i] = keys_ + i * depth_;
+        }
+      }
+      if (s + 2 * kKeys <= n) prefetch_ahead(k + kKeys * stride, stride);
+      score(rows, m);
+      for (int i = 0; i < m; i += kWidth) store_tail(out + s + i, sum_each(sums_ + i * kWidth), m - i);
+    }
+  }
+
+ private:
+  void prefetch_ahead(const T* k, int64_t stride) const {
+    for (int i = 0; i < kKeys; i++) prefetch(k + i * stride, args_.d * sizeof(T));
+  }
+
+  void score(const Word* const* rows, int n) const {
+    for (int64_t v = 0; v < weights_.vectors(); v += kTileVectors) {
+      const int64_t left = weights_.vectors() - v;
+      with_constant<kTileVectors>(left < kTileVectors ? left : kTileVectors, [&](auto columns) {
+        for_each_tile<Math, columns>(rows, 1, queries_ + v * kWidth * depth_, words_, n, FromZero{},
+                                     [&](int first, auto& c) {
+                                       add_heads<columns>(v, sums_ + first * kWidth, c);
+                                     });
+      });
+    }
+  }
+
+  template <int N, int M>
+  void add_heads(int64_t v, float* sums, Float (&c)[M][N]) const {
+    for (int m = 0; m < M; m++) {
+      Float total = v ? load(sums + m * kWidth) : Float{};
+      for (int n = 0; n < N; n++) total = weights_.add(total, v + n, c[m][n]);
+      store(sums + m * kWidth, total);
+    }
+  }
+
+  const IndexArgs& args_;
+  HeadWeights weights_;
+  int64_t words_, depth_;  // of a key, and padded
+  Word* queries_;  // panels of heads
+  Word* keys_;
+  float* sums_;
+};
+
+// Positions [begin, end) of query t, page by page.
+template <class Scorer>
+void score_row(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
+  using T = typename Scorer::Element;
+  with_workspace<Scorer>(args, [&](Scorer& scorer) {
+    scorer.prepare(t);
+    const T* k = static_cast<const T*>(args.k);
+    if (!args.block_table) return scorer.run(k + begin * args.k_row, args.k_row, end - begin, out);
+    const int32_t* table = args.block_table + t / (args.s_q / args.tables) * args.block_table_row;
+    for (int64_t s = begin; s < end;) {
+      const int64_t page = table[s / args.page_size], offset = s % args.page_size;
+      const int64_t n = end - s < args.page_size - offset ? end - s : args.page_size - offset;
+      if (page >= 0 && page < args.pages)
+        scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, out + s - begin);
+      else
+        for (int64_t i = 0; i < n; i++) out[s - begin + i] = -__builtin_inff();
+      s += n;
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,24 @@
+// The kernels of the instruction set that the including translation unit is compiled for.
+#pragma once
+
+#include "few_heads.h"
+#include "indexer.h"
+#include "peak.h"
+#include "topk.h"
+
+namespace {
+
+// Everything computed in fp32, whatever the tensors hold.
+constexpr Kernels fp32_kernels(const char* name) {
+  return {
+      name,
+      {score_row<TileScorer<Fp32, bfloat16>>, score_row<TileScorer<Fp32, float16>>, score_row<TileScorer<Fp32, float>>},
+      select_row,
+      {attend_heads<TileEngine<Fp32, bfloat16>>, attend_heads<TileEngine<Fp32, float16>>,
+       attend_heads<TileEngine<Fp32, float>>},
+      {attend_few_heads<bfloat16>, attend_few_heads<float16>, attend_few_heads<float>},
+      [](int32_t kind, int64_t rounds) { return kind == kPeakFp32 ? run_peak<Fp32>(rounds) : 0; },
+  };
+}
+
+}  // namespace

@@ -1,0 +1,3 @@
+#include "isa.h"
+
+extern const Kernels kernels_portable = fp32_kernels("portable");

@@ -1,0 +1,336 @@
+// A vector of floats in the widest form that this translation unit is compiled for, and what kernels do with it.
+//
+// Everything in the kernel headers lives in an unnamed namespace: the same template is compiled once for each
+// instruction set, and the linker must never merge two of them.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+constexpr int kTileVectors = 4;  // a register tile is kTileRows x kTileVectors accumulators
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kWidth = 4;
+constexpr int kTileVectors = 4;
+#else
+constexpr int kWidth = 4;
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+typedef float Float __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Int __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Bits;  // bit i is lane i of a comparison
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Float splat(float x) { return x - Float{}; }
+inline Int splat(int32_t x) { return x - Int{}; }
+
+inline Float load(const float* p) {
+  Float x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
+
+inline Float select(Int mask, Float a, Float b) {  // lanes of the mask are all ones or zero
+  return bit_cast<Float>((mask & bit_cast<Int>(a)) | (~mask & bit_cast<Int>(b)));
+}
+
+// Element types, one at a time. Rounding is to nearest even.
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+inline void from_float(float x, float* p) { *p = x; }
+inline void from_float(float x, bfloat16* p) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  p->bits = x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : (u >> 16 | 0x40);
+}
+
+#if defined(__F16C__)
+inline float to_float(float16 x) { return _cvtsh_ss(x.bits); }
+inline void from_float(float x, float16* p) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+inline float to_float(float16 x) { return bit_cast<__fp16>(x.bits); }
+inline void from_float(float x, float16* p) { p->bits = bit_cast<uint16_t>(static_cast<__fp16>(x)); }
+#else
+inline float to_float(float16 x) {
+  // Move exponent and mantissa into place, then let a multiplication rebias them, subnormals included.
+  const uint32_t magnitude = uint32_t{x.bits} & 0x7fff;
+  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : bit_cast<uint32_t>(scaled);
+  return bit_cast<float>(special | (uint32_t{x.bits} & 0x8000) << 16);
+}
+inline void from_float(float x, float16* p) {
+  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000;
+  const float magnitude = bit_cast<float>(u & 0x7fffffff);
+  uint32_t half;
+  if (!(magnitude < 65520.0f)) {
+    half = magnitude == magnitude ? 0x7c00 : 0x7e00;
+  } else if (magnitude < 0x1p-14f) {
+    half = bit_cast<uint32_t>(magnitude + 0.5f) - 0x3f000000;  // the addition rounds to a multiple of 2^-24
+  } else {
+    const uint32_t m = u & 0x7fffffff;
+    half = (m + 0xfff + (m >> 13 & 1) - 0x38000000) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+}
+#endif
+
+#if defined(__AVX512F__)
+
+inline Float load(const bfloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Float load(const float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(bfloat16* p, Float x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i safe = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(safe, 16)));
+}
+inline void store(float16* p, Float x) {
+  const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+inline Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+inline Bits greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline Bits at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+
+// Append the chosen lanes, and base + lane for each. Writes whole vectors: room for kWidth more is needed.
+inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __mmask16 mask = static_cast<__mmask16>(chosen);
+  const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(base));
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, x));
+  _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(mask, position));
+  return __builtin_popcount(chosen);
+}
+
+// A square of 32-bit words: row i of the result is column i of r.
+inline void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+inline void transpose(const void* from, ptrdiff_t from_words, void* to, ptrdiff_t to_words) {
+  __m512i r[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(static_cast<const int32_t*>(from) + i * from_words);
+  transpose(r);
+  for (int i = 0; i < 16; i++) _mm512_storeu_si512(static_cast<int32_t*>(to) + i * to_words, r[i]);
+}
+
+#else
+
+inline void transpose(const void* from, ptrdiff_t from_words, void* to, ptrdiff_t to_words) {
+  for (int i = 0; i < kWidth; i++)
+    for (int j = 0; j < kWidth; j++)
+      static_cast<int32_t*>(to)[i * to_words + j] = static_cast<const int32_t*>(from)[j * from_words + i];
+}
+
+template <class T>
+inline Float load_each(const T* p) {
+  Float x;
+  for (int i = 0; i < kWidth; i++) x[i] = to_float(p[i]);
+  return x;
+}
+template <class T>
+inline void store_each(T* p, Float x) {
+  for (int i = 0; i < kWidth; i++) from_float(x[i], p + i);
+}
+
+inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
+  int n = 0;
+  for (; chosen; chosen &= chosen - 1, n++) {
+    const int lane = __builtin_ctz(chosen);
+    values[n] = x[lane];
+    positions[n] = base + lane;
+  }
+  return n;
+}
+
+#if defined(__AVX2__)
+
+inline Float load(const bfloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Float load(const float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(bfloat16* p, Float x) { store_each(p, x); }
+inline void store(float16* p, Float x) {
+  const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+inline Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+inline Bits greater(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline Bits at_least(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+
+#else
+
+inline Float load(const bfloat16* p) { return load_each(p); }
+inline Float load(const float16* p) { return load_each(p); }
+inline void store(bfloat16* p, Float x) { store_each(p, x); }
+inline void store(float16* p, Float x) { store_each(p, x); }
+inline Float fma(Float a, Float b, Float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  for (int i = 0; i < kWidth; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+inline Float max(Float a, Float b) { return select(a > b, a, b); }
+inline Bits bits_of(Int lanes) {
+  Bits bits = 0;
+  for (int i = 0; i < kWidth; i++) bits |= (lanes[i] & 1u) << i;
+  return bits;
+}
+inline Bits greater(Float a, Float b) { return bits_of(a > b); }
+inline Bits at_least(Float a, Float b) { return bits_of(a >= b); }
+
+#endif
+#endif
+
+// max(a, b) is b when either is NaN, so max(constant, x) keeps the NaN of x.
+inline Float relu(Float x) { return max(Float{}, x); }
+
+template <class T>
+inline Float load_tail(const T* p, int64_t n) {  // lanes from n on are zero
+  if (n >= kWidth) return load(p);
+  T copy[kWidth] = {};
+  for (int64_t i = 0; i < n; i++) copy[i] = p[i];
+  return load(copy);
+}
+template <class T>
+inline void store_tail(T* p, Float x, int64_t n) {
+  if (n >= kWidth) return store(p, x);
+  T copy[kWidth];
+  store(copy, x);
+  for (int64_t i = 0; i < n; i++) p[i] = copy[i];
+}
+
+// 2^x for x <= 0 or a little above; below 2^-126 the result is 2^-126. Relative error 3e-8.
+inline Float exp2(Float x) {
+  const Float magic = splat(0x1.8p23f);  // adding it rounds to an integer, which lands in the low bits
+  x = max(splat(-126.0f), x);
+  const Float shifted = x + magic;
+  const Float f = x - (shifted - magic);
+  Float p = splat(0.00015353361959569156f);
+  p = fma(p, f, splat(0.0013398873852565885f));
+  p = fma(p, f, splat(0.00961843691766262f));
+  p = fma(p, f, splat(0.055503323674201965f));
+  p = fma(p, f, splat(0.24022647738456726f));
+  p = fma(p, f, splat(0.6931471824645996f));
+  p = fma(p, f, splat(1.0f));
+  return p * bit_cast<Float>((bit_cast<Int>(shifted) + 127) << 23);
+}
+
+inline float sum(Float x) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+inline float largest(Float x) {
+  float top = x[0];
+  for (int i = 1; i < kWidth; i++) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+// The sum of each of kWidth consecutive vectors. Every vector is summed in the same order, wherever it stands.
+inline Float sum_each(const float* vectors) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4];
+  for (int i = 0; i < 8; i++) {
+    const __m512 x = load(vectors + 32 * i), y = load(vectors + 32 * i + 16);
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const auto halves = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  return halves(halves(b[0], b[1]), halves(b[2], b[3]));
+#else
+  float transposed[kWidth * kWidth];
+  transpose(vectors, kWidth, transposed, kWidth);
+  Float total = load(transposed);
+  for (int i = 1; i < kWidth; i++) total += load(transposed + i * kWidth);
+  return total;
+#endif
+}
+
+inline void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// Stops the compiler from removing what computed x.
+inline void keep(Float& x) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(x));
+#else
+  asm volatile("" : "+w"(x));
+#endif
+}
+
+// Calls f with value as a compile-time constant, for 1 <= value <= Max.
+template <int Max, class F>
+inline void with_constant(int value, F&& f) {
+  if constexpr (Max > 0) {
+    if (value == Max)
+      f(std::integral_constant<int, Max>{});
+    else
+      with_constant<Max - 1>(value, f);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,175 @@
+// Register tiles of matrix products over 32-bit words.
+//
+// A word is what one multiply-add consumes: a float, or a pair of bf16 values for the bf16 dot instruction. Both
+// are broadcast from the left operand and loaded from the right one in the same way, so one kernel serves both.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+struct Fp32 {
+  using Word = float;
+  using Vector = Float;
+  static constexpr int kPerWord = 1;
+  static constexpr int kColumnGroup = kWidth;  // values of d_v that are packed together
+  static Vector load(const Word* p) { return ::load(p); }
+  static Vector broadcast(const Word* p) { return splat(*p); }
+  static Float dot(Float c, Vector a, Vector b) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Dot {
+  using Word = uint32_t;
+  using Vector = __m512bh;
+  static constexpr int kPerWord = 2;
+  static constexpr int kColumnGroup = 2 * kWidth;
+  static Vector load(const Word* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Vector broadcast(const Word* p) { return (__m512bh)_mm512_set1_epi32(bit_cast<int32_t>(*p)); }
+  static Float dot(Float c, Vector a, Vector b) { return _mm512_dpbf16_ps(c, a, b); }
+
+  // Lane by lane the pair (a, b) rounded to bf16.
+  static __m512i pair(Float a, Float b) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);  // a's lanes, then b's
+    return _mm512_permutexvar_epi16(interleaved_lanes(), both);
+  }
+  static Float first(__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
+  static Float second(__m512i pair) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+
+  // Two rows' next 32 columns as words, in the order that two unpacks leave: restore() puts it right again.
+  static void interleave(const void* a, const void* b, Word* low, Word* high) {
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    _mm512_storeu_si512(low, _mm512_unpacklo_epi16(x, y));
+    _mm512_storeu_si512(high, _mm512_unpackhi_epi16(x, y));
+  }
+  static void restore(float* columns) {
+    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const __m512 low = _mm512_loadu_ps(columns), high = _mm512_loadu_ps(columns + 16);
+    _mm512_storeu_ps(columns, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(columns + 16, _mm512_permutex2var_ps(low, second, high));
+  }
+
+ private:
+  static __m512i interleaved_lanes() {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
+  }
+};
+#endif
+
+// c[m][n] += sum_k a[m][k * a_step] * b[k][n], for M rows and N vectors of columns; b's rows are N vectors long.
+template <class Math, int M, int N>
+inline void accumulate(Float (&c)[M][N], const typename Math::Word* const* a, ptrdiff_t a_step,
+                       const typename Math::Word* b, int64_t depth) {
+  const typename Math::Word* row[M];
+  for (int m = 0; m < M; m++) row[m] = a[m];
+  for (int64_t k = 0; k < depth; k++, b += N * kWidth) {
+    typename Math::Vector columns[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) columns[n] = Math::load(b + n * kWidth);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const typename Math::Vector left = Math::broadcast(row[m] + k * a_step);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) c[m][n] = Math::dot(c[m][n], left, columns[n]);
+    }
+  }
+}
+
+// The same for `rows` rows of any number; f(m, c) takes what a tile of rows m, m + 1, .. gave, f.start(m, c)
+// says what it starts from.
+template <class Math, int N, class Start, class Finish>
+inline void for_each_tile(const typename Math::Word* const* a, ptrdiff_t a_step, const typename Math::Word* b,
+                          int64_t depth, int rows, const Start& start, const Finish& finish) {
+  for (int m0 = 0; m0 < rows; m0 += kTileRows) {
+    const int m = rows - m0 < kTileRows ? rows - m0 : kTileRows;
+    with_constant<kTileRows>(m, [&](auto tile_rows) {
+      Float c[tile_rows][N];
+      start(m0, c);
+      accumulate<Math>(c, a + m0, a_step, b, depth);
+      finish(m0, c);
+    });
+  }
+}
+
+struct FromZero {
+  template <int M, int N>
+  void operator()(int, Float (&c)[M][N]) const {
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) c[m][n] = Float{};
+  }
+};
+
+struct FromMatrix {
+  const float* c;
+  ptrdiff_t row;
+  template <int M, int N>
+  void operator()(int m0, Float (&tile)[M][N]) const {
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) tile[m][n] = load(c + (m0 + m) * row + n * kWidth);
+  }
+};
+
+struct FromScaledMatrix {
+  const float* c;
+  ptrdiff_t row;
+  const float* scale;  // of each row
+  template <int M, int N>
+  void operator()(int m0, Float (&tile)[M][N]) const {
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) tile[m][n] = load(c + (m0 + m) * row + n * kWidth) * splat(scale[m0 + m]);
+  }
+};
+
+struct ToMatrix {
+  float* c;
+  ptrdiff_t row;
+  template <int M, int N>
+  void operator()(int m0, Float (&tile)[M][N]) const {
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) store(c + (m0 + m) * row + n * kWidth, tile[m][n]);
+  }
+};
+
+// A row of d elements as words, zeros up to `words`.
+template <class Math, class T>
+inline void to_words(const T* row, int64_t d, typename Math::Word* words, int64_t n_words) {
+  if constexpr (Math::kPerWord == 2 || std::is_same_v<T, float>) {
+    std::memcpy(words, row, d * sizeof(T));
+    std::memset(reinterpret_cast<T*>(words) + d, 0, n_words * 4 - d * sizeof(T));
+  } else {
+    int64_t i = 0;
+    for (; i + kWidth <= d; i += kWidth) store(words + i, load(row + i));
+    for (; i < d; i++) words[i] = to_float(row[i]);
+    for (; i < n_words; i++) words[i] = 0;
+  }
+}
+
+// Rows that the tile reads through pointers where they lie, because they are words already.
+template <class Math, class T>
+inline bool are_words(int64_t d) {
+  return sizeof(T) * Math::kPerWord == 4 && d % Math::kPerWord == 0;
+}
+
+// [rows, d] -> panels of at most kTileVectors vectors: panel[k][row], zeros for the rows of an incomplete vector.
+// `depth` is the number of words of a row, a multiple of kWidth; `scratch` holds kWidth rows.
+template <class Math, class T>
+inline void pack_columns(const T* rows, int64_t stride, int64_t n_rows, int64_t d, int64_t depth,
+                         typename Math::Word* panels, typename Math::Word* scratch) {
+  const int64_t vectors = round_up(n_rows, kWidth) / kWidth;
+  for (int64_t v = 0; v < vectors; v++) {
+    const int64_t first = v / kTileVectors * kTileVectors;  // of this vector's panel
+    const int64_t width = (vectors - first < kTileVectors ? vectors - first : kTileVectors) * kWidth;
+    typename Math::Word* column = panels + first * kWidth * depth + (v - first) * kWidth;
+    for (int64_t i = 0; i < kWidth; i++) {
+      const int64_t row = v * kWidth + i;
+      to_words<Math>(rows + row * stride, row < n_rows ? d : 0, scratch + i * depth, depth);
+    }
+    for (int64_t k = 0; k < depth; k += kWidth) transpose(scratch + k, depth, column + k * width, width);
+  }
+}
+
+}  // namespace

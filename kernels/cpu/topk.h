@@ -1,0 +1,150 @@
+// The exact top-k of a row of logits: ties to the lower position, -0 equal to +0, NaN and -inf never chosen.
+//
+// A sample gives a threshold that keeps a little more than k candidates; a radix search over them finds the k-th
+// value. Rows whose sample misleads (plateaus, clusters) are searched whole: slower, never different.
+#pragma once
+
+#include "simd.h"
+#include "workspace.h"
+
+namespace {
+
+// Order of floats as order of integers; NaN lowest.
+inline uint32_t key_of(float x) {
+  const uint32_t u = bit_cast<uint32_t>(x + 0.0f);  // -0 becomes +0
+  const uint32_t key = u ^ (static_cast<uint32_t>(static_cast<int32_t>(u) >> 31) | 0x80000000u);
+  return x == x ? key : 0;
+}
+inline float value_of(uint32_t key) { return bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+struct Threshold {
+  float value;   // the k-th largest
+  int64_t ties;  // how many equal to it are among the k largest
+};
+
+// The k-th largest of n values, 1 <= k <= n; of NaN and -inf it may be either. Each round spreads the interval of
+// keys that holds it over the bins.
+inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
+  constexpr int kBits = 10;
+  constexpr uint32_t kBins = 1u << kBits;
+  constexpr int64_t kChunk = 256;
+  uint32_t keys[kChunk], count[2][kBins + 1];
+  const auto for_each_chunk = [&](auto&& f) {
+    for (int64_t i = 0; i < n; i += kChunk) {
+      const int64_t m = n - i < kChunk ? n - i : kChunk;
+      for (int64_t j = 0; j < m; j++) keys[j] = key_of(x[i + j]);
+      f(m);
+    }
+  };
+
+  uint32_t low = ~0u, high = 0;
+  for_each_chunk([&](int64_t m) {
+    for (int64_t j = 0; j < m; j++) low = keys[j] < low ? keys[j] : low;
+    for (int64_t j = 0; j < m; j++) high = keys[j] > high ? keys[j] : high;
+  });
+  uint32_t last = high - low;  // the interval is [low, low + last]
+  int shift = 0;
+  while (last >> shift >= kBins) shift++;
+  for (;;) {
+    std::memset(count, 0, sizeof count);
+    for_each_chunk([&](int64_t m) {
+      for (int64_t j = 0; j < m; j++) {
+        const uint32_t offset = keys[j] - low;  // huge for a key below low
+        count[j & 1][offset <= last ? offset >> shift : kBins]++;  // two counters: equal keys often follow
+      }
+    });
+    uint32_t bin = last >> shift;
+    for (;; bin--) {
+      const int64_t here = int64_t{count[0][bin]} + count[1][bin];
+      if (here >= k) break;
+      k -= here;
+    }
+    low += bin << shift;
+    if (shift == 0) return {value_of(low), k};
+    last = (1u << shift) - 1;
+    shift = shift > kBits ? shift - kBits : 0;
+  }
+}
+
+// Positions of the values above the threshold and of the first `ties` equal to it; the position of x[i] is
+// positions[i], or first + i. Returns how many there are.
+inline int64_t emit(const float* x, const int32_t* positions, int64_t first, int64_t n, Threshold threshold,
+                    int32_t* out) {
+  const Float t = splat(threshold.value);
+  float values[2 * kWidth];
+  int32_t chosen[2 * kWidth];
+  int64_t written = 0;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Bits exists = n - i < kWidth ? (1u << (n - i)) - 1 : ~0u;
+    const Float v = load_tail(x + i, n - i);
+    Bits take = greater(v, t) & exists;
+    for (Bits equal = at_least(v, t) & exists & ~take; equal && threshold.ties > 0; equal &= equal - 1) {
+      take |= equal & -equal;
+      threshold.ties--;
+    }
+    if (!take) continue;
+    const int count = append(take, v, static_cast<int>(i), values, chosen);
+    for (int j = 0; j < count; j++)
+      out[written + j] = positions ? positions[chosen[j]] : static_cast<int32_t>(first + chosen[j]);
+    written += count;
+  }
+  return written;
+}
+
+struct Candidates {
+  float* values;
+  int32_t* positions;
+  template <class Memory>
+  Candidates(int64_t room, Memory& memory)
+      : values(memory.template take<float>(room)), positions(memory.template take<int32_t>(room)) {}
+};
+
+// Values of x not below t with their indices, or -1 when there are more than `room`.
+inline int64_t filter(const float* x, int64_t n, float t, int64_t room, float* values, int32_t* positions) {
+  const Float threshold = splat(t);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Bits exists = n - i < kWidth ? (1u << (n - i)) - 1 : ~0u;
+    const Float v = load_tail(x + i, n - i);
+    const Bits take = at_least(v, threshold) & exists;
+    if (!take) continue;
+    if (kept + kWidth > room) return -1;
+    kept += append(take, v, static_cast<int>(i), values + kept, positions + kept);
+  }
+  return kept;
+}
+
+// A value that about k + 4 standard deviations of n values exceed, judged by short runs spread over the row.
+inline float sampled_threshold(const float* x, int64_t n, int64_t k) {
+  constexpr int64_t kRuns = 64, kRun = 16;
+  float sample[kRuns * kRun];
+  for (int64_t i = 0; i < kRuns; i++) std::memcpy(sample + i * kRun, x + i * (n - kRun) / (kRuns - 1), sizeof(float) * kRun);
+  const double expected = static_cast<double>(k) / n * (kRuns * kRun);
+  const int64_t rank = static_cast<int64_t>(1.1 * expected + 4 * __builtin_sqrt(expected)) + 4;
+  return rank < kRuns * kRun ? kth_largest(sample, kRuns * kRun, rank).value : -__builtin_inff();
+}
+
+// Fills out[0 .. topk) with positions, ascending, then -1; x[0] stands at position begin.
+inline void select_row(const float* x, int64_t begin, int64_t n, int64_t topk, int32_t* out) {
+  constexpr float kMinusInfinity = -__builtin_inff();
+  int64_t written = -1;
+  const float t = n >= 4 * topk && n >= 4096 ? sampled_threshold(x, n, topk) : kMinusInfinity;
+  if (t > kMinusInfinity) {
+    const int64_t room = 2 * topk + n / 16 + 2 * kWidth;
+    with_workspace<Candidates>(room, [&](const Candidates& c) {
+      const int64_t kept = filter(x, n, t, room, c.values, c.positions);
+      if (kept < topk) return;
+      for (int64_t i = 0; i < kept; i++) c.positions[i] += static_cast<int32_t>(begin);
+      written = emit(c.values, c.positions, 0, kept, kth_largest(c.values, kept, topk), out);
+    });
+  }
+  if (written < 0) {
+    Threshold threshold = {kMinusInfinity, 0};  // everything eligible
+    if (n > topk) threshold = kth_largest(x, n, topk);
+    if (!(threshold.value > kMinusInfinity)) threshold = {kMinusInfinity, 0};
+    written = emit(x, nullptr, begin, n, threshold, out);
+  }
+  for (; written < topk; written++) out[written] = -1;
+}
+
+}  // namespace
