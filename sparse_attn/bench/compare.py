@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .timing import interleaved, machine
+from .timing import describe, interleaved, machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,9 @@ def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:
 
 
 def _print(console: Console, title: str, lines: list[dict]) -> None:
-    m = machine()
     table = Table(
         title=f"{title} (ms, median; in brackets the ratio to ours)",
-        caption=f"{m['processor']}, {m['threads']} threads, {m['torch_cpu_capability']}, torch {m['torch']}",
+        caption=describe(machine()),
     )
     ours, *peers = (name for name in lines[0] if name != "case")
     table.add_column("case", no_wrap=True)

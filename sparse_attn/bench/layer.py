@@ -19,7 +19,7 @@ from ..config import DSAConfig
 from ..functional import index_logits, lightning_topk, select_topk, sparse_mla
 from ..testing import relative_error
 from . import dense
-from .timing import Timing, interleaved, machine, peak_memory
+from .timing import Timing, describe, interleaved, machine, peak_memory
 
 DENSE_HEADS = 4  # of 128 that the dense prefill forms are timed on; their time is proportional
 CHECKED_QUERIES = 4  # of a prefill that are compared with the reference
@@ -202,29 +202,32 @@ def _seconds(timings: dict[str, Timing]) -> dict[str, float]:
 
 def _print(console: Console, results: dict[str, Any]) -> None:
     m = results["machine"]
-    console.print(
-        f"[dim]{m['processor']}, {m['threads']} threads, {m['torch_cpu_capability']} "
-        f"(bf16 instructions: {m['bf16_instructions']}), torch {m['torch']}, Python {m['python']}[/dim]"
+    console.print(f"[dim]{describe(m)}[/dim]")
+    table = Table(
+        title="Decode of one token, ms: sparse (indexer, top-k, attend, all) and dense (SDPA, GEMM)"
     )
-    table = Table(title="Decode, one token through a DeepSeek-V3.2-shaped layer (ms, median)")
-    for name in ("context", "indexer", "top-k", "attend", "sparse, all", "dense SDPA", "dense GEMM"):
-        table.add_column(name, justify="right")
-    for name in ("vs SDPA", "vs GEMM"):
-        table.add_column(name, justify="right", style="bold green")
+    for name in ("context", "indexer", "top-k", "attend", "all", "SDPA", "", "GEMM", " "):
+        table.add_column(name, justify="right", style=None if name.strip() else "bold green", no_wrap=True)
     for row in results["decode"]:
-        names = ("indexer", "topk", "attend", "sparse", "dense_sdpa", "dense_gemm")
-        ratios = (row["dense_sdpa"] / row["sparse"], row["dense_gemm"] / row["sparse"])
-        table.add_row(
-            f"{row['context']:,}", *(f"{row[n] * 1e3:.2f}" for n in names), *(f"{r:.1f}x" for r in ratios)
-        )
+        parts = [f"{row[name] * 1e3:.2f}" for name in ("indexer", "topk", "attend", "sparse")]
+        peers = [
+            cell
+            for name in ("dense_sdpa", "dense_gemm")
+            for cell in (f"{row[name] * 1e3:.1f}", f"{row[name] / row['sparse']:.1f}x")
+        ]
+        table.add_row(f"{row['context']:,}", *parts, *peers)
     console.print(table)
     p = results["prefill"]
-    table = Table(title=f"Prefill of the last {p['tokens']} of {p['context']:,} tokens (s)")
-    for name in ("indexer + top-k", "attend", "sparse, all", "dense SDPA", "dense GEMM", "extra memory"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"Prefill of the last {p['tokens']} of {p['context']:,} tokens, s, and sparse memory")
+    for name in ("indexer, top-k", "attend", "all", "SDPA", "", "GEMM", " ", "peak"):
+        table.add_column(name, justify="right", style=None if name.strip() else "bold green", no_wrap=True)
     memory = "not measured" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 2**20:.0f} MiB"
-    names = ("select", "attend", "sparse", "dense_sdpa", "dense_gemm")
-    table.add_row(*(f"{p[n]:.2f}" for n in names), memory)
+    ratios = {name: f"{p[name] / p['sparse']:.1f}x" for name in ("dense_sdpa", "dense_gemm")}
+    table.add_row(
+        *(f"{p[name]:.2f}" for name in ("select", "attend", "sparse")),
+        *(f"{p['dense_sdpa']:.2f}", ratios["dense_sdpa"], f"{p['dense_gemm']:.2f}", ratios["dense_gemm"]),
+        memory,
+    )
     console.print(table)
     console.print(
         f"[dim]Dense prefill: per-head attention, timed on {DENSE_HEADS} of 128 heads and scaled. "

@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from .timing import describe
+
 PARTS = {"indexer": "#4c78a8", "topk": "#9ecae9", "attend": "#54a24b"}
 DENSE = {"dense_sdpa": ("dense, SDPA", "#e45756"), "dense_gemm": ("dense, chunked GEMM", "#f58518")}
 
@@ -36,9 +38,6 @@ def decode_plot(results: dict[str, Any], path: Path) -> None:
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    m = results["machine"]
-    axis.set_title(
-        f"DeepSeek-V3.2-shaped layer, decode\n{m['processor']}, {m['threads']} threads", fontsize=10
-    )
+    axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{describe(results['machine'])}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)

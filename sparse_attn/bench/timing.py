@@ -1,5 +1,6 @@
 """Interleaved timing, peak memory, and what machine it was."""
 
+import ctypes
 import dataclasses
 import gc
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .. import native
 from .._version import __version__
 
 SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within one sample
@@ -60,12 +62,19 @@ def peak_memory(function: Callable[[], object]) -> int | None:
     if not clear.exists():
         return None
     gc.collect()
+    _return_free_memory()  # pages that are free but resident would be used again unseen
     clear.write_text("5")  # resets the high-water mark
     before = _kibibytes(status.read_text(), "VmRSS")
     result = function()
     peak = _kibibytes(status.read_text(), "VmHWM")
     del result
     return max(0, peak - before) * 1024
+
+
+def _return_free_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim:
+        trim(0)
 
 
 def _kibibytes(status: str, field: str) -> int:
@@ -80,12 +89,22 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": ", ".join(f for f in ("avx512_bf16", "amx_bf16") if f in _cpu_flags()) or "none",
+        "cpu_kernels": native.instruction_set() or "torch",
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "sparse_attn": __version__,
     }
+
+
+def describe(machine: dict[str, str | int]) -> str:
+    """:func:`machine` in a line."""
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    return (
+        f"{machine['processor']} (bf16: {machine['bf16_instructions']}), {threads}, "
+        f"CPU kernels: {machine['cpu_kernels']}, torch {machine['torch']}"
+    )
 
 
 def _processor() -> str:
