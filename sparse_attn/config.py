@@ -9,6 +9,13 @@ from typing import Any, Literal
 INDEXER_ROPE = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}
 
 
+def _indexer_rope(config: Mapping[str, Any]) -> str | None:
+    interleave = config.get("indexer_rope_interleave")
+    if interleave is None:
+        return INDEXER_ROPE.get(config.get("model_type"))
+    return "interleaved" if interleave else "half"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YaRN:
     """YaRN context extension, as in the ``rope_scaling`` of DeepSeek's configs.
@@ -164,8 +171,8 @@ class DSAConfig:
         """From a Hugging Face ``config.json`` dict; fields that attention does not use are ignored.
 
         Both ways to write RoPE are read: ``rope_theta`` with ``rope_scaling``, and the newer
-        ``rope_parameters``. ``indexer_rope`` follows from ``model_type`` for deepseek_v32 and
-        glm_moe_dsa and must be given otherwise.
+        ``rope_parameters``. ``indexer_rope`` follows from ``indexer_rope_interleave``, or from
+        ``model_type`` for deepseek_v32 and glm_moe_dsa, and must be given otherwise.
 
         Raises:
             ValueError: a required field is missing (all of them are named) or has a wrong value.
@@ -176,7 +183,7 @@ class DSAConfig:
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         values["rope_scaling"] = YaRN.from_dict(rope)
-        values.setdefault("indexer_rope", INDEXER_ROPE.get(config.get("model_type")))
+        values.setdefault("indexer_rope", _indexer_rope(config))
         if "kv_lora_rank" not in values and "num_attention_heads" in values and "hidden_size" in values:
             values.setdefault("num_key_value_heads", values["num_attention_heads"])
             values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])

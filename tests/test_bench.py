@@ -26,7 +26,7 @@ SMALL = DSAConfig.deepseek_v32(
 )
 
 
-@pytest.mark.parametrize("form", [dense.sdpa_folded, dense.gemm_chunked])
+@pytest.mark.parametrize("form", [dense.sdpa_folded, dense.gemm_chunked, dense.own_kernel])
 def test_dense_decode_forms_are_attention_over_everything(form):
     q, kv = torch.randn(8, 72, dtype=torch.bfloat16), torch.randn(300, 72, dtype=torch.bfloat16)
     everything = torch.arange(300, dtype=torch.int32)[None]

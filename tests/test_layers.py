@@ -215,6 +215,10 @@ def test_from_dict_reads_both_spellings_of_rope():
     assert old == new and old.rope_theta == 5e4 and old.rope_scaling.factor == 4.0
     assert old.indexer_rope == "half"
     assert DSAConfig.from_dict(base, indexer_rope="interleaved", index_topk=3).index_topk == 3
+    for interleave, pairing in ((True, "interleaved"), (False, "half")):
+        named = {**base, "model_type": "glm_moe_dsa", "indexer_rope_interleave": interleave}
+        assert DSAConfig.from_dict(named).indexer_rope == pairing
+    assert DSAConfig.from_dict({**base, "model_type": "glm_moe_dsa"}).indexer_rope == "interleaved"
     assert hash(old) == hash(new)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,6 +23,8 @@ from . import dense
 from .timing import Timing, describe, interleaved, machine, peak_memory
 
 DENSE_HEADS = 4  # of 128 that the dense prefill forms are timed on; their time is proportional
+DENSE_DECODE = {"dense_sdpa": "SDPA", "dense_gemm": "torch GEMM", "dense_own": "own kernel"}
+DENSE_PREFILL = {"dense_sdpa": "SDPA", "dense_gemm": "GEMM by head"}
 CHECKED_QUERIES = 4  # of a prefill that are compared with the reference
 
 
@@ -64,7 +67,7 @@ def run(
         results: dict[str, Any] = {"machine": machine(), "decode": [], "prefill": None}
         layer = SparseMLA(config, dtype=torch.bfloat16)
         cache = _filled_cache(config, max(*contexts, prefill_context))
-        task = progress.add_task("layer: decode", total=len(contexts) * rounds * 6)
+        task = progress.add_task("layer: decode", total=len(contexts) * rounds * 7)
         for context in contexts:
             results["decode"].append(_decode(layer, cache, context, rounds, lambda: progress.advance(task)))
         task = progress.add_task("layer: prefill", total=6)
@@ -156,6 +159,7 @@ def _decode(layer: SparseMLA, cache: DSACache, context: int, rounds: int, advanc
             "sparse": sparse,
             "dense_sdpa": lambda: dense.sdpa_folded(q, step.kv, scale, d_v),
             "dense_gemm": lambda: dense.gemm_chunked(q, step.kv, scale, d_v),
+            "dense_own": lambda: dense.own_kernel(q, step.kv, scale, d_v),
         },
         rounds,
         advance,
@@ -203,31 +207,21 @@ def _seconds(timings: dict[str, Timing]) -> dict[str, float]:
 def _print(console: Console, results: dict[str, Any]) -> None:
     m = results["machine"]
     console.print(f"[dim]{describe(m)}[/dim]")
-    table = Table(
-        title="Decode of one token, ms: sparse (indexer, top-k, attend, all) and dense (SDPA, GEMM)"
+    sparse = ("context", "indexer", "top-k", "attend", "all")
+    table = _table(
+        "Decode of one token, ms: sparse, then dense and its ratio to sparse", sparse, DENSE_DECODE
     )
-    for name in ("context", "indexer", "top-k", "attend", "all", "SDPA", "", "GEMM", " "):
-        table.add_column(name, justify="right", style=None if name.strip() else "bold green", no_wrap=True)
     for row in results["decode"]:
         parts = [f"{row[name] * 1e3:.2f}" for name in ("indexer", "topk", "attend", "sparse")]
-        peers = [
-            cell
-            for name in ("dense_sdpa", "dense_gemm")
-            for cell in (f"{row[name] * 1e3:.1f}", f"{row[name] / row['sparse']:.1f}x")
-        ]
+        peers = [f"{row[n] * 1e3:.1f} {row[n] / row['sparse']:5.1f}x" for n in DENSE_DECODE]
         table.add_row(f"{row['context']:,}", *parts, *peers)
     console.print(table)
     p = results["prefill"]
-    table = Table(title=f"Prefill of the last {p['tokens']} of {p['context']:,} tokens, s, and sparse memory")
-    for name in ("indexer, top-k", "attend", "all", "SDPA", "", "GEMM", " ", "peak"):
-        table.add_column(name, justify="right", style=None if name.strip() else "bold green", no_wrap=True)
+    title = f"Prefill of the last {p['tokens']} of {p['context']:,} tokens, s: sparse, then dense"
+    table = _table(title, ("indexer + top-k", "attend", "all", "peak memory"), DENSE_PREFILL)
     memory = "not measured" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 2**20:.0f} MiB"
-    ratios = {name: f"{p[name] / p['sparse']:.1f}x" for name in ("dense_sdpa", "dense_gemm")}
-    table.add_row(
-        *(f"{p[name]:.2f}" for name in ("select", "attend", "sparse")),
-        *(f"{p['dense_sdpa']:.2f}", ratios["dense_sdpa"], f"{p['dense_gemm']:.2f}", ratios["dense_gemm"]),
-        memory,
-    )
+    peers = [f"{p[n]:.2f} {p[n] / p['sparse']:5.1f}x" for n in DENSE_PREFILL]
+    table.add_row(*(f"{p[name]:.2f}" for name in ("select", "attend", "sparse")), memory, *peers)
     console.print(table)
     console.print(
         f"[dim]Dense prefill: per-head attention, timed on {DENSE_HEADS} of 128 heads and scaled. "
@@ -240,6 +234,15 @@ def _print(console: Console, results: dict[str, Any]) -> None:
         f"{worst['attention']:.2e} (rounding the exact result to bf16: {worst['bf16_rounding']:.2e}); "
         "every selection checked equals the reference's."
     )
+
+
+def _table(title: str, sparse: Sequence[str], peers: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in sparse:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in peers.values():
+        table.add_column(name, justify="right", style="green", no_wrap=True)
+    return table
 
 
 def _plot(results: dict[str, Any], path: Path) -> Path:

@@ -11,14 +11,18 @@ from matplotlib import pyplot as plt
 from .timing import describe
 
 PARTS = {"indexer": "#4c78a8", "topk": "#9ecae9", "attend": "#54a24b"}
-DENSE = {"dense_sdpa": ("dense, SDPA", "#e45756"), "dense_gemm": ("dense, chunked GEMM", "#f58518")}
+DENSE = {
+    "dense_sdpa": ("dense, SDPA", "#e45756"),
+    "dense_gemm": ("dense, chunked GEMM", "#f58518"),
+    "dense_own": ("dense, our own kernel", "#eeca3b"),
+}
 
 
 def decode_plot(results: dict[str, Any], path: Path) -> None:
     """Time of one decode step by context: the parts of sparse attention beside the dense forms."""
     rows = results["decode"]
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    width = 0.26
+    width = 0.2
     for x, row in enumerate(rows):
         bottom = 0.0
         for part, colour in PARTS.items():
