@@ -23,7 +23,7 @@ from . import dense
 from .timing import Timing, describe, interleaved, machine, peak_memory
 
 DENSE_HEADS = 4  # of 128 that the dense prefill forms are timed on; their time is proportional
-DENSE_DECODE = {"dense_sdpa": "SDPA", "dense_gemm": "torch GEMM", "dense_own": "own kernel"}
+DENSE_DECODE = {"dense_sdpa": "SDPA", "dense_gemm": "GEMM", "dense_own": "own"}
 DENSE_PREFILL = {"dense_sdpa": "SDPA", "dense_gemm": "GEMM by head"}
 CHECKED_QUERIES = 4  # of a prefill that are compared with the reference
 
@@ -213,19 +213,20 @@ def _print(console: Console, results: dict[str, Any]) -> None:
     )
     for row in results["decode"]:
         parts = [f"{row[name] * 1e3:.2f}" for name in ("indexer", "topk", "attend", "sparse")]
-        peers = [f"{row[n] * 1e3:.1f} {row[n] / row['sparse']:5.1f}x" for n in DENSE_DECODE]
+        peers = [f"{row[n] * 1e3:.1f} {_ratio(row[n] / row['sparse'])}" for n in DENSE_DECODE]
         table.add_row(f"{row['context']:,}", *parts, *peers)
     console.print(table)
     p = results["prefill"]
     title = f"Prefill of the last {p['tokens']} of {p['context']:,} tokens, s: sparse, then dense"
     table = _table(title, ("indexer + top-k", "attend", "all", "peak memory"), DENSE_PREFILL)
     memory = "not measured" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 2**20:.0f} MiB"
-    peers = [f"{p[n]:.2f} {p[n] / p['sparse']:5.1f}x" for n in DENSE_PREFILL]
+    peers = [f"{p[n]:.2f} {_ratio(p[n] / p['sparse'])}" for n in DENSE_PREFILL]
     table.add_row(*(f"{p[name]:.2f}" for name in ("select", "attend", "sparse")), memory, *peers)
     console.print(table)
     console.print(
         f"[dim]Dense prefill: per-head attention, timed on {DENSE_HEADS} of 128 heads and scaled. "
-        "Projections are the same on both sides and are left out.[/dim]"
+        "Projections are the same on both sides and are left out. SDPA and GEMM are torch's; own: this "
+        "library's kernel over every token.[/dim]"
     )
     errors = [row["errors"] for row in (*results["decode"], p)]
     worst = {name: max(e[name] for e in errors) for name in errors[0]}
@@ -236,8 +237,12 @@ def _print(console: Console, results: dict[str, Any]) -> None:
     )
 
 
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
+
+
 def _table(title: str, sparse: Sequence[str], peers: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in sparse:
         table.add_column(name, justify="right", no_wrap=True)
     for name in peers.values():
