@@ -7,6 +7,7 @@ would put an error of a whole bf16 step on every logit. Each function fills the 
 import torch
 from torch import Tensor
 
+from .formats import index_k_views, unpack_v32_kv
 from .reference import compute_dtype
 
 INF = float("inf")
@@ -35,12 +36,14 @@ def index_logits(
 def _page_reader(k: Tensor, table: Tensor):
     """A function (start, stop) -> (keys, exists) over the logical positions that ``table`` maps to pages."""
     pages, page_size, _ = k.shape
+    keys, scales = index_k_views(k) if k.dtype == torch.uint8 else (k, None)
 
     def read(start: int, stop: int):
         position = torch.arange(start, stop)
         page = table[position // page_size].long()
         exists = (page >= 0) & (page < pages)
-        return k[torch.where(exists, page, 0), position % page_size], exists
+        slot = torch.where(exists, page, 0), position % page_size
+        return keys[slot] if scales is None else keys[slot].float() * scales[slot][:, None], exists
 
     return read
 
@@ -189,10 +192,11 @@ def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: t
     valid, indices = valid[..., :topk], indices[..., :topk]
     safe = torch.where(valid, indices, 0)
     if shared:
-        rows = cache.index_select(0, safe.flatten()).view(s_q, topk, h_kv, d).transpose(1, 2).to(dtype)
+        rows = cache.index_select(0, safe.flatten()).view(s_q, topk, h_kv, d).transpose(1, 2)
     else:
         heads = [cache[:, h].index_select(0, safe[:, h].flatten()) for h in range(h_kv)]
-        rows = torch.stack(heads).view(h_kv, s_q, topk, d).transpose(0, 1).to(dtype)
+        rows = torch.stack(heads).view(h_kv, s_q, topk, d).transpose(0, 1)
+    rows = unpack_v32_kv(rows, dtype) if rows.dtype == torch.uint8 else rows.to(dtype)
     if not valid.all():
         rows.masked_fill_(~valid[..., None], 0.0)
     return rows, valid

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .formats import INDEX_K_BYTES, INDEX_K_DIM, V32_KV_BYTES, V32_KV_LATENT, V32_KV_ROPE
 from .reference import compute_dtype
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -46,7 +47,8 @@ def index_logits(
     Args:
         q: ``[s_q, index_n_heads, index_head_dim]``, bf16, fp16, fp32 or fp64.
         k: ``[s_kv, index_head_dim]`` in q's dtype; with ``block_table`` a paged cache
-            ``[pages, page_size, index_head_dim]``.
+            ``[pages, page_size, index_head_dim]``, or one of fp8 keys ``[pages, page_size, 132]``
+            uint8 (:func:`sparse_attn.formats.index_k_views`; index_head_dim is then 128).
         weights: ``[s_q, index_n_heads]`` fp32 (fp64 with fp64 q); may be negative.
         ks, ke: ``[s_q]`` int32. Query t sees keys ``ks[t] <= s < ke[t]``, clamped to the keys that
             exist; a reversed range is empty.
@@ -153,7 +155,8 @@ def sparse_mla(
         q: ``[s_q, h_q, d_qk]``, bf16, fp16, fp32 or fp64.
         kv: ``[s_kv, d_qk]`` in q's dtype, or a paged cache ``[pages, page_size, d_qk]`` or
             ``[pages, page_size, 1, d_qk]`` without gaps between pages, addressed by physical slot
-            ``page * page_size + offset``.
+            ``page * page_size + offset``. With 656 bytes in place of d_qk, uint8, it is an fp8 cache
+            (:func:`sparse_attn.formats.v32_kv_views`; d_qk is then 576).
         indices: ``[s_q, topk]`` int32. Any index < 0 or >= s_kv is ignored, wherever it stands; a
             duplicate counts twice.
         d_v: size of the value, at most d_qk.
@@ -311,8 +314,11 @@ def _named(spec: str, dims: dict[str, int]) -> str:
 def _check_index_inputs(q, k, weights, ks, ke, block_table, backend: str) -> int:
     dims: dict[str, int] = {}
     _check("q", q, "s_q index_n_heads index_head_dim", dims, FLOATS)
-    key_spec = "s_kv index_head_dim" if block_table is None else "pages page_size index_head_dim"
-    _check("k", k, key_spec, dims, (q.dtype,), q.device)
+    if isinstance(k, Tensor) and k.dtype == torch.uint8:
+        _check_fp8_index_keys(k, block_table, dims, q.device)
+    else:
+        key_spec = "s_kv index_head_dim" if block_table is None else "pages page_size index_head_dim"
+        _check("k", k, key_spec, dims, (q.dtype,), q.device)
     _check("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
     _check_ranges(ks, ke, dims, q.device)
     _check_call(backend, q.device, q, k, weights)
@@ -323,6 +329,18 @@ def _check_index_inputs(q, k, weights, ks, ke, block_table, backend: str) -> int
     if (n == 0 and q.shape[0] > 0) or (n > 0 and q.shape[0] % n):
         raise ValueError(f"block_table: expected a number of rows that divides s_q={q.shape[0]}, got {n}")
     return block_table.shape[1] * k.shape[1]
+
+
+def _check_fp8_index_keys(k: Tensor, block_table, dims: dict[str, int], device: torch.device) -> None:
+    if block_table is None:
+        raise ValueError("block_table: expected with an fp8 cache of index keys, got None")
+    if dims["index_head_dim"] != INDEX_K_DIM:
+        raise ValueError(
+            f"q: expected index_head_dim={INDEX_K_DIM} for fp8 keys, got {dims['index_head_dim']}"
+        )
+    _check("k", k, f"pages page_size {INDEX_K_BYTES}", dims, (torch.uint8,), device)
+    if k.stride()[1:] != (INDEX_K_BYTES, 1):
+        raise ValueError(f"k: expected pages that are contiguous in themselves, got strides {k.stride()}")
 
 
 def _check_ranges(ks: Tensor, ke: Tensor, dims: dict[str, int], device: torch.device) -> None:
@@ -358,24 +376,32 @@ def _check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> 
     runs_triton = backend == "triton" or (backend == "auto" and device.type == "cuda")
     if runs_triton and any(t is not None and t.dtype == torch.float64 for t in tensors):
         raise TypeError("dtype: the triton backend takes bfloat16, float16 or float32, got float64")
+    if runs_triton and any(t is not None and t.dtype == torch.uint8 for t in tensors):
+        raise TypeError("dtype: the triton backend does not read uint8 caches, got one; unpack it first")
 
 
 def _flatten_pages(name: str, kv: Tensor, dims: dict[str, int], q: Tensor) -> Tensor:
-    """``[slots, d_qk]`` from the three shapes that a latent cache may have, never copied."""
-    specs = {3: "pages page_size d_qk", 4: "pages page_size 1 d_qk"}
-    spec = specs.get(kv.dim(), "s_kv d_qk") if isinstance(kv, Tensor) else "s_kv d_qk"
-    _check(name, kv, spec, dict(dims), (q.dtype,), q.device)
+    """``[slots, d_qk]`` (or 656 bytes) from the three shapes that a latent cache may have, never copied."""
+    fp8 = isinstance(kv, Tensor) and kv.dtype == torch.uint8
+    row = str(V32_KV_BYTES) if fp8 else "d_qk"
+    specs = {3: f"pages page_size {row}", 4: f"pages page_size 1 {row}"}
+    spec = specs.get(kv.dim(), f"s_kv {row}") if isinstance(kv, Tensor) else f"s_kv {row}"
+    _check(name, kv, spec, dict(dims), (torch.uint8 if fp8 else q.dtype,), q.device)
+    if fp8 and q.shape[2] != V32_KV_LATENT + V32_KV_ROPE:
+        raise ValueError(
+            f"q: expected d_qk={V32_KV_LATENT + V32_KV_ROPE} for a {row}-byte cache, got {q.shape[2]}"
+        )
     if kv.dim() == 2:
         return kv
     if kv.dim() == 4:
         kv = kv.squeeze(2)
-    pages, page_size, d_qk = kv.shape
+    pages, page_size, size = kv.shape
     if pages > 1 and kv.stride(0) != page_size * kv.stride(1):
         raise ValueError(
             f"{name}: expected pages that follow each other without gaps, got strides {kv.stride()}; "
             "a slot number could not address it without a copy of the cache"
         )
-    return kv.as_strided((pages * page_size, d_qk), kv.stride()[1:])
+    return kv.as_strided((pages * page_size, size), kv.stride()[1:])
 
 
 def _stack(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:

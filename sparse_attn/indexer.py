@@ -6,9 +6,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import DSAConfig
+from .formats import FP8_MAX, fp8_scale
 from .rope import apply_rope, rope_cos_sin
-
-FP8_MAX = 448.0  # largest finite e4m3 value
 
 
 class LightningIndexer(nn.Module):
@@ -98,7 +97,6 @@ def simulate_fp8(x: Tensor) -> Tensor:
     times a power of two are exact in bf16, so scores equal those of real fp8 operands.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    amax = wide.abs().amax(-1, keepdim=True).clamp(min=1e-4)
-    scale = torch.exp2(torch.ceil(torch.log2(amax / FP8_MAX)))
+    scale = fp8_scale(wide.abs().amax(-1, keepdim=True))
     rounded = (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return (rounded.to(wide.dtype) * scale).to(x.dtype)

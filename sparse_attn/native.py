@@ -164,7 +164,7 @@ def supports(name: str, *args) -> bool:
             return False
     if name == "select_topk":
         return args[0].dtype == torch.float32
-    return args[0].dtype in DTYPES and min(args[0].shape[1:]) > 0
+    return args[0].dtype == args[1].dtype and args[0].dtype in DTYPES and min(args[0].shape[1:]) > 0
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -177,9 +177,20 @@ def _index_args(q, k, weights, ks, ke, block_table) -> _IndexArgs:
         pages, page_size, tables, width, table_row = 1, k.shape[0], 1, k.shape[0], 0
     else:
         pages, page_size, _ = k.shape
-        tables, width, table_row = block_table.shape[0], block_table.shape[1] * page_size, block_table.stride(0)
+        tables, width, table_row = (
+            block_table.shape[0],
+            block_table.shape[1] * page_size,
+            block_table.stride(0),
+        )
     return _IndexArgs(
-        *(q.data_ptr(), k.data_ptr(), weights.data_ptr(), ks.data_ptr(), ke.data_ptr(), _address(block_table)),
+        *(
+            q.data_ptr(),
+            k.data_ptr(),
+            weights.data_ptr(),
+            ks.data_ptr(),
+            ke.data_ptr(),
+            _address(block_table),
+        ),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(-2), weights.stride(0), table_row),
         *(s_q, heads, d, pages, page_size, tables, width, DTYPES[q.dtype]),
     )

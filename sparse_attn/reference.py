@@ -11,6 +11,8 @@ them; these functions trust their arguments.
 import torch
 from torch import Tensor
 
+from .formats import unpack_index_k, unpack_v32_kv
+
 INF = float("inf")
 
 
@@ -37,6 +39,8 @@ def index_logits(
 
 
 def _paged_index_logits(q, k, weights, ks, ke, block_table):
+    if k.dtype == torch.uint8:
+        k = unpack_index_k(k, compute_dtype(q.dtype))
     pages, page_size, d = k.shape
     queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
     rows = []
@@ -144,6 +148,8 @@ def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: t
 
     Rows that are not valid come back as zeros, whatever the cache holds.
     """
+    if cache.dtype == torch.uint8:
+        cache = unpack_v32_kv(cache, dtype)
     s_kv, h_kv, d = cache.shape
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:
