@@ -1,16 +1,126 @@
-"""Package mapping only: everything declarative is in pyproject.toml.
+"""The package mapping and the CPU library; everything declarative is in pyproject.toml.
 
 The folder ``kernels/`` is installed as ``sparse_attn.kernels``, because the top-level name
 ``kernels`` belongs to another project on the package index.
+
+``kernels/cpu/*.cpp`` become ``sparse_attn/_native.so``, a plain C library without Python or torch in
+it. Each instruction set is compiled with its own flags and chosen at run time. Without a C++17
+compiler the package installs all the same, and runs on torch.
 """
 
-from setuptools import find_packages, setup
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-setup(
-    packages=[
-        *find_packages(include=["sparse_attn", "sparse_attn.*"]),
-        "sparse_attn.kernels",
-        *(f"sparse_attn.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"sparse_attn.kernels": "kernels"},
-)
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off"]
+OPTIMISED = ["-O3", "-fvisibility=hidden", "-fno-exceptions"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+X86_FLAGS = {
+    "isa_avx2": AVX2,
+    "isa_avx512": AVX512,
+    "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+OPENMP = ["-fopenmp"]
+SOURCES = Path("kernels", "cpu")
+
+
+class BuildNative(build_ext):
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"  # one library for every Python
+
+    def build_extension(self, ext):
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            build_library(library)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or error
+            print(
+                f"\nsparse_attn: the CPU library was not built, torch will do its work: {said}",
+                file=sys.stderr,
+            )
+            library.unlink(missing_ok=True)
+
+    def copy_extensions_to_source(self):
+        if all(Path(self.get_ext_fullpath(ext.name)).exists() or self.inplace for ext in self.extensions):
+            super().copy_extensions_to_source()
+
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]  # the library depends on the platform, not on Python
+
+
+def build_library(target, options=OPTIMISED, link=("-shared",), more_sources=()):
+    """Compile each unit with its instruction set's flags and link; what cannot be compiled is left out."""
+    compiler = find_compiler()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    units = [
+        SOURCES / f"{name}.cpp" for name in ("api", "workspace", "isa_portable", *(X86_FLAGS if x86 else ()))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        openmp = OPENMP if links_openmp(compiler, folder) else []  # without it one thread does the work
+
+        def compile_unit(source):
+            flags = [
+                *FLAGS,
+                *options,
+                *X86_FLAGS.get(source.stem, ()),
+                *(openmp if source.stem == "api" else ()),
+            ]
+            result = Path(folder, f"{source.stem}.o")
+            command = [*compiler, *flags, "-I", SOURCES, "-c", source, "-o", result]
+            if run(command, check=source.stem not in X86_FLAGS).returncode:
+                print(f"sparse_attn: {compiler[0]} cannot compile {source.stem}, left out", file=sys.stderr)
+            return result
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_unit, [*units, *map(Path, more_sources)]))
+        run([*compiler, *options, *link, *filter(Path.exists, objects), *openmp, "-o", target])
+
+
+def links_openmp(compiler, folder):
+    source = Path(folder, "openmp.cpp")
+    source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+    return run([*compiler, *OPENMP, source, "-o", Path(folder, "openmp")], check=False).returncode == 0
+
+
+def find_compiler():
+    wanted = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or ""
+    for command in (shlex.split(wanted), ["c++"], ["g++"], ["clang++"]):
+        if command and shutil.which(command[0]):
+            return command
+    raise OSError("no C++ compiler was found (set CXX, or install g++ or clang)")
+
+
+def run(command, check=True):
+    return subprocess.run([str(part) for part in command], check=check, capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[
+            *find_packages(include=["sparse_attn", "sparse_attn.*"]),
+            "sparse_attn.kernels",
+            *(f"sparse_attn.kernels.{name}" for name in find_packages("kernels")),
+        ],
+        package_dir={"sparse_attn.kernels": "kernels"},
+        ext_modules=[Extension("sparse_attn._native", [str(p) for p in sorted(SOURCES.glob("*.cpp"))])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    )

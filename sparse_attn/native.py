@@ -64,6 +64,7 @@ _FUNCTIONS = {
     "isas": (_INT, []),
     "isa_name": (ctypes.c_char_p, [_INT]),
     "isa_supported": (_INT, [_INT]),
+    "default_isa": (_INT, []),
     "has_openmp": (_INT, []),
     "index_logits": (None, [_INT, _INT, _POINTER, _POINTER, _SIZE]),
     "select_topk": (None, [_INT, _INT, _POINTER]),
@@ -74,7 +75,7 @@ _FUNCTIONS = {
 
 
 class _Library:
-    """The loaded library: its functions by name, and the instruction sets that this machine runs, best first."""
+    """The loaded library: its functions, and the instruction sets that this machine runs, the best first."""
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))
@@ -84,7 +85,7 @@ class _Library:
             setattr(self, name, function)
         supported = [isa for isa in range(self.isas()) if self.isa_supported(isa)]
         self.numbers = {self.isa_name(isa).decode(): isa for isa in supported}
-        self.isa = supported[0]  # in use
+        self.isa = self.default_isa()  # in use
 
 
 @functools.cache
@@ -95,8 +96,8 @@ def _library() -> _Library | None:
     except (OSError, AttributeError) as error:
         reason = f"cannot be loaded ({error})" if LIBRARY.exists() else "was not built"
     warnings.warn(
-        f"sparse_attn: {LIBRARY.name} {reason}, so the CPU runs on torch, several times slower. Install a C++17 "
-        "compiler and then sparse_attn again: pip install --force-reinstall --no-deps sparse_attn, or "
+        f"sparse_attn: {LIBRARY.name} {reason}, so the CPU runs on torch, several times slower. Install a "
+        "C++17 compiler and then sparse_attn again: pip install --force-reinstall --no-deps sparse_attn, or "
         "pip install -e . in a checkout.",
         RuntimeWarning,
         stacklevel=3,
@@ -113,7 +114,7 @@ def available() -> bool:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the library has and this machine runs, the best first."""
+    """Those that the library has and this machine runs, the widest first."""
     library = _library()
     return list(library.numbers) if library else []
 
@@ -132,7 +133,7 @@ def has_openmp() -> bool:
 
 @contextmanager
 def use(name: str | None) -> Iterator[None]:
-    """Within the block all threads run on the named instruction set, or on torch if ``name`` is None. For tests."""
+    """Within the block everything runs on the named instruction set, on torch if it is None. For tests."""
     global _disabled
     library = _library()
     before = _disabled, library and library.isa
@@ -150,7 +151,7 @@ def use(name: str | None) -> Iterator[None]:
 
 
 def peak(kind: str, rounds: int) -> int:
-    """Run multiply-adds ("fp32" or "bf16") in registers only; how many operations they were, 0 if there are none."""
+    """Run multiply-adds ("fp32" or "bf16") in registers only; how many operations it made, 0 if none."""
     library = _library()
     return library.peak(library.isa, PEAK_KINDS[kind], rounds) if library else 0
 

@@ -1,6 +1,7 @@
 """Fixtures of all tests.
 
-A test that takes ``backend`` runs on every backend of this process: reference and cpu, and triton
+A test that takes ``backend`` runs on every backend of this process: reference and cpu, the latter
+once on each instruction set that the C++ library has for this machine and once on torch, and triton
 on a CUDA device; with TRITON_INTERPRET=1 (set by the test that starts such a process) on triton
 alone, in Triton's interpreter.
 """
@@ -10,16 +11,24 @@ import os
 import pytest
 import torch
 
+from sparse_attn import native
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     BACKENDS = ["triton"]
 else:
-    BACKENDS = ["reference", "cpu"] + (["triton"] if torch.cuda.is_available() else [])
+    on_cpu = [f"cpu-{name}" for name in (*native.instruction_sets(), "torch")]
+    BACKENDS = ["reference", *on_cpu] + (["triton"] if torch.cuda.is_available() else [])
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
+    name, _, runs_on = request.param.partition("-")
+    if not runs_on:
+        yield name
+        return
+    with native.use(None if runs_on == "torch" else runs_on):
+        yield name
 
 
 @pytest.fixture

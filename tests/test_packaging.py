@@ -32,17 +32,21 @@ print(getattr(importlib.util.find_spec("kernels"), "origin", None))
 """
 
 
-def run(*command, cwd):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
+LIBRARY = "sparse_attn/_native.so"
+
+
+def run(*command, cwd, **variables):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))} | variables
     command = [str(part) for part in command]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
-def build(what, source, out):
+def build(what, source, out, **variables):
     """The path of the wheel or sdist, built without the network."""
-    run(sys.executable, "-m", "build", "--no-isolation", f"--{what}", "--outdir", out, source, cwd=out)
+    command = (sys.executable, "-m", "build", "--no-isolation", f"--{what}", "--outdir", out, source)
+    run(*command, cwd=out, **variables)
     return next(out.glob("*.whl" if what == "wheel" else "*.tar.gz"))
 
 
@@ -93,7 +97,10 @@ def test_wheel_holds_every_source_file(source, wheel):
     expected |= {f"sparse_attn/kernels/{name}" for name in files_below(source / "kernels")}
     assert {"sparse_attn/py.typed", "sparse_attn/kernels/__init__.py"} <= expected
     packaged = {name for name in wheel_files(wheel) if ".dist-info/" not in name}
-    assert packaged == expected  # so no top-level `kernels`, and no tests
+    assert packaged - {LIBRARY} == expected  # so no top-level `kernels`, and no tests
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    if shutil.which("c++"):
+        assert LIBRARY in packaged
 
 
 def test_sdist_holds_the_checkout_and_builds_the_same_wheel(source, wheel, tmp_path):
@@ -126,6 +133,27 @@ def test_editable_install_maps_the_kernels_folder(source, tmp_path):
     assert Path(package) == source / "sparse_attn" / "__init__.py"
     assert Path(kernels) == source / "kernels" / "__init__.py"
     assert Path(stray) not in {at / "kernels" / "__init__.py" for at in (source, ROOT)}
+
+
+SELECT = """
+import warnings, torch, sparse_attn
+logits, ks, ke = torch.tensor([[1.0, 3.0, 2.0]]), *torch.tensor([[0], [3]], dtype=torch.int32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        print(sparse_attn.select_topk(logits, 2, ks, ke).tolist())
+print(*(str(w.message) for w in caught if "sparse_attn" in str(w.message)), sep="\\n")
+"""
+
+
+def test_without_a_compiler_everything_installs_and_runs_on_torch(source, tmp_path):
+    (tmp_path / "wheel").mkdir()
+    wheel = build("wheel", source, tmp_path / "wheel", CXX="false")  # a compiler that only fails
+    assert LIBRARY not in wheel_files(wheel)
+    python, _ = environment(tmp_path / "venv", wheel)
+    first, second, *warned = run(python, "-c", SELECT, cwd=tmp_path).splitlines()
+    assert first == second == "[[1, 2]]"
+    assert len(warned) == 1 and "was not built" in warned[0] and "compiler" in warned[0]
 
 
 def test_importing_the_folder_as_kernels_says_what_to_do(source):

@@ -5,8 +5,10 @@
 #include "parallel.h"
 #include "workspace.h"
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,21 +30,24 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+bool has_avx2() {  // F16C came before it
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Bits of cpuid's leaf 7, for what compilers have no name for yet.
+struct Features {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  explicit Features(unsigned subleaf) { __get_cpuid_count(7, subleaf, &a, &b, &c, &d); }
+};
+bool has_avx512bf16() { return has_avx512() && (Features(1).a >> 5 & 1); }
 bool has_amx() {
 #if defined(__linux__)
-  unsigned a, b, c, d;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h: the kernel grants the tile state
+  const unsigned bits = Features(0).d;
+  if (!has_avx512bf16() || !(bits >> 22 & 1) || !(bits >> 24 & 1)) return false;  // amx-bf16, amx-tile
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h: grants the tile state
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -52,8 +57,10 @@ bool has_amx() {
 
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {&kernels_amx, has_amx},       {&kernels_avx512bf16, has_avx512bf16},
-    {&kernels_avx512, has_avx512}, {&kernels_avx2, has_avx2},
+    {&kernels_amx, has_amx},
+    {&kernels_avx512bf16, has_avx512bf16},
+    {&kernels_avx512, has_avx512},
+    {&kernels_avx2, has_avx2},
 #endif
     {&kernels_portable, [] { return true; }},
 };
@@ -62,8 +69,9 @@ constexpr int32_t kCount = sizeof kIsas / sizeof *kIsas;
 // The function that pick finds in this set or the next lower one that has it.
 template <class Pick>
 auto find(int32_t isa, const Pick& pick) {
-  while (isa < kCount - 1 && !(kIsas[isa].kernels && pick(*kIsas[isa].kernels))) isa++;
-  return pick(*kIsas[isa].kernels);
+  for (const Isa* set = kIsas + isa; set < kIsas + kCount - 1; set++)
+    if (set->kernels && pick(*set->kernels)) return pick(*set->kernels);
+  return pick(kernels_portable);
 }
 
 struct Range {
@@ -86,11 +94,22 @@ Range slice(Range range, int64_t part, int64_t parts) {
 }  // namespace
 
 int32_t sparse_attn_isas() { return kCount; }
+int32_t sparse_attn_default_isa() {
+  int32_t isa = 0;
+  while (!sparse_attn_isa_supported(isa)) isa++;
+#if defined(__x86_64__)
+  // Intel's cores take two cycles for a bf16 dot: half the rate of fp32 multiply-adds, where AMD's take twice
+  // it.
+  if (kIsas[isa].kernels == &kernels_avx512bf16 && __builtin_cpu_is("intel")) isa++;
+#endif
+  return isa;
+}
 int32_t sparse_attn_has_openmp() { return kHasOpenMP; }
 const char* sparse_attn_isa_name(int32_t isa) { return kIsas[isa].kernels ? kIsas[isa].kernels->name : ""; }
 int32_t sparse_attn_isa_supported(int32_t isa) { return kIsas[isa].kernels && kIsas[isa].supported(); }
 
-void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out, int64_t out_query) {
+void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out,
+                              int64_t out_query) {
   const auto score = find(isa, [&](const Kernels& k) { return k.score[args->dtype]; });
   const int64_t parts = slices_for(args->s_q, threads);
   parallel_for(args->s_q * parts, threads, [&](int64_t i) {
@@ -152,7 +171,8 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
 void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args) {
   const int64_t group = args->h_q / args->h_kv;
   const bool few = group <= kFewHeads;
-  const auto attend = find(isa, [&](const Kernels& k) { return few ? k.attend_few[args->dtype] : k.attend[args->dtype]; });
+  const auto attend =
+      find(isa, [&](const Kernels& k) { return few ? k.attend_few[args->dtype] : k.attend[args->dtype]; });
   // Heads that stay together: a whole number of kv heads when they are few, else a part of one.
   const bool shared = args->segments[0].indices_head == 0;
   const int64_t unit = few ? group : kHeadUnit;
@@ -161,7 +181,8 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
   const int64_t range = few ? args->h_q : group;  // that blocks divide
   const int64_t blocks = (range + block - 1) / block, ranges = args->h_q / range;
   parallel_for(args->s_q * ranges * blocks, threads, [&](int64_t i) {
-    const int64_t t = i / (ranges * blocks), first = i / blocks % ranges * range, head = first + i % blocks * block;
+    const int64_t t = i / (ranges * blocks), first = i / blocks % ranges * range,
+                  head = first + i % blocks * block;
     attend(*args, t, head, std::min(head + block, first + range));
   });
 }

@@ -10,9 +10,11 @@ extern "C" {
 int32_t sparse_attn_isas();
 const char* sparse_attn_isa_name(int32_t isa);
 int32_t sparse_attn_isa_supported(int32_t isa);
+int32_t sparse_attn_default_isa();  // the fastest that is supported
 int32_t sparse_attn_has_openmp();
 
-void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out, int64_t out_query);
+void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out,
+                              int64_t out_query);
 void sparse_attn_select_topk(int32_t isa, int32_t threads, const SelectArgs* args);
 void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* args, int64_t topk,
                                 int64_t workspace_bytes, int32_t* out, int64_t out_query);

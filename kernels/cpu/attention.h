@@ -1,7 +1,7 @@
 // Attention of many heads that share one kv head: the heads are the columns of register tiles.
 //
-// Selected rows are read where they lie, a block of tokens at a time: scores S [tokens, heads], an online softmax
-// down its columns, and the product with the values. An engine does the two products.
+// Selected rows are read where they lie, a block of tokens at a time: scores S [tokens, heads], an online
+// softmax down its columns, and the product with the values. An engine does the two products.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,8 @@ inline int64_t max_rows(const AttentionArgs& args) {
   return n;
 }
 template <class T>
-inline int64_t selected_rows(const AttentionArgs& args, int64_t t, int64_t kv_head, const T** k, const T** v) {
+inline int64_t selected_rows(const AttentionArgs& args, int64_t t, int64_t kv_head, const T** k,
+                             const T** v) {
   int64_t n = 0;
   for (int i = 0; i < args.n_segments; i++) {
     const Segment& s = args.segments[i];
@@ -40,7 +41,8 @@ constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f
 
 // Writes lse and returns the factor that turns the accumulated values into the output of a head: top is the
 // softmax's reference in units of log2, total the sum of 2^(score - top).
-inline float finish_head(const AttentionArgs& args, int64_t t, int64_t head, bool empty, float top, float total) {
+inline float finish_head(const AttentionArgs& args, int64_t t, int64_t head, bool empty, float top,
+                         float total) {
   float& lse = args.lse[t * args.lse_query + head];
   lse = empty ? -INFINITY : top * kLn2 + std::log(total);
   if (empty) return 0.0f;
@@ -124,7 +126,8 @@ class Values {
     return panels_ + (first * steps_ + step * width + vector - first) * kWidth;
   }
 
-  static void interleave(const T* a, const T* b, int64_t n, typename Math::Word* low, typename Math::Word* high) {
+  static void interleave(const T* a, const T* b, int64_t n, typename Math::Word* low,
+                         typename Math::Word* high) {
     if (n >= Math::kColumnGroup) return Math::interleave(a, b, low, high);
     T tails[2][Math::kColumnGroup] = {};
     for (int64_t i = 0; i < n; i++) tails[0][i] = a[i], tails[1][i] = b[i];
@@ -136,8 +139,10 @@ class Values {
   T* zeros_;
 };
 
-// Probabilities of a block, where the softmax leaves them: [tokens / kPerWord][heads] words. A bf16 probability
-// is too coarse for a sum over few rows, whose own rounding it would add to: then a second word holds the rest.
+// Probabilities of a block, where the softmax leaves them: [tokens / kPerWord][heads] words.
+//
+// Rounding a probability to bf16 errs as much as rounding the output does. A second word that holds the rest
+// removes that error and doubles the product's cost; an engine says for how many rows it affords it.
 template <class Math>
 class Probabilities;
 
@@ -173,7 +178,8 @@ class Probabilities<Bf16Dot> {
     const __m512i coarse = Bf16Dot::pair(a, b);
     _mm512_storeu_si512(parts_[0] + at, coarse);
     if (fine_)
-      _mm512_storeu_si512(parts_[1] + at, Bf16Dot::pair(a - Bf16Dot::first(coarse), b - Bf16Dot::second(coarse)));
+      _mm512_storeu_si512(parts_[1] + at,
+                          Bf16Dot::pair(a - Bf16Dot::first(coarse), b - Bf16Dot::second(coarse)));
   }
   int parts() const { return fine_ ? 2 : 1; }
   const uint32_t* part(int i) const { return parts_[i]; }
@@ -185,16 +191,18 @@ class Probabilities<Bf16Dot> {
 };
 #endif
 
-// The two products on register tiles. Keys are read where they lie if their elements are words, else converted.
+// The two products on register tiles. Keys are read where they lie if their elements are words, else
+// converted.
 template <class MathType, class T>
 class TileEngine {
  public:
   using Math = MathType;
   using Element = T;
   using Word = typename Math::Word;
-  static constexpr int kBlock = 96;       // tokens at a time
-  static constexpr int kGranule = 2;      // to a multiple of which they are padded
-  static constexpr int kFineBelow = 1024; // rows; see Probabilities
+  static constexpr int kBlock = 96;        // tokens at a time
+  static constexpr int kGranule = 2;       // to a multiple of which they are padded
+  static constexpr int kFineBelow = 2048;  // rows; see Probabilities
+  static constexpr float kSlack = 0.0f;  // see OnlineSoftmax; the largest probability is 1, which bf16 holds
 
   template <class Memory>
   TileEngine(const HeadGroup& group, Memory& memory)
@@ -222,7 +230,7 @@ class TileEngine {
 
   void scores(int64_t n, float* scores) const {
     const int64_t columns = group_.columns();
-    for_each_panel(columns, [&](int64_t v, auto width) {
+    for_each_panel(columns / kWidth, [&](int64_t v, auto width) {
       for_each_tile<Math, width>(rows_, 1, queries_.panels + v * kWidth * queries_.depth, queries_.words, n,
                                  FromZero{}, ToMatrix{scores + v * kWidth, columns});
     });
@@ -234,7 +242,7 @@ class TileEngine {
     const Word* left[kMaxHeads];
     for (int part = 0; part < p.parts(); part++) {
       for (int64_t h = 0; h < heads; h++) left[h] = p.part(part) + h;
-      for_each_panel(values_.columns(), [&](int64_t v, auto width) {
+      for_each_panel(values_.columns() / kWidth, [&](int64_t v, auto width) {
         float* c = acc + v * kWidth;
         const auto product = [&](const auto& start) {
           for_each_tile<Math, width>(left, columns, values_.panel(v), values_.steps(), heads, start,
@@ -253,14 +261,6 @@ class TileEngine {
   int64_t acc_columns() const { return values_.columns(); }
 
  private:
-  template <class F>
-  static void for_each_panel(int64_t columns, F&& f) {
-    const int64_t vectors = columns / kWidth;
-    for (int64_t v = 0; v < vectors; v += kTileVectors)
-      with_constant<kTileVectors>(vectors - v < kTileVectors ? vectors - v : kTileVectors,
-                                  [&](auto width) { f(v, width); });
-  }
-
   const HeadGroup& group_;
   Queries<Math, T> queries_;
   Word* keys_;
@@ -268,11 +268,12 @@ class TileEngine {
   const Word* rows_[kBlock];
 };
 
-// One softmax over the rows that the group's query selects.
+// One softmax over the rows that the group's query selects. Its reference, the highest score so far, moves
+// when a score exceeds it by more than the engine's slack (in units of log2): moving it costs a pass over
+// what was summed.
 template <class Engine>
 class OnlineSoftmax {
   using T = typename Engine::Element;
-  static constexpr float kSlack = 8.0f;  // how far (log2) a score may exceed the reference before it is moved
 
  public:
   template <class Memory>
@@ -287,7 +288,7 @@ class OnlineSoftmax {
         alpha_(memory.template take<float>(columns_)),
         probabilities_(Engine::kBlock, columns_, memory),
         engine_(group, memory),
-        acc_(memory.template take<float>(group.heads * engine_.acc_columns())) {}
+        acc_(memory.template take<float>(columns_ * engine_.acc_columns())) {}
 
   void run() {
     const AttentionArgs& args = group_.args;
@@ -315,7 +316,8 @@ class OnlineSoftmax {
   }
 
  private:
-  // The kWidth heads from h on: scores to probabilities, and what their sums so far are to be multiplied with.
+  // The kWidth heads from h on: scores to probabilities, and what their sums so far are to be multiplied
+  // with.
   void block_softmax(int64_t h, int64_t tokens) {
     const Float scale = splat(group_.args.softmax_scale * kLog2e);
     const float* s = scores_ + h;
@@ -324,7 +326,7 @@ class OnlineSoftmax {
     for (int64_t t = 0; t < tokens; t += 2)
       for (int j = 0; j < 2; j++) highest[j] = max(load(s + (t + j) * columns_) * scale, highest[j]);
     const Float highest_of_all = max(highest[0], highest[1]);
-    const Float top = select(highest_of_all > before + kSlack, highest_of_all, before);
+    const Float top = select(highest_of_all > before + Engine::kSlack, highest_of_all, before);
     Float sums[2] = {Float{}, Float{}};
     for (int64_t t = 0; t < tokens; t += 2) {
       const Float a = exp2(fma(load(s + t * columns_), scale, -top));
@@ -345,7 +347,7 @@ class OnlineSoftmax {
   float *scores_, *top_, *total_, *alpha_;  // scores [tokens, columns], the others [columns]
   Probabilities<typename Engine::Math> probabilities_;
   Engine engine_;
-  float* acc_;  // [heads, acc_columns]
+  float* acc_;  // [columns, acc_columns]
 };
 
 template <class Engine>

@@ -28,7 +28,8 @@ struct IndexArgs {
   int32_t dtype;
 };
 
-// One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v], indices [s_q, h_kv, topk].
+// One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v], indices [s_q, h_kv,
+// topk].
 struct Segment {
   const void* k;
   const void* v;
@@ -70,7 +71,8 @@ struct Kernels {
   void (*attend[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
   // The same for at most kFewHeads heads a kv head, of one or several kv heads that share their indices.
   void (*attend_few[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
-  // Runs a loop of multiply-adds in registers and returns how many operations it made; 0 if there is no such loop.
+  // Runs a loop of multiply-adds in registers and returns how many operations it made; 0 if there is no such
+  // loop.
   int64_t (*peak)(int32_t kind, int64_t rounds);
 };
 enum PeakKind : int32_t { kPeakFp32 = 0, kPeakBf16 = 1 };

@@ -1,6 +1,7 @@
 // Attention of a few heads a kv head: memory-bound, so the rows are the vectors and every row is read once.
 //
-// One call takes several neighbouring kv heads of a shared selection: a row's page is then visited once for all.
+// One call takes several neighbouring kv heads of a shared selection: a row's page is then visited once for
+// all.
 #pragma once
 
 #include "attention.h"
@@ -12,7 +13,7 @@ class FewHeads {
   static constexpr int kBlock = 64;  // rows at a time
   static constexpr int kRows = 4;    // of a register tile
   static constexpr int kHeads = 4;
-  static constexpr float kSlack = 8.0f;  // as in OnlineSoftmax
+  static constexpr float kSlack = 8.0f;  // see OnlineSoftmax
 
  public:
   static constexpr int kMaxGroup = kFewHeads;
@@ -116,7 +117,8 @@ class FewHeads {
     for (int lane = 0; lane < group_; lane++) {
       float& before = top_[g * group_ + lane];
       float highest = before;
-      for (int i = lane; i < n; i += lanes_) highest = scores_[i] * scale > highest ? scores_[i] * scale : highest;
+      for (int i = lane; i < n; i += lanes_)
+        highest = scores_[i] * scale > highest ? scores_[i] * scale : highest;
       if (highest > before + kSlack) {
         const float alpha = exp2(splat(before - highest))[0];
         total_[g * group_ + lane] *= alpha;
@@ -160,7 +162,8 @@ class FewHeads {
   }
 
   template <int H, int N, class Load>
-  void add_values(int64_t first, int64_t g, int rows, int64_t column, int head, float* acc, Load&& load_values) {
+  void add_values(int64_t first, int64_t g, int rows, int64_t column, int head, float* acc,
+                  Load&& load_values) {
     Float c[H][N];
     for (int h = 0; h < H; h++)
       for (int n = 0; n < N; n++) c[h][n] = load(acc + h * columns_ + n * kWidth);
@@ -186,9 +189,9 @@ class FewHeads {
   int lanes_ = 1;  // the power of two that holds them
   int64_t depth_, columns_;
   const T **k_, **v_;
-  float *q_, *acc_;         // [heads, depth], [heads, columns]
-  float *top_, *total_;     // [heads]
-  float *sums_, *scores_;   // of one block and kv head
+  float *q_, *acc_;        // [heads, depth], [heads, columns]
+  float *top_, *total_;    // [heads]
+  float *sums_, *scores_;  // of one block and kv head
 };
 
 template <class T>

@@ -1,7 +1,7 @@
 // Lightning-indexer scores: logits[s] = sum_j weights[j] * relu(q[j] . k[s]).
 //
-// The heads of one query are the columns of a register tile, a few keys its rows; relu and weight are applied to
-// the accumulators, so a score leaves registers as one vector a key.
+// The heads of one query are the columns of a register tile, a few keys its rows; relu and weight are applied
+// to the accumulators, so a score leaves registers as one vector a key.
 #pragma once
 
 #include "tile.h"
@@ -25,11 +25,17 @@ class HeadWeights {
     std::memcpy(weights_, weights, heads_ * sizeof(float));
   }
 
-  // total + weights * relu(scores) for the heads of vector v
-  Float add(Float total, int64_t v, Float scores) const {
-    scores = relu(scores);
-    if (v == vectors() - 1) scores = bit_cast<Float>(bit_cast<Int>(scores) & tail_);
-    return fma(scores, load(weights_ + v * kWidth), total);
+  // f(add) with add(total, scores) = total + weights * relu(scores) over the N vectors of heads from v on.
+  template <int N, class F>
+  void with_vectors(int64_t v, F&& f) const {
+    Float weights[N];
+    for (int n = 0; n < N; n++) weights[n] = load(weights_ + (v + n) * kWidth);
+    const Int last = v + N == vectors() ? tail_ : ~Int{};
+    f([&](Float total, const auto& scores) {
+      for (int n = 0; n < N - 1; n++) total = fma(relu(scores(n)), weights[n], total);
+      const Float masked = bit_cast<Float>(bit_cast<Int>(relu(scores(N - 1))) & last);
+      return fma(masked, weights[N - 1], total);
+    });
   }
 
  private:
@@ -77,42 +83,37 @@ class TileScorer {
           rows[i] = keys_ + i * depth_;
         }
       }
-      if (s + 2 * kKeys <= n) prefetch_ahead(k + kKeys * stride, stride);
-      score(rows, m);
+      score(rows, m, s + 3 * kKeys <= n ? k + 2 * kKeys * stride : nullptr, stride);
       for (int i = 0; i < m; i += kWidth) store_tail(out + s + i, sum_each(sums_ + i * kWidth), m - i);
     }
   }
 
  private:
-  void prefetch_ahead(const T* k, int64_t stride) const {
-    for (int i = 0; i < kKeys; i++) prefetch(k + i * stride, args_.d * sizeof(T));
-  }
-
-  void score(const Word* const* rows, int n) const {
-    for (int64_t v = 0; v < weights_.vectors(); v += kTileVectors) {
-      const int64_t left = weights_.vectors() - v;
-      with_constant<kTileVectors>(left < kTileVectors ? left : kTileVectors, [&](auto columns) {
-        for_each_tile<Math, columns>(rows, 1, queries_ + v * kWidth * depth_, words_, n, FromZero{},
-                                     [&](int first, auto& c) {
-                                       add_heads<columns>(v, sums_ + first * kWidth, c);
-                                     });
+  // The keys that come two rounds later are fetched meanwhile, a few with each tile.
+  void score(const Word* const* rows, int n, const T* later, int64_t stride) const {
+    const auto start = [&](int first, auto& c) {
+      for (int i = first; later && i < first + kTileRows; i++)
+        prefetch(later + i * stride, args_.d * sizeof(T));
+      FromZero{}(first, c);
+    };
+    for_each_panel(weights_.vectors(), [&](int64_t v, auto width) {
+      weights_.template with_vectors<width>(v, [&](const auto& add) {
+        const auto finish = [&](int first, auto& c) {
+          for (int m = 0; m < static_cast<int>(sizeof c / sizeof c[0]); m++) {
+            float* sum = sums_ + (first + m) * kWidth;
+            store(sum, add(v ? load(sum) : Float{}, [&](int i) { return c[m][i]; }));
+          }
+        };
+        for_each_tile<Math, width>(rows, 1, queries_ + v * kWidth * depth_, words_, n, start, finish);
       });
-    }
-  }
-
-  template <int N, int M>
-  void add_heads(int64_t v, float* sums, Float (&c)[M][N]) const {
-    for (int m = 0; m < M; m++) {
-      Float total = v ? load(sums + m * kWidth) : Float{};
-      for (int n = 0; n < N; n++) total = weights_.add(total, v + n, c[m][n]);
-      store(sums + m * kWidth, total);
-    }
+      later = nullptr;
+    });
   }
 
   const IndexArgs& args_;
   HeadWeights weights_;
   int64_t words_, depth_;  // of a key, and padded
-  Word* queries_;  // panels of heads
+  Word* queries_;          // panels of heads
   Word* keys_;
   float* sums_;
 };

@@ -12,7 +12,8 @@ namespace {
 constexpr Kernels fp32_kernels(const char* name) {
   return {
       name,
-      {score_row<TileScorer<Fp32, bfloat16>>, score_row<TileScorer<Fp32, float16>>, score_row<TileScorer<Fp32, float>>},
+      {score_row<TileScorer<Fp32, bfloat16>>, score_row<TileScorer<Fp32, float16>>,
+       score_row<TileScorer<Fp32, float>>},
       select_row,
       {attend_heads<TileEngine<Fp32, bfloat16>>, attend_heads<TileEngine<Fp32, float16>>,
        attend_heads<TileEngine<Fp32, float>>},

@@ -1,4 +1,5 @@
-// A vector of floats in the widest form that this translation unit is compiled for, and what kernels do with it.
+// A vector of floats in the widest form that this translation unit is compiled for, and what kernels do with
+// it.
 //
 // Everything in the kernel headers lives in an unnamed namespace: the same template is compiled once for each
 // instruction set, and the linker must never merge two of them.
@@ -284,7 +285,8 @@ inline float largest(Float x) {
   return top;
 }
 
-// The sum of each of kWidth consecutive vectors. Every vector is summed in the same order, wherever it stands.
+// The sum of each of kWidth consecutive vectors. Every vector is summed in the same order, wherever it
+// stands.
 inline Float sum_each(const float* vectors) {
 #if defined(__AVX512F__)
   __m512 a[8], b[4];
@@ -294,7 +296,8 @@ inline Float sum_each(const float* vectors) {
   }
   for (int i = 0; i < 4; i++) {
     const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    b[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
   const auto halves = [](__m512 x, __m512 y) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));

@@ -1,7 +1,8 @@
 // Register tiles of matrix products over 32-bit words.
 //
-// A word is what one multiply-add consumes: a float, or a pair of bf16 values for the bf16 dot instruction. Both
-// are broadcast from the left operand and loaded from the right one in the same way, so one kernel serves both.
+// A word is what one multiply-add consumes: a float, or a pair of bf16 values for the bf16 dot instruction.
+// Both are broadcast from the left operand and loaded from the right one in the same way, so one kernel
+// serves both.
 #pragma once
 
 #include "simd.h"
@@ -60,7 +61,8 @@ struct Bf16Dot {
 };
 #endif
 
-// c[m][n] += sum_k a[m][k * a_step] * b[k][n], for M rows and N vectors of columns; b's rows are N vectors long.
+// c[m][n] += sum_k a[m][k * a_step] * b[k][n], for M rows and N vectors of columns; b's rows are N vectors
+// long.
 template <class Math, int M, int N>
 inline void accumulate(Float (&c)[M][N], const typename Math::Word* const* a, ptrdiff_t a_step,
                        const typename Math::Word* b, int64_t depth) {
@@ -134,6 +136,14 @@ struct ToMatrix {
   }
 };
 
+// f(first vector, number of vectors as a constant) for each panel of columns.
+template <class F>
+inline void for_each_panel(int64_t vectors, F&& f) {
+  for (int64_t v = 0; v < vectors; v += kTileVectors)
+    with_constant<kTileVectors>(static_cast<int>(vectors - v < kTileVectors ? vectors - v : kTileVectors),
+                                [&](auto width) { f(v, width); });
+}
+
 // A row of d elements as words, zeros up to `words`.
 template <class Math, class T>
 inline void to_words(const T* row, int64_t d, typename Math::Word* words, int64_t n_words) {
@@ -154,8 +164,8 @@ inline bool are_words(int64_t d) {
   return sizeof(T) * Math::kPerWord == 4 && d % Math::kPerWord == 0;
 }
 
-// [rows, d] -> panels of at most kTileVectors vectors: panel[k][row], zeros for the rows of an incomplete vector.
-// `depth` is the number of words of a row, a multiple of kWidth; `scratch` holds kWidth rows.
+// [rows, d] -> panels of at most kTileVectors vectors: panel[k][row], zeros for the rows of an incomplete
+// vector. `depth` is the number of words of a row, a multiple of kWidth; `scratch` holds kWidth rows.
 template <class Math, class T>
 inline void pack_columns(const T* rows, int64_t stride, int64_t n_rows, int64_t d, int64_t depth,
                          typename Math::Word* panels, typename Math::Word* scratch) {

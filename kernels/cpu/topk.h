@@ -1,7 +1,7 @@
 // The exact top-k of a row of logits: ties to the lower position, -0 equal to +0, NaN and -inf never chosen.
 //
-// A sample gives a threshold that keeps a little more than k candidates; a radix search over them finds the k-th
-// value. Rows whose sample misleads (plateaus, clusters) are searched whole: slower, never different.
+// A sample gives a threshold that keeps a little more than k candidates; a radix search over them finds the
+// k-th value. Rows whose sample misleads (plateaus, clusters) are searched whole: slower, never different.
 #pragma once
 
 #include "simd.h"
@@ -22,8 +22,8 @@ struct Threshold {
   int64_t ties;  // how many equal to it are among the k largest
 };
 
-// The k-th largest of n values, 1 <= k <= n; of NaN and -inf it may be either. Each round spreads the interval of
-// keys that holds it over the bins.
+// The k-th largest of n values, 1 <= k <= n; of NaN and -inf it may be either. Each round spreads the
+// interval of keys that holds it over the bins.
 inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
   constexpr int kBits = 10;
   constexpr uint32_t kBins = 1u << kBits;
@@ -49,7 +49,7 @@ inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
     std::memset(count, 0, sizeof count);
     for_each_chunk([&](int64_t m) {
       for (int64_t j = 0; j < m; j++) {
-        const uint32_t offset = keys[j] - low;  // huge for a key below low
+        const uint32_t offset = keys[j] - low;                     // huge for a key below low
         count[j & 1][offset <= last ? offset >> shift : kBins]++;  // two counters: equal keys often follow
       }
     });
@@ -107,7 +107,6 @@ inline int64_t filter(const float* x, int64_t n, float t, int64_t room, float* v
     const Bits exists = n - i < kWidth ? (1u << (n - i)) - 1 : ~0u;
     const Float v = load_tail(x + i, n - i);
     const Bits take = at_least(v, threshold) & exists;
-    if (!take) continue;
     if (kept + kWidth > room) return -1;
     kept += append(take, v, static_cast<int>(i), values + kept, positions + kept);
   }
@@ -118,7 +117,8 @@ inline int64_t filter(const float* x, int64_t n, float t, int64_t room, float* v
 inline float sampled_threshold(const float* x, int64_t n, int64_t k) {
   constexpr int64_t kRuns = 64, kRun = 16;
   float sample[kRuns * kRun];
-  for (int64_t i = 0; i < kRuns; i++) std::memcpy(sample + i * kRun, x + i * (n - kRun) / (kRuns - 1), sizeof(float) * kRun);
+  for (int64_t i = 0; i < kRuns; i++)
+    std::memcpy(sample + i * kRun, x + i * (n - kRun) / (kRuns - 1), sizeof(float) * kRun);
   const double expected = static_cast<double>(k) / n * (kRuns * kRun);
   const int64_t rank = static_cast<int64_t>(1.1 * expected + 4 * __builtin_sqrt(expected)) + 4;
   return rank < kRuns * kRun ? kth_largest(sample, kRuns * kRun, rank).value : -__builtin_inff();

@@ -1,5 +1,5 @@
-// Memory of one thread for the length of a call. A thread keeps up to kKept bytes of each kind for its next call
-// and gives everything back when it ends.
+// Memory of one thread for the length of a call. A thread keeps up to kKept bytes of each kind for its next
+// call and gives everything back when it ends.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,8 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // The next n elements, on a cache line of their own and with a line more, so that whole vectors may be written.
+  // The next n elements, on a cache line of their own and with a line more, so that whole vectors may be
+  // written.
   template <class T>
   T* take(size_t n) {
     T* p = reinterpret_cast<T*>(next_);
