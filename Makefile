@@ -56,7 +56,7 @@ ifeq ($(HERE),)
 .PHONY: $(READY)
 endif
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	@if test -z "$(HERE)"; then \
 	  found=; reasons=; \
 	  for p in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.10); do \
