@@ -70,9 +70,9 @@ def run(
         task = progress.add_task("layer: decode", total=len(contexts) * rounds * 7)
         for context in contexts:
             results["decode"].append(_decode(layer, cache, context, rounds, lambda: progress.advance(task)))
-        task = progress.add_task("layer: prefill", total=6)
+        task = progress.add_task("layer: prefill", total=2 + 4 * rounds)
         results["prefill"] = _prefill(
-            layer, cache, prefill_context, prefill_tokens, lambda: progress.advance(task)
+            layer, cache, prefill_context, prefill_tokens, rounds, lambda: progress.advance(task)
         )
     _print(console, results)
     if output_dir is not None:
@@ -167,7 +167,9 @@ def _decode(layer: SparseMLA, cache: DSACache, context: int, rounds: int, advanc
     return {"context": context, "errors": errors, **_seconds(timings)}
 
 
-def _prefill(layer: SparseMLA, cache: DSACache, context: int, tokens: int, advance) -> dict[str, Any]:
+def _prefill(
+    layer: SparseMLA, cache: DSACache, context: int, tokens: int, rounds: int, advance
+) -> dict[str, Any]:
     step, config = _step(layer, cache, context, tokens), layer.config
     ranges = step.ks, step.ke
     found: dict[str, Tensor] = {}
@@ -182,7 +184,7 @@ def _prefill(layer: SparseMLA, cache: DSACache, context: int, tokens: int, advan
     advance()
     errors = _errors(layer, step, found["indices"], range(0, tokens, max(1, tokens // CHECKED_QUERIES)))
     advance()
-    sparse = interleaved({"select": select, "attend": attend}, 1, advance)
+    sparse = interleaved({"select": select, "attend": attend}, rounds, advance)
     d_qk = config.qk_nope_head_dim + config.qk_rope_head_dim
     q, k = (torch.randn(DENSE_HEADS, n, d_qk, dtype=torch.bfloat16) for n in (tokens, context))
     v = torch.randn(DENSE_HEADS, context, config.v_head_dim, dtype=torch.bfloat16)
@@ -191,7 +193,7 @@ def _prefill(layer: SparseMLA, cache: DSACache, context: int, tokens: int, advan
             "dense_sdpa": lambda: dense.sdpa_causal(q, k, v, config.softmax_scale),
             "dense_gemm": lambda: dense.mha_causal(q, k, v, config.softmax_scale),
         },
-        1,
+        rounds,
         advance,
     )
     share = config.num_attention_heads / DENSE_HEADS
