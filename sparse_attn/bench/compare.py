@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .timing import describe, interleaved, machine
+from .timing import append_json, describe, interleaved, machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +40,7 @@ def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:
             lines.append({"case": case.label, **{n: dataclasses.asdict(t) for n, t in timings.items()}})
     _print(console, title, lines)
     if options.json:
-        with open(options.json, "a") as file:
-            for line in lines:
-                file.write(json.dumps({"benchmark": title, **line, "machine": machine()}) + "\n")
+        append_json(options.json, title, lines)
 
 
 def _print(console: Console, title: str, lines: list[dict]) -> None:

