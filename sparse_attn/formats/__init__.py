@@ -1,0 +1,112 @@
+"""Byte layouts of quantised caches: views on their parts, pack and unpack.
+
+Views copy nothing, so that a kernel or a packer works on the cache itself. The bytes of a token, the
+last dimension of a cache, tell its format:
+
+    656   v32_kv         latent of DeepSeek-V3.2 and GLM-5   fp8, fp32 scales, bf16 RoPE
+    584   v4_kv          latent of DeepSeek-V4               fp8, ue8m0 scales, bf16 RoPE; by page
+    528   v41_kv         latent of DeepSeek-V4.1             fp8, ue8m0 scales
+    288   v41_fp4_kv     the same in 4 bits                  fp4, e4m3 scales
+    132   index_k        index keys                          fp8, fp32 scale; by page
+     68   mxfp4_index_k  index keys in 4 bits                fp4, ue8m0 scales; by page
+
+"By page": behind the values of all tokens of a page lie the scales of all of them, although the shape
+``[pages, page_size, bytes]`` suggests that a token's bytes lie together.
+
+A stored value times its scale is the value. fp8 is e4m3 (torch's ``float8_e4m3fn``, up to 448); fp4 is
+e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two in a byte, the even one in the low nibble;
+ue8m0 is a power of two, ``2 ** (byte - 127)``, where 255 is NaN.
+"""
+
+from torch import Tensor
+
+from .elements import (
+    FLASH_MLA_MIN_SCALE,
+    FP4_MAX,
+    FP4_MIN_SCALE,
+    FP8_MAX,
+    FP8_MIN_SCALE,
+    Format,
+    dequantise,
+    format_of,
+    fp8_scale,
+    from_e2m1,
+    from_ue8m0,
+    quantise,
+    to_e2m1,
+    to_e4m3,
+    to_ue8m0,
+)
+from .index_keys import (
+    INDEX_K_FORMATS,
+    index_k_views,
+    mxfp4_index_k_views,
+    pack_index_k,
+    pack_mxfp4_index_k,
+    unpack_index_k,
+    unpack_mxfp4_index_k,
+)
+from .latent import (
+    KV_FORMATS,
+    pack_v4_kv,
+    pack_v32_kv,
+    pack_v41_fp4_kv,
+    pack_v41_kv,
+    unpack_v4_kv,
+    unpack_v32_kv,
+    unpack_v41_fp4_kv,
+    unpack_v41_kv,
+    v4_kv_views,
+    v4_page_bytes,
+    v32_kv_views,
+    v41_fp4_kv_views,
+    v41_kv_views,
+)
+
+__all__ = [
+    "FLASH_MLA_MIN_SCALE",
+    "FP4_MAX",
+    "FP4_MIN_SCALE",
+    "FP8_MAX",
+    "FP8_MIN_SCALE",
+    "INDEX_K_FORMATS",
+    "KV_FORMATS",
+    "Format",
+    "dequantise",
+    "format_of",
+    "fp8_scale",
+    "from_e2m1",
+    "from_ue8m0",
+    "index_k_views",
+    "mxfp4_index_k_views",
+    "pack_index_k",
+    "pack_mxfp4_index_k",
+    "pack_v4_kv",
+    "pack_v32_kv",
+    "pack_v41_fp4_kv",
+    "pack_v41_kv",
+    "quantise",
+    "to_e2m1",
+    "to_e4m3",
+    "to_ue8m0",
+    "unpack_index_k",
+    "unpack_mxfp4_index_k",
+    "unpack_v4_kv",
+    "unpack_v32_kv",
+    "unpack_v41_fp4_kv",
+    "unpack_v41_kv",
+    "v4_kv_views",
+    "v4_page_bytes",
+    "v32_kv_views",
+    "v41_fp4_kv_views",
+    "v41_kv_views",
+    "views",
+]
+
+
+def views(cache: Tensor) -> tuple[Tensor, ...]:
+    """The parts of a cache of any format, told by its last dimension: the arguments of :func:`dequantise`.
+
+    Each part is ``[pages, page_size, ...]``, so that ``part[page, offset]`` is what a token has of it.
+    """
+    return format_of("cache", cache, KV_FORMATS | INDEX_K_FORMATS).views(cache)

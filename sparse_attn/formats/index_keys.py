@@ -1,0 +1,81 @@
+"""Caches of index keys, as :func:`sparse_attn.lightning_topk` reads them."""
+
+import torch
+from torch import Tensor
+
+from .elements import FP4_MIN_SCALE, FP8_MIN_SCALE, Format, dequantise, quantise, split_pages
+
+
+def index_k_views(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of a paged fp8 cache of index keys, ``[pages, page_size, 132]`` uint8, for each *page*::
+
+        byte 0                         128 * page_size                132 * page_size
+             | page_size x 128 e4m3    | page_size x fp32 scale       |
+
+    The shape suggests 132 bytes a token, but the scales of a page lie together behind its keys.
+
+    Returns:
+        keys ``[pages, page_size, 128]`` fp8 and scales ``[pages, page_size]`` fp32, views.
+
+    Source: DeepGEMM's paged MQA logits.
+    """
+    INDEX_K.check(pages)
+    keys, scales = split_pages(pages, 128, 4)
+    return keys.view(torch.float8_e4m3fn), scales.view(torch.float32)[..., 0]
+
+
+def pack_index_k(k: Tensor, *, power_of_two: bool = True, min_scale: float = FP8_MIN_SCALE) -> Tensor:
+    """``[pages, page_size, 128]`` floats to ``[pages, page_size, 132]`` uint8, one scale a key.
+
+    ``power_of_two`` and ``min_scale`` are those of :func:`sparse_attn.formats.pack_v32_kv`.
+    """
+    INDEX_K.check_values("k", k)
+    packed = torch.empty(*k.shape[:-1], INDEX_K.bytes, dtype=torch.uint8, device=k.device)
+    quantise(k, *index_k_views(packed), power_of_two=power_of_two, min_scale=min_scale)
+    return packed
+
+
+def unpack_index_k(pages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[pages, page_size, 132]`` uint8 to ``[pages, page_size, 128]``."""
+    return dequantise(*index_k_views(pages), dtype=dtype)
+
+
+def mxfp4_index_k_views(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of a paged fp4 cache of index keys, ``[pages, page_size, 68]`` uint8, for each *page*::
+
+        byte 0                             64 * page_size                            68 * page_size
+             | page_size x 64 x 2 e2m1     | page_size x int32: 4 ue8m0 scales,      |
+             |                             | one per 32, the first in the low byte   |
+
+    Value 2i of a key is the low nibble of its byte i, value 2i + 1 the high one.
+
+    Returns:
+        keys ``[pages, page_size, 64]`` uint8 (pairs of e2m1) and scales ``[pages, page_size, 4]`` uint8
+        (ue8m0), views.
+
+    Source: DeepGEMM's paged MQA logits for fp4.
+    """
+    MXFP4_INDEX_K.check(pages)
+    return split_pages(pages, 64, 4)
+
+
+def pack_mxfp4_index_k(k: Tensor, *, min_scale: float = FP4_MIN_SCALE) -> Tensor:
+    """``[pages, page_size, 128]`` floats to ``[pages, page_size, 68]`` uint8.
+
+    A scale is ``max(amax / 6, min_scale)`` rounded up to a power of two. The default is DeepGEMM's, which
+    raises amax to 1e-4. Values are rounded to the nearest, ties to even, as the hardware does.
+    """
+    MXFP4_INDEX_K.check_values("k", k)
+    packed = torch.empty(*k.shape[:-1], MXFP4_INDEX_K.bytes, dtype=torch.uint8, device=k.device)
+    quantise(k, *mxfp4_index_k_views(packed), min_scale=min_scale)
+    return packed
+
+
+def unpack_mxfp4_index_k(pages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[pages, page_size, 68]`` uint8 to ``[pages, page_size, 128]``."""
+    return dequantise(*mxfp4_index_k_views(pages), dtype=dtype)
+
+
+INDEX_K = Format(132, width=128, alignment=4, by_page=True, views=index_k_views)
+MXFP4_INDEX_K = Format(68, width=128, alignment=4, by_page=True, views=mxfp4_index_k_views)
+INDEX_K_FORMATS = {fmt.bytes: fmt for fmt in (INDEX_K, MXFP4_INDEX_K)}

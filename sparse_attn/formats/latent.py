@@ -1,0 +1,176 @@
+"""Caches of latent keys and values, as :func:`sparse_attn.sparse_mla` reads them."""
+
+import torch
+from torch import Tensor
+
+from .elements import FP8_MIN_SCALE, Format, dequantise, quantise, split_pages
+
+V4_PAGE_MULTIPLE = 576
+
+
+def v32_kv_views(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of DeepSeek-V3.2's fp8 latent cache, ``[..., 656]`` uint8, for each token::
+
+        byte 0            512           528                  656
+             | 512 e4m3   | 4 fp32      | 64 bf16            |
+             | latent     | scales, one | RoPE dimensions    |
+             |            | per 128     | of the key         |
+
+    Returns:
+        latent ``[..., 512]`` fp8, scales ``[..., 4]`` fp32, rope ``[..., 64]`` bf16, all views.
+
+    Source: FlashMLA, the sparse decoding format for ``is_fp8_kvcache=True``.
+    """
+    V32_KV.check(packed)
+    latent, scales, rope = packed.split([512, 16, 128], -1)
+    return latent.view(torch.float8_e4m3fn), scales.view(torch.float32), rope.view(torch.bfloat16)
+
+
+def pack_v32_kv(kv: Tensor, *, power_of_two: bool = True, min_scale: float = FP8_MIN_SCALE) -> Tensor:
+    """``[..., 576]`` floats to ``[..., 656]`` uint8.
+
+    Args:
+        kv: the latent and the rotated key.
+        power_of_two: round scales up to powers of two, as DeepSeek and FlashMLA do; GLM stores plain fp32.
+        min_scale: a scale is ``max(amax / 448, min_scale)``. The default is that of DeepSeek's model code,
+            which raises amax to 1e-4; FlashMLA's is :data:`FLASH_MLA_MIN_SCALE`.
+    """
+    V32_KV.check_values("kv", kv)
+    packed = torch.empty(*kv.shape[:-1], V32_KV.bytes, dtype=torch.uint8, device=kv.device)
+    latent, scales, rope = v32_kv_views(packed)
+    quantise(kv[..., :512], latent, scales, power_of_two=power_of_two, min_scale=min_scale)
+    rope.copy_(kv[..., 512:])
+    return packed
+
+
+def unpack_v32_kv(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[..., 656]`` uint8 to ``[..., 576]``."""
+    return dequantise(*v32_kv_views(packed), dtype=dtype)
+
+
+def v4_kv_views(pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of DeepSeek-V4's fp8 cache, ``[pages, page_size, 584]`` uint8, for each *page*::
+
+        byte 0            448                576 ...   576 * page_size              584 * page_size
+             | 448 e4m3   | 64 bf16          | ...     | 7 ue8m0 scales, | 1 pad | ... |      next page
+             | values     | RoPE dimensions  |         | one per 64      |       |     | gap |
+             |-- a token ------------------->| others  |-- a token ------------->| others
+
+    Key and value are the same 512 numbers. The shape suggests 584 bytes a token, but the scales of a page
+    lie together behind its values. Pages start at multiples of 576 bytes (:func:`v4_page_bytes`), so a
+    cache is a view of a wider buffer; the pad and the gap may hold anything.
+
+    Returns:
+        values ``[pages, page_size, 448]`` fp8, scales ``[pages, page_size, 7]`` uint8 (ue8m0), rope
+        ``[pages, page_size, 64]`` bf16, all views.
+
+    Source: FlashMLA, the format that its code calls MODEL1.
+    """
+    V4_KV.check(pages)
+    tokens, scales = split_pages(pages, 576, 8)
+    values, rope = tokens.split([448, 128], -1)
+    return values.view(torch.float8_e4m3fn), scales[..., :7], rope.view(torch.bfloat16)
+
+
+def v4_page_bytes(page_size: int) -> int:
+    """From one page of DeepSeek-V4's cache to the next: its bytes, up to a multiple of 576."""
+    return -(-page_size * 584 // V4_PAGE_MULTIPLE) * V4_PAGE_MULTIPLE
+
+
+def pack_v4_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
+    """``[pages, page_size, 512]`` floats to ``[pages, page_size, 584]`` uint8 with padded pages.
+
+    Scales are rounded up to powers of two; ``min_scale`` is that of :func:`pack_v32_kv`. The pad and the
+    gap between pages are zero.
+    """
+    V4_KV.check_values("kv", kv)
+    n, page_size, _ = kv.shape
+    buffer = torch.zeros(n, v4_page_bytes(page_size), dtype=torch.uint8, device=kv.device)
+    pages = buffer[:, : page_size * V4_KV.bytes].unflatten(-1, (page_size, V4_KV.bytes))
+    values, scales, rope = v4_kv_views(pages)
+    quantise(kv[..., :448], values, scales, min_scale=min_scale)
+    rope.copy_(kv[..., 448:])
+    return pages
+
+
+def unpack_v4_kv(pages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[pages, page_size, 584]`` uint8 to ``[pages, page_size, 512]``."""
+    return dequantise(*v4_kv_views(pages), dtype=dtype)
+
+
+def v41_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of DeepSeek-V4.1's fp8 cache, ``[..., 528]`` uint8, for each token::
+
+        byte 0                          512                528
+             | 512 e4m3                 | 16 ue8m0         |
+             | values, the RoPE         | scales, one      |
+             | dimensions last          | per 32           |
+
+    Returns:
+        values ``[..., 512]`` fp8 and scales ``[..., 16]`` uint8 (ue8m0), views.
+
+    Source: FlashMLA, its V41 format.
+    """
+    V41_KV.check(packed)
+    values, scales = packed.split([512, 16], -1)
+    return values.view(torch.float8_e4m3fn), scales
+
+
+def pack_v41_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
+    """``[..., 512]`` floats to ``[..., 528]`` uint8.
+
+    Scales are rounded up to powers of two; ``min_scale`` is that of :func:`pack_v32_kv`.
+    """
+    V41_KV.check_values("kv", kv)
+    packed = torch.empty(*kv.shape[:-1], V41_KV.bytes, dtype=torch.uint8, device=kv.device)
+    quantise(kv, *v41_kv_views(packed), min_scale=min_scale)
+    return packed
+
+
+def unpack_v41_kv(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[..., 528]`` uint8 to ``[..., 512]``."""
+    return dequantise(*v41_kv_views(packed), dtype=dtype)
+
+
+def v41_fp4_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of DeepSeek-V4.1's fp4 cache, ``[..., 288]`` uint8, for each token::
+
+        byte 0                          256                288
+             | 256 x 2 e2m1             | 32 e4m3          |
+             | values, the RoPE         | scales, one      |
+             | dimensions last          | per 16           |
+
+    Value 2i is the low nibble of byte i, value 2i + 1 the high one.
+
+    Returns:
+        values ``[..., 256]`` uint8 (pairs of e2m1) and scales ``[..., 32]`` fp8, views.
+
+    Source: FlashMLA, its V41_FP4 format.
+    """
+    V41_FP4_KV.check(packed)
+    values, scales = packed.split([256, 32], -1)
+    return values, scales.view(torch.float8_e4m3fn)
+
+
+def pack_v41_fp4_kv(kv: Tensor) -> Tensor:
+    """``[..., 512]`` floats to ``[..., 288]`` uint8.
+
+    A scale is amax / 6 rounded to the *nearest* e4m3, at least the smallest one, 2 ** -9: it is no power of
+    two, and when it is rounded down, the largest values of its block saturate.
+    """
+    V41_FP4_KV.check_values("kv", kv)
+    packed = torch.empty(*kv.shape[:-1], V41_FP4_KV.bytes, dtype=torch.uint8, device=kv.device)
+    quantise(kv, *v41_fp4_kv_views(packed), power_of_two=False, min_scale=2.0**-9)
+    return packed
+
+
+def unpack_v41_fp4_kv(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[..., 288]`` uint8 to ``[..., 512]``."""
+    return dequantise(*v41_fp4_kv_views(packed), dtype=dtype)
+
+
+V32_KV = Format(656, width=576, alignment=4, by_page=False, views=v32_kv_views)
+V4_KV = Format(584, width=512, alignment=2, by_page=True, views=v4_kv_views)
+V41_KV = Format(528, width=512, alignment=1, by_page=False, views=v41_kv_views)
+V41_FP4_KV = Format(288, width=512, alignment=1, by_page=False, views=v41_fp4_kv_views)
+KV_FORMATS = {fmt.bytes: fmt for fmt in (V32_KV, V4_KV, V41_KV, V41_FP4_KV)}
