@@ -7,7 +7,7 @@ would put an error of a whole bf16 step on every logit. Each function fills the 
 import torch
 from torch import Tensor
 
-from .formats import index_k_views, unpack_v32_kv
+from .formats import dequantise, views
 from .reference import compute_dtype
 
 INF = float("inf")
@@ -20,30 +20,34 @@ GATHER_BYTES = 16 << 20  # selected rows held at a time in attention
 def index_logits(
     q: Tensor, k: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, block_table: Tensor | None, out: Tensor
 ) -> None:
+    if out.numel() == 0:
+        return
     if block_table is None:
         _index_logits(q, weights, ks, ke, out, lambda start, stop: (k[start:stop], None))
         return
     queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
+    dtype = compute_dtype(q.dtype)
     # Neighbouring queries of one sequence share their pages: score them together.
     tables, counts = block_table.unique_consecutive(dim=0, return_counts=True)
     start = 0
     for table, count in zip(tables, counts.tolist(), strict=True):
         t = slice(start, start + count * queries_per_row)
         start = t.stop
-        _index_logits(q[t], weights[t], ks[t], ke[t], out[t], _page_reader(k, table))
+        _index_logits(q[t], weights[t], ks[t], ke[t], out[t], _page_reader(k, table, dtype))
 
 
-def _page_reader(k: Tensor, table: Tensor):
+def _page_reader(k: Tensor, table: Tensor, dtype: torch.dtype):
     """A function (start, stop) -> (keys, exists) over the logical positions that ``table`` maps to pages."""
     pages, page_size, _ = k.shape
-    keys, scales = index_k_views(k) if k.dtype == torch.uint8 else (k, None)
+    parts = views(k) if k.dtype == torch.uint8 else None
 
     def read(start: int, stop: int):
         position = torch.arange(start, stop)
         page = table[position // page_size].long()
         exists = (page >= 0) & (page < pages)
         slot = torch.where(exists, page, 0), position % page_size
-        return keys[slot] if scales is None else keys[slot].float() * scales[slot][:, None], exists
+        keys = k[slot] if parts is None else dequantise(*(part[slot] for part in parts), dtype=dtype)
+        return keys, exists
 
     return read
 
@@ -53,8 +57,6 @@ def _index_logits(q, weights, ks, ke, out, read_keys) -> None:
     width = out.shape[1]
     dtype = compute_dtype(q.dtype)
     out.fill_(-INF)
-    if s_q == 0 or width == 0:
-        return
     ks, ke = ks.clamp(0, width), ke.clamp(0, width)
     block = max(1, min(s_q, SCORE_BYTES // (heads * KEY_BLOCK * dtype.itemsize)))
     for t0 in range(0, s_q, block):
@@ -106,6 +108,19 @@ def _select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor, start: int, 
     out[row, slot] = (column + start).to(out.dtype)
 
 
+def physical_slots(indices: Tensor, block_table: Tensor, page_size: int, out: Tensor) -> None:
+    pages = block_table.shape[1]
+    queries = len(indices) // max(len(block_table), 1)
+    for row, table in enumerate(block_table):
+        t = slice(row * queries, (row + 1) * queries)
+        page_index = torch.div(indices[t], page_size, rounding_mode="floor")
+        mapped = (page_index >= 0) & (page_index < pages)
+        page = table[page_index[mapped]].long()
+        slots = page * page_size + indices[t][mapped] % page_size
+        out[t] = -1
+        out[t][mapped] = torch.where((page >= 0) & (slots < 2**31), slots, -1).int()
+
+
 def sparse_mla(
     q: Tensor,
     kv: Tensor,
@@ -120,14 +135,14 @@ def sparse_mla(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    segments = [(kv, indices, topk_length)]
+    segments = [(_one_head(kv), indices, topk_length)]
     if extra_kv is not None:
-        segments.append((extra_kv, extra_indices, extra_topk_length))
+        segments.append((_one_head(extra_kv), extra_indices, extra_topk_length))
     dtype = compute_dtype(q.dtype)
     selected = sum(i.shape[-1] for _, i, _ in segments)
     for t in _query_chunks(q.shape[0], selected * q.shape[2] * dtype.itemsize):
         gathered = [
-            _gather(cache[:, None], i[t], None if length is None else length[t], dtype)
+            _gather(cache, i[t], None if length is None else length[t], dtype)
             for cache, i, length in segments
         ]
         rows, valid = (
@@ -173,14 +188,22 @@ def _query_chunks(s_q: int, bytes_per_query: int):
     return [slice(t, min(t + step, s_q)) for t in range(0, s_q, step)]
 
 
+def _one_head(kv: Tensor) -> Tensor:
+    return kv if kv.dtype == torch.uint8 else kv[:, None]
+
+
 def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
-    """Selected rows ``[s_q, h_kv, n, d]`` of a cache ``[s_kv, h_kv, d]``, and which are valid.
+    """Selected rows ``[s_q, h_kv, n, d]`` of a cache, and which are valid.
+
+    The cache is ``[s_kv, h_kv, d]``, or quantised and of one head, ``[pages, page_size, bytes]``: of that,
+    the selected tokens alone are dequantised.
 
     indices ``[s_q, topk]`` serve all heads (valid is then ``[s_q, 1, n]``), ``[s_q, h_kv, topk]`` one
     each. n is topk without the columns at the end where no index is valid: the padding of early
     queries. Rows that are not valid come back as zeros, whatever the cache holds.
     """
-    s_kv, h_kv, d = cache.shape
+    quantised = cache.dtype == torch.uint8
+    s_kv = cache.shape[0] * cache.shape[1] if quantised else cache.shape[0]
     shared = indices.dim() == 2
     if shared:
         indices = indices[:, None]
@@ -191,12 +214,16 @@ def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: t
     s_q, topk = len(indices), int(used[-1]) + 1 if len(used) else 0
     valid, indices = valid[..., :topk], indices[..., :topk]
     safe = torch.where(valid, indices, 0)
-    if shared:
-        rows = cache.index_select(0, safe.flatten()).view(s_q, topk, h_kv, d).transpose(1, 2)
+    if quantised:
+        slot = safe.flatten()
+        slot = slot // cache.shape[1], slot % cache.shape[1]
+        rows = dequantise(*(part[slot] for part in views(cache)), dtype=dtype).unflatten(0, safe.shape)
+    elif shared:
+        rows = cache.index_select(0, safe.flatten()).unflatten(0, (s_q, topk)).transpose(1, 2)
     else:
-        heads = [cache[:, h].index_select(0, safe[:, h].flatten()) for h in range(h_kv)]
-        rows = torch.stack(heads).view(h_kv, s_q, topk, d).transpose(0, 1)
-    rows = unpack_v32_kv(rows, dtype) if rows.dtype == torch.uint8 else rows.to(dtype)
+        heads = [cache[:, h].index_select(0, safe[:, h].flatten()) for h in range(cache.shape[1])]
+        rows = torch.stack(heads).unflatten(1, (s_q, topk)).transpose(0, 1)
+    rows = rows.to(dtype)
     if not valid.all():
         rows.masked_fill_(~valid[..., None], 0.0)
     return rows, valid

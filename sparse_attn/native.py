@@ -6,7 +6,7 @@ loaded. ctypes releases the GIL for the length of a call.
 
 Each operation has two functions here, of the same arguments as in :mod:`sparse_attn.cpu`: one that
 runs it, and ``supports``, which says whether the library takes these arguments. It takes bf16, fp16
-and fp32 whose last dimension is contiguous; everything else is torch's.
+and fp32 whose last dimension is contiguous, and quantised caches; everything else is torch's.
 """
 
 import ctypes
@@ -21,6 +21,9 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# Quantised caches: the library's number of a format, by the bytes of a token.
+ROW_FORMATS = {656: 1, 584: 2, 528: 3, 288: 4}
+KEY_FORMATS = {132: 1, 68: 2}
 PEAK_KINDS = {"fp32": 0, "bf16": 1}
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -31,7 +34,7 @@ class _IndexArgs(ctypes.Structure):
         *((name, _POINTER) for name in ("q", "k", "weights", "ks", "ke", "block_table")),
         *((name, _SIZE) for name in ("q_query", "q_head", "k_page", "k_row", "weights_query", "table_row")),
         *((name, _SIZE) for name in ("s_q", "heads", "d", "pages", "page_size", "tables", "width")),
-        ("dtype", _INT),
+        *(("dtype", _INT), ("key_format", _INT)),
     ]
 
 
@@ -39,7 +42,7 @@ class _Segment(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("k", "v", "indices", "topk_length")),
         *((name, _SIZE) for name in ("k_row", "k_head", "v_row", "v_head", "indices_query", "indices_head")),
-        *((name, _SIZE) for name in ("s_kv", "topk")),
+        *((name, _SIZE) for name in ("s_kv", "topk", "page_size", "k_page", "format")),
     ]
 
 
@@ -165,7 +168,10 @@ def supports(name: str, *args) -> bool:
             return False
     if name == "select_topk":
         return args[0].dtype == torch.float32
-    return args[0].dtype == args[1].dtype and args[0].dtype in DTYPES and min(args[0].shape[1:]) > 0
+    q, k = args[:2]
+    if q.dtype not in DTYPES or min(q.shape[1:]) == 0:
+        return False
+    return q.dtype == k.dtype or k.dtype == torch.uint8
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -174,6 +180,9 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _index_args(q, k, weights, ks, ke, block_table) -> _IndexArgs:
     s_q, heads, d = q.shape
+    key_format, k_row = 0, k.stride(-2)
+    if k.dtype == torch.uint8:
+        key_format, k_row = KEY_FORMATS[k.shape[2]], k.shape[2] - 4  # scales lie behind all keys of a page
     if block_table is None:
         pages, page_size, tables, width, table_row = 1, k.shape[0], 1, k.shape[0], 0
     else:
@@ -192,8 +201,9 @@ def _index_args(q, k, weights, ks, ke, block_table) -> _IndexArgs:
             ke.data_ptr(),
             _address(block_table),
         ),
-        *(q.stride(0), q.stride(1), k.stride(0), k.stride(-2), weights.stride(0), table_row),
+        *(q.stride(0), q.stride(1), k.stride(0), k_row, weights.stride(0), table_row),
         *(s_q, heads, d, pages, page_size, tables, width, DTYPES[q.dtype]),
+        key_format,
     )
 
 
@@ -237,10 +247,13 @@ def lightning_topk(
 
 
 def _mla_segment(kv: Tensor, indices: Tensor, topk_length: Tensor | None) -> _Segment:
-    row = kv.stride(0)
+    row, page_size, page, row_format = kv.stride(-2), 1, kv.stride(0), 0
+    if kv.dtype == torch.uint8:
+        page_size, row_format = kv.shape[1], ROW_FORMATS[kv.shape[2]]
     return _Segment(
         *(kv.data_ptr(), kv.data_ptr(), indices.data_ptr(), _address(topk_length)),
-        *(row, 0, row, 0, indices.stride(0), 0, kv.shape[0], indices.shape[1]),
+        *(row, 0, row, 0, indices.stride(0), 0, kv.shape[0] * page_size, indices.shape[1]),
+        *(page_size, page, row_format),
     )
 
 
@@ -291,5 +304,6 @@ def sparse_gqa(
         *(k.data_ptr(), v.data_ptr(), indices.data_ptr(), _address(topk_length)),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         *(indices.stride(0), indices.stride(1) if indices.dim() == 3 else 0, k.shape[0], indices.shape[-1]),
+        *(1, 0, 0),
     )
     _attend([segment], q, k.shape[1], v.shape[2], softmax_scale, attn_sink, out, lse)

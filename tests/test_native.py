@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import native, reference
+from sparse_attn import cpu, formats, native, reference
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
     adversarial_logits,
@@ -44,7 +44,7 @@ def threads():
 
 
 def exact(function, inputs, **options):
-    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    wide = {n: t.double() if t.is_floating_point() and n != "attn_sink" else t for n, t in inputs.items()}
     return function(**wide, **options, return_lse=True, backend="reference")
 
 
@@ -100,6 +100,51 @@ def test_gqa_at_model_shapes(isa, dtype, h_q, h_kv, d, per_head):
     out, lse = sparse_attn.sparse_gqa(**inputs, return_lse=True)
     assert_close(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("h_q", [1, 8, 16, 100])
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, monkeypatch):
+    monkeypatch.setattr(cpu, "sparse_mla", None)  # the C++ does it
+    kv = torch.randn(700, 576) * torch.logspace(-3, 0, 700)[:, None]
+    packed = formats.pack_v32_kv(kv, power_of_two=power_of_two)
+    packed[:256, 0] = torch.arange(256, dtype=torch.uint8)  # every code
+    indices = torch.stack([torch.randperm(700)[:300] for _ in range(3)]).int()
+    indices[:, ::7] = 10**9
+    inputs = {
+        "q": (torch.randn(3, h_q, 576) / 10).to(dtype),
+        "indices": indices.masked_fill((indices == 0x7F) | (indices == 0xFF), -1),  # NaN
+        "topk_length": torch.tensor([300, 0, 77], dtype=torch.int32),
+        "attn_sink": torch.randn(h_q),
+    }
+    out, lse = sparse_attn.sparse_mla(**inputs, kv=packed.view(7, 100, 1, 656), return_lse=True)
+    unpacked = formats.unpack_v32_kv(packed, torch.float64)
+    expected, expected_lse = exact(sparse_attn.sparse_mla, {**inputs, "kv": unpacked})
+    assert_close(out, expected)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("page_size, heads", [(64, 64), (1, 3), (37, 20)])
+def test_quantised_index_keys_read_in_place(isa, dtype, page_size, heads, monkeypatch):
+    monkeypatch.setattr(cpu, "index_logits", None)
+    pages = 600 // page_size + 1
+    packed = formats.pack_index_k(torch.randn(pages, page_size, 128), power_of_two=False)
+    formats.index_k_views(packed)[1][3] *= -1  # scales that no packer writes
+    inputs = {
+        "q": torch.randn(4, heads, 128).to(dtype),
+        "weights": torch.randn(4, heads),
+        "ks": torch.tensor([0, 3, 100, 9], dtype=torch.int32),
+        "ke": torch.tensor([600, 300, 101, 9], dtype=torch.int32),
+        "block_table": torch.randperm(pages)[None].int(),
+    }
+    logits = sparse_attn.index_logits(**inputs, k=packed)
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    expected = reference.index_logits(**wide, k=formats.unpack_index_k(packed, torch.float64))
+    assert_close(logits, expected)
+    picked = sparse_attn.lightning_topk(**inputs, k=packed, topk=50)
+    assert torch.equal(picked, sparse_attn.select_topk(logits, 50, inputs["ks"], inputs["ke"]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

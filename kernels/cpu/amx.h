@@ -117,10 +117,9 @@ inline void score_tiles(const void* keys, int64_t key_bytes, const uint32_t* que
 // The scorer of one query. Scores of 32 keys are multiplied while those of the 32 before are weighted and
 // summed.
 class AmxScorer {
-  static constexpr int kKeys = 32;
-
  public:
-  using Element = bfloat16;
+  using KeyElement = bfloat16;
+  static constexpr int kKeys = 32;
 
   template <class Memory>
   AmxScorer(const IndexArgs& args, Memory& memory)
@@ -184,6 +183,7 @@ class AmxEngine {
  public:
   using Math = Bf16Dot;
   using Element = bfloat16;
+  using RowElement = bfloat16;
   static constexpr int kBlock = 128;
   static constexpr int kGranule = 32;
   static constexpr int64_t kFineBelow = INT64_MAX;
@@ -194,7 +194,7 @@ class AmxEngine {
       : group_(group),
         queries_(group, kTileSide, memory),
         keys_(memory.template take<uint32_t>(kBlock * queries_.depth)),
-        values_(group.args.d_v, kBlock, memory) {
+        values_(group.args, kBlock, memory) {
     for (auto& part : probabilities_) part = memory.template take<uint32_t>(kBlock / 2 * group.columns());
   }
 
@@ -214,11 +214,12 @@ class AmxEngine {
     values_.load_rows(v, n, padded);
   }
 
-  void scores(int64_t, float* scores) const {
+  template <class Fetch>
+  void scores(int64_t, float* scores, int64_t, const Fetch&) const {
     const TileRegisters registers;
     for (int64_t t = 0; t < tokens_; t += 2 * kTileSide)
       score_tiles(keys_ + t * queries_.depth, queries_.depth * 4, queries_.panels, queries_.depth,
-                  group_.columns(), scores + t * group_.columns(), group_.columns());
+                  group_.columns(), scores + t * group_.stride(), group_.stride());
   }
 
   void accumulate(const Probabilities<Bf16Dot>& p, const float* alpha, float* acc) const {
@@ -226,7 +227,8 @@ class AmxEngine {
     for (int part = 0; part < p.parts(); part++)  // to [head tile][step][head][token pair]
       for (int64_t h = 0; h < heads; h += kTileSide)
         for (int64_t s = 0; s < steps; s++)
-          transpose(p.part(part) + s * kTileSide * heads + h, heads, left(part, h, s), kTileSide);
+          transpose(p.part(part) + s * kTileSide * group_.stride() + h, group_.stride(), left(part, h, s),
+                    kTileSide);
     if (alpha)
       for (int64_t h = 0; h < group_.heads; h++)
         if (alpha[h] != 1.0f)
@@ -252,7 +254,7 @@ class AmxEngine {
     const int64_t vector = column / kTileSide, vectors = acc_columns() / kTileSide;
     const int64_t first = vector / kTileVectors * kTileVectors;
     const int64_t width = (vectors - first < kTileVectors ? vectors - first : kTileVectors) * kTileSide;
-    const uint32_t* panel = values_.panel(first) + (vector - first) * kTileSide;
+    const uint32_t* panel = values_.panel(first, width).first + (vector - first) * kTileSide;
     settle(panel);
     if (add)
       load_tiles<Rows, 2>(acc, acc_columns());

@@ -74,6 +74,11 @@ auto find(int32_t isa, const Pick& pick) {
   return pick(kernels_portable);
 }
 
+auto find_score(int32_t isa, const IndexArgs& args) {
+  const bool plain = args.key_format == kPlainKeys;
+  return find(isa, [&](const Kernels& k) { return (plain ? k.score : k.score_packed)[args.dtype]; });
+}
+
 struct Range {
   int64_t begin, end;
 };
@@ -110,7 +115,7 @@ int32_t sparse_attn_isa_supported(int32_t isa) { return kIsas[isa].kernels && kI
 
 void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out,
                               int64_t out_query) {
-  const auto score = find(isa, [&](const Kernels& k) { return k.score[args->dtype]; });
+  const auto score = find_score(isa, *args);
   const int64_t parts = slices_for(args->s_q, threads);
   parallel_for(args->s_q * parts, threads, [&](int64_t i) {
     const int64_t t = i / parts;
@@ -135,7 +140,7 @@ void sparse_attn_select_topk(int32_t isa, int32_t threads, const SelectArgs* arg
 
 void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* args, int64_t topk,
                                 int64_t workspace_bytes, int32_t* out, int64_t out_query) {
-  const auto score = find(isa, [&](const Kernels& k) { return k.score[args->dtype]; });
+  const auto score = find_score(isa, *args);
   const auto select = find(isa, [](const Kernels& k) { return k.select; });
   const int64_t row_bytes = std::max<int64_t>(1, args->width * sizeof(float));
   const int64_t rows = std::max<int64_t>(1, workspace_bytes / row_bytes);  // that may exist at a time
@@ -171,8 +176,14 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
 void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args) {
   const int64_t group = args->h_q / args->h_kv;
   const bool few = group <= kFewHeads;
-  const auto attend =
-      find(isa, [&](const Kernels& k) { return few ? k.attend_few[args->dtype] : k.attend[args->dtype]; });
+  const bool plain = std::all_of(args->segments, args->segments + args->n_segments,
+                                 [](const Segment& s) { return s.format == kPlain; });
+  const auto attend = find(isa, [&](const Kernels& k) {
+    const auto& many_or_few = plain ? few ? k.attend_few : k.attend
+                              : few ? k.attend_few_packed
+                                    : k.attend_packed;
+    return many_or_few[args->dtype];
+  });
   // Heads that stay together: a whole number of kv heads when they are few, else a part of one.
   const bool shared = args->segments[0].indices_head == 0;
   const int64_t unit = few ? group : kHeadUnit;

@@ -4,38 +4,14 @@
 // softmax down its columns, and the product with the values. An engine does the two products.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "rows.h"
 #include "tile.h"
 #include "workspace.h"
 
 namespace {
-
-// The rows that query t selects for one kv head, of both segments: indices outside [0, s_kv) are dropped.
-inline int64_t max_rows(const AttentionArgs& args) {
-  int64_t n = 0;
-  for (int i = 0; i < args.n_segments; i++) n += args.segments[i].topk;
-  return n;
-}
-template <class T>
-inline int64_t selected_rows(const AttentionArgs& args, int64_t t, int64_t kv_head, const T** k,
-                             const T** v) {
-  int64_t n = 0;
-  for (int i = 0; i < args.n_segments; i++) {
-    const Segment& s = args.segments[i];
-    const int32_t* indices = s.indices + t * s.indices_query + kv_head * s.indices_head;
-    const T* keys = static_cast<const T*>(s.k) + kv_head * s.k_head;
-    const T* values = static_cast<const T*>(s.v) + kv_head * s.v_head;
-    const int64_t length = s.topk_length && s.topk_length[t] < s.topk ? s.topk_length[t] : s.topk;
-    for (int64_t j = 0; j < length; j++) {
-      const int64_t row = indices[j];
-      if (row < 0 || row >= s.s_kv) continue;
-      k[n] = keys + row * s.k_row;
-      v[n++] = values + row * s.v_row;
-    }
-  }
-  return n;
-}
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
@@ -62,6 +38,9 @@ struct HeadGroup {
   int64_t t, head, heads;
 
   int64_t columns() const { return round_up(heads, kWidth); }
+  // Words from one token's scores or probabilities to the next's. An odd number of cache lines: a product
+  // reads down a column, which would otherwise fall into a few sets of the cache.
+  int64_t stride() const { return odd_lines(columns()); }
 };
 
 // Queries as columns, [depth words][heads], the form in which every engine wants them.
@@ -84,62 +63,88 @@ class Queries {
   typename Math::Word* panels;
 };
 
-// Value rows as panels of words, panel[token / kPerWord][columns]; zeros for the tokens that pad the block.
+// Value rows as words, the right operand of P V.
 template <class Math, class T>
-class Values {
+class Values;
+
+// In fp32 one row a token.
+template <class T>
+class Values<Fp32, T> {
  public:
   template <class Memory>
-  Values(int64_t d_v, int64_t tokens, Memory& memory)
-      : d_v_(d_v),
-        panels_(memory.template take<typename Math::Word>(columns() * tokens / Math::kPerWord)),
-        zeros_(memory.template take<T>(d_v)) {}
+  Values(const AttentionArgs& args, int64_t tokens, Memory& memory)
+      : d_v_(args.d_v),
+        stride_(odd_lines(columns())),
+        words_(memory.template take<float>(values_are_keys(args) ? 0 : tokens * stride_)) {}
 
-  int64_t columns() const { return round_up(d_v_, Math::kColumnGroup); }
+  int64_t columns() const { return round_up(d_v_, kWidth); }
   int64_t steps() const { return steps_; }
-  const typename Math::Word* panel(int64_t vector) const { return panels_ + vector * kWidth * steps_; }
+  Columns<Fp32> panel(int64_t vector, int64_t) const { return {first_ + vector * kWidth, step_}; }
+
+  void load_rows(const T* const* rows, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to_words<Fp32>(rows[i], d_v_, words_ + i * stride_, columns());
+    use_rows(words_, stride_, n);
+  }
+  void use_rows(const float* first, int64_t step, int64_t n) { first_ = first, step_ = step, steps_ = n; }
+
+ private:
+  int64_t d_v_, stride_, step_ = 0, steps_ = 0;
+  float* words_;
+  const float* first_ = nullptr;
+};
+
+#if defined(__AVX512BF16__)
+// For the bf16 dot pairs of tokens, as panels[token / 2][columns]; zeros for the tokens that pad the block.
+template <class T>
+class Values<Bf16Dot, T> {
+ public:
+  template <class Memory>
+  Values(const AttentionArgs& args, int64_t tokens, Memory& memory)
+      : d_v_(args.d_v),
+        panels_(memory.template take<uint32_t>(columns() * tokens / 2)),
+        zeros_(memory.template take<T>(d_v_)) {}
+
+  int64_t columns() const { return round_up(d_v_, 2 * kWidth); }
+  int64_t steps() const { return steps_; }
+  Columns<Bf16Dot> panel(int64_t vector, int64_t width) const {
+    return {panels_ + vector * kWidth * steps_, width * kWidth};
+  }
 
   void prepare() { std::memset(static_cast<void*>(zeros_), 0, d_v_ * sizeof(T)); }
 
   void load_rows(const T* const* rows, int64_t n, int64_t padded) {
     constexpr int64_t kAhead = 8;
-    steps_ = padded / Math::kPerWord;
+    steps_ = padded / 2;
     for (int64_t step = 0; step < steps_; step++) {
-      const int64_t i = step * Math::kPerWord;
-      for (int64_t j = i + kAhead; j < i + kAhead + Math::kPerWord && j < n; j++)
-        prefetch(rows[j], d_v_ * sizeof(T));
-      const T* row = i < n ? rows[i] : zeros_;
-      for (int64_t c = 0; c < d_v_; c += Math::kColumnGroup) {
-        if constexpr (Math::kPerWord == 1) {
-          store(at(step, c / kWidth), load_tail(row + c, d_v_ - c));
-        } else {
-          const T* next = i + 1 < n ? rows[i + 1] : zeros_;
-          interleave(row + c, next + c, d_v_ - c, at(step, c / kWidth), at(step, c / kWidth + 1));
-        }
-      }
+      const int64_t i = 2 * step;
+      for (int64_t j = i + kAhead; j < i + kAhead + 2 && j < n; j++) prefetch(rows[j], d_v_ * sizeof(T));
+      const T *row = i < n ? rows[i] : zeros_, *next = i + 1 < n ? rows[i + 1] : zeros_;
+      for (int64_t c = 0; c < d_v_; c += 2 * kWidth)
+        interleave(row + c, next + c, d_v_ - c, at(step, c / kWidth), at(step, c / kWidth + 1));
     }
   }
 
  private:
-  typename Math::Word* at(int64_t step, int64_t vector) {
+  uint32_t* at(int64_t step, int64_t vector) {
     const int64_t first = vector / kTileVectors * kTileVectors, vectors = columns() / kWidth;
     const int64_t width = vectors - first < kTileVectors ? vectors - first : kTileVectors;
     return panels_ + (first * steps_ + step * width + vector - first) * kWidth;
   }
 
-  static void interleave(const T* a, const T* b, int64_t n, typename Math::Word* low,
-                         typename Math::Word* high) {
-    if (n >= Math::kColumnGroup) return Math::interleave(a, b, low, high);
-    T tails[2][Math::kColumnGroup] = {};
+  static void interleave(const T* a, const T* b, int64_t n, uint32_t* low, uint32_t* high) {
+    if (n >= 2 * kWidth) return Bf16Dot::interleave(a, b, low, high);
+    T tails[2][2 * kWidth] = {};
     for (int64_t i = 0; i < n; i++) tails[0][i] = a[i], tails[1][i] = b[i];
-    Math::interleave(tails[0], tails[1], low, high);
+    Bf16Dot::interleave(tails[0], tails[1], low, high);
   }
 
   int64_t d_v_, steps_ = 0;
-  typename Math::Word* panels_;
+  uint32_t* panels_;
   T* zeros_;
 };
+#endif
 
-// Probabilities of a block, where the softmax leaves them: [tokens / kPerWord][heads] words.
+// Probabilities of a block, where the softmax leaves them: [tokens / kPerWord][stride] words.
 //
 // Rounding a probability to bf16 errs as much as rounding the output does. A second word that holds the rest
 // removes that error and doubles the product's cost; an engine says for how many rows it affords it.
@@ -150,17 +155,17 @@ template <>
 class Probabilities<Fp32> {
  public:
   template <class Memory>
-  Probabilities(int64_t, int64_t columns, Memory&) : columns_(columns) {}
+  Probabilities(int64_t, int64_t stride, Memory&) : stride_(stride) {}
   void prepare(float* scores, bool) { words_ = scores; }  // in their place
   void put(int64_t token, int64_t column, Float a, Float b) {
-    store(words_ + token * columns_ + column, a);
-    store(words_ + (token + 1) * columns_ + column, b);
+    store(words_ + token * stride_ + column, a);
+    store(words_ + (token + 1) * stride_ + column, b);
   }
   int parts() const { return 1; }
   const float* part(int) const { return words_; }
 
  private:
-  int64_t columns_;
+  int64_t stride_;
   float* words_;
 };
 
@@ -169,12 +174,12 @@ template <>
 class Probabilities<Bf16Dot> {
  public:
   template <class Memory>
-  Probabilities(int64_t tokens, int64_t columns, Memory& memory) : columns_(columns) {
-    for (auto& part : parts_) part = memory.template take<uint32_t>(tokens / 2 * columns);
+  Probabilities(int64_t tokens, int64_t stride, Memory& memory) : stride_(stride) {
+    for (auto& part : parts_) part = memory.template take<uint32_t>(tokens / 2 * stride);
   }
   void prepare(float*, bool fine) { fine_ = fine; }
   void put(int64_t token, int64_t column, Float a, Float b) {
-    const int64_t at = token / 2 * columns_ + column;
+    const int64_t at = token / 2 * stride_ + column;
     const __m512i coarse = Bf16Dot::pair(a, b);
     _mm512_storeu_si512(parts_[0] + at, coarse);
     if (fine_)
@@ -185,19 +190,19 @@ class Probabilities<Bf16Dot> {
   const uint32_t* part(int i) const { return parts_[i]; }
 
  private:
-  int64_t columns_;
+  int64_t stride_;
   uint32_t* parts_[2];
   bool fine_ = false;
 };
 #endif
 
-// The two products on register tiles. Keys are read where they lie if their elements are words, else
-// converted.
-template <class MathType, class T>
+// The two products on register tiles. Keys are read where they lie if that costs nothing, else converted.
+template <class MathType, class Query, class Row = Query>
 class TileEngine {
  public:
   using Math = MathType;
-  using Element = T;
+  using Element = Query;
+  using RowElement = Row;
   using Word = typename Math::Word;
   static constexpr int kBlock = 96;        // tokens at a time
   static constexpr int kGranule = 2;       // to a multiple of which they are padded
@@ -208,45 +213,61 @@ class TileEngine {
   TileEngine(const HeadGroup& group, Memory& memory)
       : group_(group),
         queries_(group, kWidth, memory),
-        keys_(memory.template take<Word>((kBlock > kWidth ? kBlock : kWidth) * queries_.depth)),
-        values_(group.args.d_v, kBlock, memory) {}
+        key_stride_(odd_lines(queries_.depth)),
+        keys_(memory.template take<Word>((kBlock > kWidth ? kBlock : kWidth) * key_stride_)),
+        values_(group.args, kBlock, memory) {}
 
   void prepare() {
     queries_.prepare(group_, keys_);
-    values_.prepare();
+    if constexpr (Math::kPerWord == 2) values_.prepare();
   }
 
-  void load_rows(const T* const* k, const T* const* v, int64_t n, int64_t padded) {
-    values_.load_rows(v, n, padded);
+  void load_rows(const Row* const* k, const Row* const* v, int64_t n, int64_t padded) {
+    const int64_t d_qk = group_.args.d_qk;
+    const bool in_place = Math::kPerWord == 2 && are_words<Math, Row>(d_qk);
     for (int64_t i = 0; i < n; i++) {
-      if (are_words<Math, T>(group_.args.d_qk)) {
-        rows_[i] = reinterpret_cast<const Word*>(k[i]);
-      } else {
-        to_words<Math>(k[i], group_.args.d_qk, keys_ + i * queries_.depth, queries_.depth);
-        rows_[i] = keys_ + i * queries_.depth;
-      }
+      if (!in_place) to_words<Math>(k[i], d_qk, keys_ + i * key_stride_, queries_.depth);
+      rows_[i] = in_place ? reinterpret_cast<const Word*>(k[i]) : keys_ + i * key_stride_;
+    }
+    if constexpr (Math::kPerWord == 2) {
+      values_.load_rows(v, n, padded);
+    } else {
+      if (values_are_keys(group_.args))
+        values_.use_rows(keys_, key_stride_, n);
+      else
+        values_.load_rows(v, n);
     }
   }
 
-  void scores(int64_t n, float* scores) const {
-    const int64_t columns = group_.columns();
-    for_each_panel(columns / kWidth, [&](int64_t v, auto width) {
-      for_each_tile<Math, width>(rows_, 1, queries_.panels + v * kWidth * queries_.depth, queries_.words, n,
-                                 FromZero{}, ToMatrix{scores + v * kWidth, columns});
+  // Loading rows only waits for memory, so fetch(i) brings row i of the next block's `more` meanwhile, a few
+  // with each tile.
+  template <class Fetch>
+  void scores(int64_t n, float* scores, int64_t more, const Fetch& fetch) const {
+    const int64_t vectors = group_.columns() / kWidth, panels = (vectors + kTileVectors - 1) / kTileVectors;
+    const int64_t tiles = panels * ((n + kTileRows - 1) / kTileRows), share = (more + tiles - 1) / tiles;
+    int64_t fetched = 0;
+    const auto start = [&](int first, auto& c) {
+      for (const int64_t end = std::min(fetched + share, more); fetched < end; fetched++) fetch(fetched);
+      FromZero{}(first, c);
+    };
+    for_each_panel(vectors, [&](int64_t v, auto width) {
+      const Columns<Math> panel = {queries_.panels + v * kWidth * queries_.depth, width * kWidth};
+      for_each_tile<Math, width>(rows_, 1, panel, queries_.words, n, start,
+                                 ToMatrix{scores + v * kWidth, group_.stride()});
     });
   }
 
   // acc = acc * alpha + P V; from zero if alpha is null.
   void accumulate(const Probabilities<Math>& p, const float* alpha, float* acc) const {
-    const int64_t columns = group_.columns(), heads = group_.heads;
+    const int64_t heads = group_.heads;
     const Word* left[kMaxHeads];
     for (int part = 0; part < p.parts(); part++) {
       for (int64_t h = 0; h < heads; h++) left[h] = p.part(part) + h;
       for_each_panel(values_.columns() / kWidth, [&](int64_t v, auto width) {
         float* c = acc + v * kWidth;
         const auto product = [&](const auto& start) {
-          for_each_tile<Math, width>(left, columns, values_.panel(v), values_.steps(), heads, start,
-                                     ToMatrix{c, values_.columns()});
+          for_each_tile<Math, width>(left, group_.stride(), values_.panel(v, width), values_.steps(), heads,
+                                     start, ToMatrix{c, values_.columns()});
         };
         if (part > 0)
           product(FromMatrix{c, values_.columns()});
@@ -262,47 +283,48 @@ class TileEngine {
 
  private:
   const HeadGroup& group_;
-  Queries<Math, T> queries_;
+  Queries<Math, Query> queries_;
+  int64_t key_stride_;
   Word* keys_;
-  Values<Math, T> values_;
+  Values<Math, Row> values_;
   const Word* rows_[kBlock];
 };
 
 // One softmax over the rows that the group's query selects. Its reference, the highest score so far, moves
 // when a score exceeds it by more than the engine's slack (in units of log2): moving it costs a pass over
 // what was summed.
-template <class Engine>
+template <class Engine, class Rows>
 class OnlineSoftmax {
-  using T = typename Engine::Element;
-
  public:
   template <class Memory>
   OnlineSoftmax(const HeadGroup& group, Memory& memory)
       : group_(group),
         columns_(group.columns()),
-        k_(memory.template take<const T*>(max_rows(group.args))),
-        v_(memory.template take<const T*>(max_rows(group.args))),
-        scores_(memory.template take<float>(Engine::kBlock * columns_)),
+        stride_(group.stride()),
+        rows_(group.args, Engine::kBlock, memory),
+        scores_(memory.template take<float>(Engine::kBlock * stride_)),
         top_(memory.template take<float>(columns_)),
         total_(memory.template take<float>(columns_)),
         alpha_(memory.template take<float>(columns_)),
-        probabilities_(Engine::kBlock, columns_, memory),
+        probabilities_(Engine::kBlock, stride_, memory),
         engine_(group, memory),
         acc_(memory.template take<float>(columns_ * engine_.acc_columns())) {}
 
   void run() {
     const AttentionArgs& args = group_.args;
     const int64_t kv_head = group_.head / (args.h_q / args.h_kv);
-    const int64_t n = selected_rows(args, group_.t, kv_head, k_, v_);
+    const int64_t n = rows_.select(group_.t, kv_head);
     if (n > 0) engine_.prepare();
     probabilities_.prepare(scores_, n < Engine::kFineBelow);
     for (int64_t h = 0; h < columns_; h++) top_[h] = -3e38f, total_[h] = 0.0f;
     for (int64_t i = 0; i < n; i += Engine::kBlock) {
       const int64_t tokens = n - i < Engine::kBlock ? n - i : Engine::kBlock;
       const int64_t padded = round_up(tokens, Engine::kGranule);
-      engine_.load_rows(k_ + i, v_ + i, tokens, padded);
-      engine_.scores(tokens, scores_);
-      for (int64_t j = tokens * columns_; j < padded * columns_; j++) scores_[j] = -INFINITY;
+      const int64_t more = n - i - tokens < Engine::kBlock ? n - i - tokens : Engine::kBlock;
+      rows_.take(i, tokens);
+      engine_.load_rows(rows_.keys(), rows_.values(), tokens, padded);
+      engine_.scores(tokens, scores_, more, [&](int64_t j) { rows_.template prefetch<2>(i + tokens + j); });
+      for (int64_t j = tokens * stride_; j < padded * stride_; j++) scores_[j] = -INFINITY;
       for (int64_t h = 0; h < columns_; h += kWidth) block_softmax(h, padded);
       engine_.accumulate(probabilities_, i ? alpha_ : nullptr, acc_);
     }
@@ -311,7 +333,7 @@ class OnlineSoftmax {
       float* row = acc_ + h * engine_.acc_columns();
       if constexpr (Engine::Math::kPerWord == 2)
         for (int64_t c = 0; c < engine_.acc_columns() && n; c += 2 * kWidth) Engine::Math::restore(row + c);
-      write_head<T>(args, group_.t, group_.head + h, row, factor);
+      write_head<typename Engine::Element>(args, group_.t, group_.head + h, row, factor);
     }
   }
 
@@ -324,13 +346,13 @@ class OnlineSoftmax {
     const Float before = load(top_ + h);
     Float highest[2] = {before, before};
     for (int64_t t = 0; t < tokens; t += 2)
-      for (int j = 0; j < 2; j++) highest[j] = max(load(s + (t + j) * columns_) * scale, highest[j]);
+      for (int j = 0; j < 2; j++) highest[j] = max(load(s + (t + j) * stride_) * scale, highest[j]);
     const Float highest_of_all = max(highest[0], highest[1]);
     const Float top = select(highest_of_all > before + Engine::kSlack, highest_of_all, before);
     Float sums[2] = {Float{}, Float{}};
     for (int64_t t = 0; t < tokens; t += 2) {
-      const Float a = exp2(fma(load(s + t * columns_), scale, -top));
-      const Float b = exp2(fma(load(s + (t + 1) * columns_), scale, -top));
+      const Float a = exp2(fma(load(s + t * stride_), scale, -top));
+      const Float b = exp2(fma(load(s + (t + 1) * stride_), scale, -top));
       sums[0] += a;
       sums[1] += b;
       probabilities_.put(t, h, a, b);
@@ -342,18 +364,33 @@ class OnlineSoftmax {
   }
 
   const HeadGroup& group_;
-  int64_t columns_;
-  const T **k_, **v_;
-  float *scores_, *top_, *total_, *alpha_;  // scores [tokens, columns], the others [columns]
+  int64_t columns_, stride_;
+  Rows rows_;
+  float *scores_, *top_, *total_, *alpha_;  // scores [tokens, stride], the others [columns]
   Probabilities<typename Engine::Math> probabilities_;
   Engine engine_;
   float* acc_;  // [columns, acc_columns]
 };
 
-template <class Engine>
+template <class Engine, class Rows>
 void attend_heads(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
   const HeadGroup group{args, t, head, head_end - head};
-  with_workspace<OnlineSoftmax<Engine>>(group, [](OnlineSoftmax<Engine>& softmax) { softmax.run(); });
+  using Softmax = OnlineSoftmax<Engine, Rows>;
+  with_workspace<Softmax>(group, [](Softmax& softmax) { softmax.run(); });
+}
+
+template <class Engine>
+constexpr auto attend_plain = attend_heads<Engine, PlainRows<typename Engine::RowElement>>;
+template <class Engine>
+constexpr auto attend_packed =
+    attend_heads<Engine, PackedRows<typename Engine::Element, typename Engine::RowElement>>;
+
+// Quantised rows in bf16 where that is exact, else in fp32: a cache may hold any fp32 scale.
+template <class Bf16Engine>
+void attend_packed_in_bf16(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
+  (selected_exact_in_bf16(args, t)
+       ? attend_packed<Bf16Engine>
+       : attend_packed<TileEngine<Fp32, bfloat16, float>>)(args, t, head, head_end);
 }
 
 }  // namespace

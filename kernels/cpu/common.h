@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// How the rows of a cache are stored; see sparse_attn/formats.
+enum RowFormat : int64_t { kPlain = 0, kV32Rows = 1, kV4Rows = 2, kV41Rows = 3, kV41Fp4Rows = 4 };
+enum KeyFormat : int32_t { kPlainKeys = 0, kFp8Keys = 1, kMxfp4Keys = 2 };
+
 enum DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kDTypes = 3 };
 
 struct bfloat16 {
@@ -13,7 +17,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// Strides count elements; the last dimension of every tensor is contiguous.
+// Strides count elements, of quantised caches bytes; the last dimension of every tensor is contiguous.
 
 // index_logits: q [s_q, heads, d], k [s_kv, d] or pages [pages, page_size, d], weights [s_q, heads].
 struct IndexArgs {
@@ -26,17 +30,19 @@ struct IndexArgs {
   int64_t q_query, q_head, k_page, k_row, weights_query, block_table_row;
   int64_t s_q, heads, d, pages, page_size, tables, width;
   int32_t dtype;
+  KeyFormat key_format;  // of k; if not plain, a page holds its keys and then their scales
 };
 
 // One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v], indices [s_q, h_kv,
-// topk].
+// topk]. Of a quantised cache k is v, and row i lies in page i / page_size; pages are k_page bytes apart.
 struct Segment {
   const void* k;
   const void* v;
   const int32_t* indices;
   const int32_t* topk_length;  // [s_q] or null
   int64_t k_row, k_head, v_row, v_head, indices_query, indices_head;
-  int64_t s_kv, topk;
+  int64_t s_kv, topk, page_size, k_page;
+  RowFormat format;
 };
 
 // q [s_q, h_q, d_qk] -> out [s_q, h_q, d_v], lse [s_q, h_q]; one softmax over both segments.
@@ -65,12 +71,17 @@ struct Kernels {
   const char* name;
   // Scores of positions [begin, end) of query t, which exist, into out[0 .. end - begin).
   void (*score[kDTypes])(const IndexArgs&, int64_t t, int64_t begin, int64_t end, float* out);
+  // The same for quantised keys.
+  void (*score_packed[kDTypes])(const IndexArgs&, int64_t t, int64_t begin, int64_t end, float* out);
   // The top-k of the n logits x, which stand at positions begin, begin + 1, ..: into out[0 .. topk).
   void (*select)(const float* x, int64_t begin, int64_t n, int64_t topk, int32_t* out);
   // Heads [head, head_end) of query t: of one kv head, at most kMaxHeads of them.
   void (*attend[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
   // The same for at most kFewHeads heads a kv head, of one or several kv heads that share their indices.
   void (*attend_few[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
+  // Both for quantised rows.
+  void (*attend_packed[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
+  void (*attend_few_packed[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
   // Runs a loop of multiply-adds in registers and returns how many operations it made; 0 if there is no such
   // loop.
   int64_t (*peak)(int32_t kind, int64_t rounds);

@@ -8,8 +8,9 @@
 
 namespace {
 
-template <class T>
+template <class Query, class Rows>
 class FewHeads {
+  using T = typename Rows::Element;
   static constexpr int kBlock = 64;  // rows at a time
   static constexpr int kRows = 4;    // of a register tile
   static constexpr int kHeads = 4;
@@ -25,8 +26,7 @@ class FewHeads {
         group_(args_.h_q / args_.h_kv),
         depth_(round_up(args_.d_qk, kWidth)),
         columns_(round_up(args_.d_v, kWidth)),
-        k_(memory.template take<const T*>(max_rows(args_))),
-        v_(memory.template take<const T*>(max_rows(args_))),
+        rows_(args_, kBlock, memory),
         q_(memory.template take<float>(unit.heads * depth_)),
         acc_(memory.template take<float>(unit.heads * columns_)),
         top_(memory.template take<float>(unit.heads)),
@@ -38,8 +38,8 @@ class FewHeads {
 
   void run() {
     const int64_t kv_head = unit_.head / group_, kv_heads = unit_.heads / group_;
-    const int64_t n = selected_rows(args_, unit_.t, kv_head, k_, v_);
-    const T* q = static_cast<const T*>(args_.q) + unit_.t * args_.q_query + unit_.head * args_.q_head;
+    const int64_t n = rows_.select(unit_.t, kv_head);
+    const Query* q = static_cast<const Query*>(args_.q) + unit_.t * args_.q_query + unit_.head * args_.q_head;
     for (int64_t h = 0; h < unit_.heads; h++) {
       to_words<Fp32>(q + h * args_.q_head, args_.d_qk, q_ + h * depth_, depth_);
       top_[h] = -3e38f;
@@ -48,47 +48,46 @@ class FewHeads {
     std::memset(acc_, 0, unit_.heads * columns_ * sizeof(float));
     for (int64_t i = 0; i < n; i += kBlock) {
       const int rows = static_cast<int>(n - i < kBlock ? n - i : kBlock);
+      rows_.take(i, rows);
       for (int64_t g = 0; g < kv_heads; g++) {
         // The next block's rows, an equal share for each kv head.
         const int64_t ahead = i + kBlock, share = kBlock / kv_heads + 1;
         for (int64_t j = ahead + g * share; j < ahead + (g + 1) * share && j < ahead + kBlock && j < n; j++)
-          for (int64_t other = 0; other < kv_heads; other++) {
-            prefetch(key(j, other), args_.d_qk * sizeof(T));
-            prefetch(value(j, other), args_.d_v * sizeof(T));
-          }
-        scores(i, g, rows);
+          for (int64_t other = 0; other < kv_heads; other++) rows_.template prefetch<3>(j, other);
+        scores(g, rows);
         softmax(g, rows);
-        accumulate(i, g, rows);
+        accumulate(g, rows);
       }
     }
     for (int64_t h = 0; h < unit_.heads; h++) {
       const float factor = finish_head(args_, unit_.t, unit_.head + h, n == 0, top_[h], total_[h]);
-      write_head<T>(args_, unit_.t, unit_.head + h, acc_ + h * columns_, factor);
+      write_head<Query>(args_, unit_.t, unit_.head + h, acc_ + h * columns_, factor);
     }
   }
 
  private:
-  const T* key(int64_t row, int64_t g) const { return k_[row] + g * args_.segments[0].k_head; }
-  const T* value(int64_t row, int64_t g) const { return v_[row] + g * args_.segments[0].v_head; }
+  // Row i of the block, of the g-th kv head of the unit.
+  const T* key(int64_t i, int64_t g) const { return rows_.keys()[i] + g * args_.segments[0].k_head; }
+  const T* value(int64_t i, int64_t g) const { return rows_.values()[i] + g * args_.segments[0].v_head; }
 
   // scores_[row][lane], a lane for each head of the group.
-  void scores(int64_t first, int64_t g, int rows) {
+  void scores(int64_t g, int rows) {
     std::memset(sums_, 0, rows * lanes_ * kWidth * sizeof(float));
     for (int h = 0; h < group_; h += kHeads) {
       const float* q = q_ + (g * group_ + h) * depth_;
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
         int r = 0;
-        for (; r + kRows <= rows; r += kRows) dots<kRows, heads>(first + r, g, q, r, h);
-        for (; r < rows; r++) dots<1, heads>(first + r, g, q, r, h);
+        for (; r + kRows <= rows; r += kRows) dots<kRows, heads>(g, q, r, h);
+        for (; r < rows; r++) dots<1, heads>(g, q, r, h);
       });
     }
     for (int i = 0; i < rows * lanes_; i += kWidth) store(scores_ + i, sum_each(sums_ + i * kWidth));
   }
 
   template <int R, int H>
-  void dots(int64_t first, int64_t g, const float* q, int row, int head) {
+  void dots(int64_t g, const float* q, int row, int head) {
     const T* k[R];
-    for (int r = 0; r < R; r++) k[r] = key(first + r, g);
+    for (int r = 0; r < R; r++) k[r] = key(row + r, g);
     Float c[R][H] = {};
     const auto step = [&](int64_t d, auto&& load_keys) {
       Float queries[H];
@@ -141,7 +140,7 @@ class FewHeads {
       if (i % lanes_ < group_) total_[g * group_ + i % lanes_] += sums[i];
   }
 
-  void accumulate(int64_t first, int64_t g, int rows) {
+  void accumulate(int64_t g, int rows) {
     constexpr int kVectors = kTileVectors;
     for (int h = 0; h < group_; h += kHeads)
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
@@ -149,11 +148,11 @@ class FewHeads {
           const int64_t whole = (args_.d_v - c) / kWidth;
           float* acc = acc_ + (g * group_ + h) * columns_ + c;
           if (whole >= kVectors) {
-            add_values<heads, kVectors>(first, g, rows, c, h, acc, [](const T* p) { return load(p); });
+            add_values<heads, kVectors>(g, rows, c, h, acc, [](const T* p) { return load(p); });
           } else {
             for (int64_t v = 0; v * kWidth < args_.d_v - c; v++) {
               const int64_t left = args_.d_v - c - v * kWidth;
-              add_values<heads, 1>(first, g, rows, c + v * kWidth, h, acc + v * kWidth,
+              add_values<heads, 1>(g, rows, c + v * kWidth, h, acc + v * kWidth,
                                    [left](const T* p) { return load_tail(p, left); });
             }
           }
@@ -162,13 +161,12 @@ class FewHeads {
   }
 
   template <int H, int N, class Load>
-  void add_values(int64_t first, int64_t g, int rows, int64_t column, int head, float* acc,
-                  Load&& load_values) {
+  void add_values(int64_t g, int rows, int64_t column, int head, float* acc, Load&& load_values) {
     Float c[H][N];
     for (int h = 0; h < H; h++)
       for (int n = 0; n < N; n++) c[h][n] = load(acc + h * columns_ + n * kWidth);
     for (int r = 0; r < rows; r++) {
-      const T* row = value(first + r, g) + column;
+      const T* row = value(r, g) + column;
       Float values[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) values[n] = load_values(row + n * kWidth);
@@ -188,16 +186,22 @@ class FewHeads {
   int group_;      // heads a kv head
   int lanes_ = 1;  // the power of two that holds them
   int64_t depth_, columns_;
-  const T **k_, **v_;
+  Rows rows_;
   float *q_, *acc_;        // [heads, depth], [heads, columns]
   float *top_, *total_;    // [heads]
   float *sums_, *scores_;  // of one block and kv head
 };
 
-template <class T>
+template <class Query, class Rows>
 void attend_few_heads(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
   const HeadGroup unit{args, t, head, head_end - head};
-  with_workspace<FewHeads<T>>(unit, [](FewHeads<T>& heads) { heads.run(); });
+  using Heads = FewHeads<Query, Rows>;
+  with_workspace<Heads>(unit, [](Heads& heads) { heads.run(); });
 }
+
+template <class T>
+constexpr auto attend_few_plain = attend_few_heads<T, PlainRows<T>>;
+template <class T>
+constexpr auto attend_few_packed = attend_few_heads<T, PackedRows<T, float>>;
 
 }  // namespace

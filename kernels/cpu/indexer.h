@@ -4,6 +4,7 @@
 // to the accumulators, so a score leaves registers as one vector a key.
 #pragma once
 
+#include "packed.h"
 #include "tile.h"
 #include "workspace.h"
 
@@ -45,13 +46,13 @@ class HeadWeights {
 };
 
 // The scorer of one query on register tiles.
-template <class Math, class T>
+template <class Math, class Query, class Key = Query>
 class TileScorer {
   using Word = typename Math::Word;
-  static constexpr int kKeys = 48;  // a multiple of kTileRows and of kWidth
 
  public:
-  using Element = T;
+  using KeyElement = Key;
+  static constexpr int kKeys = 48;  // at a time: a multiple of kTileRows and of kWidth
 
   template <class Memory>
   TileScorer(const IndexArgs& args, Memory& memory)
@@ -65,18 +66,18 @@ class TileScorer {
 
   void prepare(int64_t t) {
     weights_.prepare(args_.weights + t * args_.weights_query);
-    const T* q = static_cast<const T*>(args_.q) + t * args_.q_query;
+    const Query* q = static_cast<const Query*>(args_.q) + t * args_.q_query;
     pack_columns<Math>(q, args_.q_head, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
   // Scores of n keys that lie `stride` elements apart.
-  void run(const T* k, int64_t stride, int64_t n, float* out) const {
+  void run(const Key* k, int64_t stride, int64_t n, float* out) const {
     const Word* rows[kKeys];
     for (int64_t s = 0; s < n; s += kKeys, k += kKeys * stride) {
       const int m = static_cast<int>(n - s < kKeys ? n - s : kKeys);
       for (int i = 0; i < m; i++) {
-        const T* row = k + i * stride;
-        if (are_words<Math, T>(args_.d)) {
+        const Key* row = k + i * stride;
+        if (are_words<Math, Key>(args_.d)) {
           rows[i] = reinterpret_cast<const Word*>(row);
         } else {
           to_words<Math>(row, args_.d, keys_ + i * depth_, depth_);
@@ -90,10 +91,10 @@ class TileScorer {
 
  private:
   // The keys that come two rounds later are fetched meanwhile, a few with each tile.
-  void score(const Word* const* rows, int n, const T* later, int64_t stride) const {
+  void score(const Word* const* rows, int n, const Key* later, int64_t stride) const {
     const auto start = [&](int first, auto& c) {
       for (int i = first; later && i < first + kTileRows; i++)
-        prefetch(later + i * stride, args_.d * sizeof(T));
+        prefetch(later + i * stride, args_.d * sizeof(Key));
       FromZero{}(first, c);
     };
     for_each_panel(weights_.vectors(), [&](int64_t v, auto width) {
@@ -104,7 +105,8 @@ class TileScorer {
             store(sum, add(v ? load(sum) : Float{}, [&](int i) { return c[m][i]; }));
           }
         };
-        for_each_tile<Math, width>(rows, 1, queries_ + v * kWidth * depth_, words_, n, start, finish);
+        const Columns<Math> panel = {queries_ + v * kWidth * depth_, width * kWidth};
+        for_each_tile<Math, width>(rows, 1, panel, words_, n, start, finish);
       });
       later = nullptr;
     });
@@ -118,24 +120,74 @@ class TileScorer {
   float* sums_;
 };
 
-// Positions [begin, end) of query t, page by page.
+// Positions [begin, end) of query t, page by page: f(page, offset in it, n positions, their scores).
+template <class F>
+void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out, F&& f) {
+  if (!args.block_table) return f(0, begin, end - begin, out);
+  const int32_t* table = args.block_table + t / (args.s_q / args.tables) * args.block_table_row;
+  for (int64_t s = begin; s < end;) {
+    const int64_t page = table[s / args.page_size], offset = s % args.page_size;
+    const int64_t n = end - s < args.page_size - offset ? end - s : args.page_size - offset;
+    if (page >= 0 && page < args.pages)
+      f(page, offset, n, out + s - begin);
+    else
+      for (int64_t i = 0; i < n; i++) out[s - begin + i] = -__builtin_inff();
+    s += n;
+  }
+}
+
 template <class Scorer>
-void score_row(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
-  using T = typename Scorer::Element;
+void score_plain(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
+  const auto* k = static_cast<const typename Scorer::KeyElement*>(args.k);
   with_workspace<Scorer>(args, [&](Scorer& scorer) {
     scorer.prepare(t);
-    const T* k = static_cast<const T*>(args.k);
-    if (!args.block_table) return scorer.run(k + begin * args.k_row, args.k_row, end - begin, out);
-    const int32_t* table = args.block_table + t / (args.s_q / args.tables) * args.block_table_row;
-    for (int64_t s = begin; s < end;) {
-      const int64_t page = table[s / args.page_size], offset = s % args.page_size;
-      const int64_t n = end - s < args.page_size - offset ? end - s : args.page_size - offset;
-      if (page >= 0 && page < args.pages)
-        scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, out + s - begin);
-      else
-        for (int64_t i = 0; i < n; i++) out[s - begin + i] = -__builtin_inff();
-      s += n;
+    for_each_page(args, t, begin, end, out, [&](int64_t page, int64_t offset, int64_t n, float* scores) {
+      scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, scores);
+    });
+  });
+}
+
+// Quantised keys are decoded a few at a time; what they are to be multiplied with, to their scores.
+template <class Scorer>
+class PackedScorer {
+  using Key = typename Scorer::KeyElement;
+
+ public:
+  template <class Memory>
+  PackedScorer(const IndexArgs& args, Memory& memory)
+      : args_(args), scorer_(args, memory), keys_(memory.template take<Key>(Scorer::kKeys * args.d)) {}
+
+  void prepare(int64_t t) { scorer_.prepare(t); }
+
+  void run(const uint8_t* page, int64_t offset, int64_t n, float* out) const {
+    const uint8_t* scales = page + args_.page_size * args_.k_row;
+    float factors[Scorer::kKeys];
+    for (int64_t s = 0; s < n; s += Scorer::kKeys) {
+      const int64_t m = n - s < Scorer::kKeys ? n - s : Scorer::kKeys;
+      for (int64_t i = 0; i < m; i++) {
+        const int64_t slot = offset + s + i;
+        factors[i] = decode_key(args_.key_format, page + slot * args_.k_row, scales + slot * 4, args_.d,
+                                keys_ + i * args_.d);
+      }
+      scorer_.run(keys_, args_.d, m, out + s);
+      for (int64_t i = 0; i < m; i++) out[s + i] *= factors[i];
     }
+  }
+
+ private:
+  const IndexArgs& args_;
+  Scorer scorer_;
+  Key* keys_;
+};
+
+template <class Scorer>
+void score_packed(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
+  const auto* k = static_cast<const uint8_t*>(args.k);
+  with_workspace<PackedScorer<Scorer>>(args, [&](PackedScorer<Scorer>& scorer) {
+    scorer.prepare(t);
+    for_each_page(args, t, begin, end, out, [&](int64_t page, int64_t offset, int64_t n, float* scores) {
+      scorer.run(k + page * args.k_page, offset, n, scores);
+    });
   });
 }
 

@@ -12,12 +12,17 @@ namespace {
 constexpr Kernels fp32_kernels(const char* name) {
   return {
       name,
-      {score_row<TileScorer<Fp32, bfloat16>>, score_row<TileScorer<Fp32, float16>>,
-       score_row<TileScorer<Fp32, float>>},
+      {score_plain<TileScorer<Fp32, bfloat16>>, score_plain<TileScorer<Fp32, float16>>,
+       score_plain<TileScorer<Fp32, float>>},
+      {score_packed<TileScorer<Fp32, bfloat16, float>>, score_packed<TileScorer<Fp32, float16, float>>,
+       score_packed<TileScorer<Fp32, float>>},
       select_row,
-      {attend_heads<TileEngine<Fp32, bfloat16>>, attend_heads<TileEngine<Fp32, float16>>,
-       attend_heads<TileEngine<Fp32, float>>},
-      {attend_few_heads<bfloat16>, attend_few_heads<float16>, attend_few_heads<float>},
+      {attend_plain<TileEngine<Fp32, bfloat16>>, attend_plain<TileEngine<Fp32, float16>>,
+       attend_plain<TileEngine<Fp32, float>>},
+      {attend_few_plain<bfloat16>, attend_few_plain<float16>, attend_few_plain<float>},
+      {attend_packed<TileEngine<Fp32, bfloat16, float>>, attend_packed<TileEngine<Fp32, float16, float>>,
+       attend_packed<TileEngine<Fp32, float>>},
+      {attend_few_packed<bfloat16>, attend_few_packed<float16>, attend_few_packed<float>},
       [](int32_t kind, int64_t rounds) { return kind == kPeakFp32 ? run_peak<Fp32>(rounds) : 0; },
   };
 }

@@ -3,9 +3,12 @@
 // bf16 tensors by the dot instruction; everything else is left to AVX512.
 extern const Kernels kernels_avx512bf16 = {
     "avx512bf16",
-    {score_row<TileScorer<Bf16Dot, bfloat16>>},
+    {score_plain<TileScorer<Bf16Dot, bfloat16>>},
+    {score_packed<TileScorer<Bf16Dot, bfloat16>>},
     nullptr,
-    {attend_heads<TileEngine<Bf16Dot, bfloat16>>},
+    {attend_plain<TileEngine<Bf16Dot, bfloat16>>},
+    {},
+    {attend_packed_in_bf16<TileEngine<Bf16Dot, bfloat16>>},
     {},
     [](int32_t kind, int64_t rounds) { return kind == kPeakBf16 ? run_peak<Bf16Dot>(rounds) : 0; },
 };

@@ -174,7 +174,7 @@ inline void transpose(const void* from, ptrdiff_t from_words, void* to, ptrdiff_
 
 template <class T>
 inline Float load_each(const T* p) {
-  Float x;
+  Float x = {};
   for (int i = 0; i < kWidth; i++) x[i] = to_float(p[i]);
   return x;
 }
@@ -202,7 +202,16 @@ inline Float load(const bfloat16* p) {
 inline Float load(const float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void store(bfloat16* p, Float x) { store_each(p, x); }
+inline void store(bfloat16* p, Float x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i safe = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(safe, safe), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
 inline void store(float16* p, Float x) {
   const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
@@ -312,17 +321,9 @@ inline Float sum_each(const float* vectors) {
 #endif
 }
 
+template <int Locality = 3>  // 3 the nearest cache, 2 the one behind it
 inline void prefetch(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
-}
-
-// Stops the compiler from removing what computed x.
-inline void keep(Float& x) {
-#if defined(__x86_64__)
-  asm volatile("" : "+v"(x));
-#else
-  asm volatile("" : "+w"(x));
-#endif
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, Locality);
 }
 
 // Calls f with value as a compile-time constant, for 1 <= value <= Max.

@@ -61,14 +61,20 @@ struct Bf16Dot {
 };
 #endif
 
-// c[m][n] += sum_k a[m][k * a_step] * b[k][n], for M rows and N vectors of columns; b's rows are N vectors
-// long.
+// The right operand of a product: rows of columns, one for each k, `step` words apart.
+template <class Math>
+struct Columns {
+  const typename Math::Word* first;
+  ptrdiff_t step;
+};
+
+// c[m][n] += sum_k a[m][k * a_step] * b[k][n], for M rows and N vectors of columns.
 template <class Math, int M, int N>
 inline void accumulate(Float (&c)[M][N], const typename Math::Word* const* a, ptrdiff_t a_step,
-                       const typename Math::Word* b, int64_t depth) {
-  const typename Math::Word* row[M];
+                       Columns<Math> columns_of, int64_t depth) {
+  const typename Math::Word *row[M], *b = columns_of.first;
   for (int m = 0; m < M; m++) row[m] = a[m];
-  for (int64_t k = 0; k < depth; k++, b += N * kWidth) {
+  for (int64_t k = 0; k < depth; k++, b += columns_of.step) {
     typename Math::Vector columns[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) columns[n] = Math::load(b + n * kWidth);
@@ -84,7 +90,7 @@ inline void accumulate(Float (&c)[M][N], const typename Math::Word* const* a, pt
 // The same for `rows` rows of any number; f(m, c) takes what a tile of rows m, m + 1, .. gave, f.start(m, c)
 // says what it starts from.
 template <class Math, int N, class Start, class Finish>
-inline void for_each_tile(const typename Math::Word* const* a, ptrdiff_t a_step, const typename Math::Word* b,
+inline void for_each_tile(const typename Math::Word* const* a, ptrdiff_t a_step, Columns<Math> b,
                           int64_t depth, int rows, const Start& start, const Finish& finish) {
   for (int m0 = 0; m0 < rows; m0 += kTileRows) {
     const int m = rows - m0 < kTileRows ? rows - m0 : kTileRows;
@@ -135,6 +141,10 @@ struct ToMatrix {
       for (int n = 0; n < N; n++) store(c + (m0 + m) * row + n * kWidth, tile[m][n]);
   }
 };
+
+// Words of a row that is read beside others: an odd number of cache lines apart, equal columns of theirs fall
+// into different sets of the cache.
+inline int64_t odd_lines(int64_t words) { return (round_up(words, 16) / 16 | 1) * 16; }
 
 // f(first vector, number of vectors as a constant) for each panel of columns.
 template <class F>

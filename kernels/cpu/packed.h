@@ -1,0 +1,140 @@
+// Quantised caches, read where they lie: sparse_attn/formats.py draws their bytes.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+
+// kWidth e4m3 codes, exactly. Without subnormals on the way: a caller may have told the CPU to flush them.
+inline Float from_e4m3(const uint8_t* p) {
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  const Int code = __builtin_convertvector(bytes, Int), magnitude = code & 0x7f;
+  const Int subnormal = magnitude < 8;  // m * 2^-9 = (1 + m / 8) * 2^-6 - 2^-6
+  const Int bits = (magnitude << 20) + (120 << 23) + (subnormal & (1 << 23));
+  const Int excess = subnormal & bit_cast<int32_t>(0x1p-6f);
+  const Int nan = (magnitude == 0x7f) & 0x7fc00000;
+  const Float value = bit_cast<Float>(bits) - bit_cast<Float>(excess);
+  return bit_cast<Float>(bit_cast<Int>(value) | nan | (code & 0x80) << 24);
+}
+
+template <class T>
+inline void decode_e4m3(const uint8_t* codes, int64_t n, float scale, T* out) {
+  for (int64_t i = 0; i < n; i += kWidth) store(out + i, from_e4m3(codes + i) * scale);
+}
+
+inline float from_ue8m0(uint8_t code) {  // 2^(code - 127), 255 is NaN
+  return code == 255 ? __builtin_nanf("") : bit_cast<float>(code ? uint32_t{code} << 23 : 0x400000u);
+}
+
+template <class T>
+inline void decode_bf16(const uint8_t* p, int64_t n, T* out) {
+  const bfloat16* values = reinterpret_cast<const bfloat16*>(p);
+  for (int64_t i = 0; i < n; i += kWidth) store(out + i, load(values + i));
+}
+
+// 2n e2m1 codes, the even ones in the low nibbles; scale(i) is that of value i, the same for 16 in a row.
+template <class T, class Scale>
+inline void decode_e2m1(const uint8_t* codes, int64_t n, const Scale& scale, T* out) {
+  constexpr float kValues[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                 -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  for (int64_t i = 0; i < n; i += 8) {
+    const float factor = scale(2 * i);
+    for (int64_t j = i; j < i + 8; j++) {
+      from_float(kValues[codes[j] & 15] * factor, out + 2 * j);
+      from_float(kValues[codes[j] >> 4] * factor, out + 2 * j + 1);
+    }
+  }
+}
+
+inline float e4m3_to_float(uint8_t code) {
+  uint8_t codes[kWidth] = {code};
+  return from_e4m3(codes)[0];
+}
+
+// A row of a quantised cache, and its scales if they lie behind the page's rows.
+struct PackedRow {
+  RowFormat format;
+  const uint8_t *bytes, *scales;
+};
+
+template <class Plain>  // the element type of rows that are not quantised
+inline PackedRow packed_row(const Segment& s, int64_t row) {
+  if (s.format == kPlain)
+    return {kPlain, reinterpret_cast<const uint8_t*>(static_cast<const Plain*>(s.k) + row * s.k_row),
+            nullptr};
+  const int64_t page = row / s.page_size, slot = row % s.page_size;
+  const uint8_t* start = static_cast<const uint8_t*>(s.k) + page * s.k_page;
+  if (s.format == kV4Rows) return {s.format, start + slot * 576, start + s.page_size * 576 + slot * 8};
+  return {s.format, start + slot * s.k_row, nullptr};
+}
+
+// The values of a row.
+template <class Plain, class T>
+inline void decode_row(const PackedRow& row, int64_t d_qk, T* out) {
+  const uint8_t* bytes = row.bytes;
+  switch (row.format) {
+    case kPlain: {
+      const Plain* values = reinterpret_cast<const Plain*>(bytes);
+      for (int64_t i = 0; i < d_qk; i += kWidth)
+        store_tail(out + i, load_tail(values + i, d_qk - i), d_qk - i);
+      return;
+    }
+    case kV32Rows: {  // 512 e4m3, 4 fp32, 64 bf16
+      float scales[4];
+      std::memcpy(scales, bytes + 512, sizeof scales);
+      for (int i = 0; i < 4; i++) decode_e4m3(bytes + 128 * i, 128, scales[i], out + 128 * i);
+      return decode_bf16(bytes + 528, 64, out + 512);
+    }
+    case kV4Rows:  // 448 e4m3, 64 bf16; 7 ue8m0
+      for (int i = 0; i < 7; i++) decode_e4m3(bytes + 64 * i, 64, from_ue8m0(row.scales[i]), out + 64 * i);
+      return decode_bf16(bytes + 448, 64, out + 448);
+    case kV41Rows:  // 512 e4m3, 16 ue8m0
+      for (int i = 0; i < 16; i++) decode_e4m3(bytes + 32 * i, 32, from_ue8m0(bytes[512 + i]), out + 32 * i);
+      return;
+    case kV41Fp4Rows:  // 512 e2m1, 32 e4m3
+      return decode_e2m1(
+          bytes, 256, [&](int64_t i) { return e4m3_to_float(bytes[256 + i / 16]); }, out);
+  }
+}
+
+// Whether bf16 holds every value of the row: the scales are powers of two, and not extreme.
+inline bool exact_in_bf16(const PackedRow& row) {
+  const auto moderate = [](uint32_t exponent) { return exponent > 27 && exponent < 227; };
+  switch (row.format) {
+    case kV32Rows: {
+      uint32_t scales[4];
+      std::memcpy(scales, row.bytes + 512, sizeof scales);
+      return std::all_of(scales, scales + 4,
+                         [&](uint32_t bits) { return !(bits & 0x807fffff) && moderate(bits >> 23); });
+    }
+    case kV4Rows:
+      return std::all_of(row.scales, row.scales + 7, moderate);
+    case kV41Rows:
+      return std::all_of(row.bytes + 512, row.bytes + 528, moderate);
+    default:  // bf16 rows, and 2 bits of mantissa times 4
+      return true;
+  }
+}
+
+// One index key of d values, without the factor that it returns: the scale of an fp8 key, which relu lets
+// through as it is not negative.
+template <class T>
+inline float decode_key(KeyFormat format, const uint8_t* codes, const uint8_t* scales, int64_t d, T* out) {
+  if (format == kFp8Keys) {
+    float scale;
+    std::memcpy(&scale, scales, sizeof scale);
+    decode_e4m3(codes, d, __builtin_copysignf(1.0f, scale), out);
+    return __builtin_fabsf(scale);
+  }
+  // kMxfp4Keys: one ue8m0 for 32 values
+  decode_e2m1(
+      codes, d / 2, [&](int64_t i) { return from_ue8m0(scales[i / 32]); }, out);
+  return 1.0f;
+}
+
+}  // namespace

@@ -1,0 +1,120 @@
+// The rows that a query selects, as pointers that kernels take a block at a time.
+#pragma once
+
+#include "packed.h"
+
+namespace {
+
+// f(segment, row) for every row of both segments in their order; indices outside [0, s_kv) are dropped.
+template <class F>
+inline void for_each_selected(const AttentionArgs& args, int64_t t, int64_t kv_head, F&& f) {
+  for (int i = 0; i < args.n_segments; i++) {
+    const Segment& s = args.segments[i];
+    const int32_t* indices = s.indices + t * s.indices_query + kv_head * s.indices_head;
+    const int64_t length = s.topk_length && s.topk_length[t] < s.topk ? s.topk_length[t] : s.topk;
+    for (int64_t j = 0; j < length; j++)
+      if (indices[j] >= 0 && indices[j] < s.s_kv) f(s, static_cast<int64_t>(indices[j]));
+  }
+}
+
+inline int64_t max_rows(const AttentionArgs& args) {
+  int64_t n = 0;
+  for (int i = 0; i < args.n_segments; i++) n += args.segments[i].topk;
+  return n;
+}
+
+// Whether a row's value is the beginning of its key, as in MLA.
+inline bool values_are_keys(const AttentionArgs& args) { return args.segments[0].v == args.segments[0].k; }
+
+// Rows of elements, read where they lie.
+template <class T>
+class PlainRows {
+ public:
+  using Element = T;
+
+  template <class Memory>
+  PlainRows(const AttentionArgs& args, int64_t, Memory& memory)
+      : args_(args),
+        k_(memory.template take<const T*>(max_rows(args))),
+        v_(memory.template take<const T*>(max_rows(args))) {}
+
+  int64_t select(int64_t t, int64_t kv_head) {
+    int64_t n = 0;
+    for_each_selected(args_, t, kv_head, [&](const Segment& s, int64_t row) {
+      k_[n] = static_cast<const T*>(s.k) + kv_head * s.k_head + row * s.k_row;
+      v_[n++] = static_cast<const T*>(s.v) + kv_head * s.v_head + row * s.v_row;
+    });
+    return n;
+  }
+
+  void take(int64_t first, int64_t) { first_ = first; }  // the block that keys() and values() give
+  const T* const* keys() const { return k_ + first_; }
+  const T* const* values() const { return v_ + first_; }
+
+  template <int Locality>
+  void prefetch(int64_t i, int64_t kv_head = 0) const {  // row i, of the kv_head-th of a unit's
+    const Segment& s = args_.segments[0];
+    ::prefetch<Locality>(k_[i] + kv_head * s.k_head, args_.d_qk * sizeof(T));
+    if (!values_are_keys(args_)) ::prefetch<Locality>(v_[i] + kv_head * s.v_head, args_.d_v * sizeof(T));
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const T **k_, **v_;
+  int64_t first_ = 0;
+};
+
+// Rows of latent caches of which at least one is quantised, decoded to T a block at a time.
+template <class Plain, class T>
+class PackedRows {
+ public:
+  using Element = T;
+
+  template <class Memory>
+  PackedRows(const AttentionArgs& args, int64_t block, Memory& memory)
+      : args_(args),
+        rows_(memory.template take<PackedRow>(max_rows(args))),
+        decoded_(memory.template take<T>(block * args.d_qk)),
+        pointers_(memory.template take<const T*>(block)) {}
+
+  int64_t select(int64_t t, int64_t) {
+    int64_t n = 0;
+    for_each_selected(args_, t, 0,
+                      [&](const Segment& s, int64_t row) { rows_[n++] = packed_row<Plain>(s, row); });
+    return n;
+  }
+
+  void take(int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+      T* row = decoded_ + i * args_.d_qk;
+      decode_row<Plain>(rows_[first + i], args_.d_qk, row);
+      pointers_[i] = row;
+    }
+  }
+  const T* const* keys() const { return pointers_; }
+  const T* const* values() const { return pointers_; }
+
+  template <int Locality>
+  void prefetch(int64_t i, int64_t = 0) const {
+    ::prefetch<Locality>(rows_[i].bytes,
+                         args_.d_qk);  // at least what the smaller formats have, less than all
+    if (rows_[i].scales) ::prefetch<Locality>(rows_[i].scales, 1);
+  }
+
+ private:
+  const AttentionArgs& args_;
+  PackedRow* rows_;
+  T* decoded_;
+  const T** pointers_;
+};
+
+// Whether bf16 holds every value that query t selects.
+inline bool selected_exact_in_bf16(const AttentionArgs& args, int64_t t) {
+  bool exact = true;
+  for_each_selected(args, t, 0, [&](const Segment& s, int64_t row) {
+    exact = exact && exact_in_bf16(packed_row<bfloat16>(s, row));
+  });
+  return exact;
+}
+
+}  // namespace
