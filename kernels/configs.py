@@ -4,7 +4,9 @@ import functools
 from typing import TypeVar
 
 import torch
+import triton
 
+MIN_TILES = 2  # a split's least work: below it the partial results cost as much memory traffic as the gather
 T = TypeVar("T")
 
 
@@ -24,3 +26,23 @@ def for_device(table: dict[int, T], device: torch.device) -> T:
     if not older:
         raise RuntimeError(f"the kernels need sm_{min(table)} or newer, {device} is sm_{arch}")
     return table[max(older)]
+
+
+def has_native_fp8(device: torch.device) -> bool:
+    """Whether the device converts e4m3 itself."""
+    return architecture(device) >= 89
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has; Triton's interpreter poses as an A100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
+
+def split_count(programs: int, tiles: int, device: torch.device) -> int:
+    """How many programs share the ``tiles`` of each of ``programs``, to have one on each multiprocessor.
+
+    It depends on shapes and the device alone, never on data: captured graphs stay valid and results repeat.
+    """
+    splits = max(1, min(multiprocessors(device) // programs, tiles // MIN_TILES))
+    return triton.cdiv(tiles, triton.cdiv(tiles, splits)) if splits > 1 else 1  # none of them is idle

@@ -1,19 +1,27 @@
 """Merge attention over disjoint sets of keys.
 
     lse[t, h] = log(sum_i exp(lses[i, t, h]))
-    out[t, h] = sum_i exp(lses[i, t, h] - lse[t, h]) * outs[i, t, h]
+    out[t, h] = sum_i exp(lses[i, t, h]) * outs[i, t, h] / (exp(lse[t, h]) + exp(attn_sink[h]))
 
-summed in fp32 in the order of i. A part with lse = -inf is not read; if all are, out = 0 and lse = -inf.
+summed in fp32 in the order of i. A part with lse = -inf counts for nothing; if all do, out = 0, lse = -inf.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_H = 8  # heads a program: with d_v = 512, 16 fp32 values a thread of 8 warps on every architecture
+from .online_softmax import LN_2, LOG2_E, LOWEST
+
+BLOCK_H = 2  # heads a program, few: when one query's parts are merged, heads are all there is to share out
 
 
-def merge_attention(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+def merge_attention(
+    outs: torch.Tensor,
+    lses: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    attn_sink: torch.Tensor | None = None,
+) -> None:
     """Fill out [s_q, h, d_v] and lse [s_q, h] from outs [n, s_q, h, d_v] and lses [n, s_q, h]."""
     n, s_q, h, d_v = outs.shape
     if lse.numel() == 0:
@@ -24,6 +32,8 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, l
             *outs.stride(),
             lses,
             *lses.stride(),
+            attn_sink,
+            0 if attn_sink is None else attn_sink.stride(0),
             out,
             *out.stride(),
             lse,
@@ -33,7 +43,7 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, l
             D_V=d_v,
             BLOCK_H=BLOCK_H,
             BLOCK_V=triton.next_power_of_2(d_v),
-            num_warps=8,
+            num_warps=4,
             enable_fp_fusion=True,
         )
 
@@ -49,6 +59,8 @@ def _merge_attention_kernel(
     stride_lses_i,
     stride_lses_t,
     stride_lses_h,
+    attn_sink_ptr,  # [h] or None
+    stride_attn_sink,
     out_ptr,  # [s_q, h, d_v]
     stride_out_t,
     stride_out_h,
@@ -73,29 +85,31 @@ def _merge_attention_kernel(
         outs_ptr + t * stride_outs_t + offs_h[:, None] * stride_outs_h + offs_v[None, :] * stride_outs_d
     )  # [BLOCK_H, BLOCK_V]
 
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    for i in range(n):
-        part_lse = tl.load(lse_rows + tl.cast(i, tl.int64) * stride_lses_i, mask=head_ok, other=float("-inf"))
-        top = tl.maximum(top, part_lse)
-    top = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # never inf - inf
-
-    total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
-    for i in range(n):
+    top = tl.full([BLOCK_H], LOWEST, tl.float32)  # finite, as all that follow: never inf - inf
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for i in tl.range(n, num_stages=4):  # so that the parts are prefetched
         part_lse = tl.load(lse_rows + tl.cast(i, tl.int64) * stride_lses_i, mask=head_ok, other=float("-inf"))
-        weight = tl.exp(part_lse - top)  # [BLOCK_H]
         part = tl.load(
             out_rows + tl.cast(i, tl.int64) * stride_outs_i,
-            mask=(part_lse != float("-inf"))[:, None] & (offs_v < D_V)[None, :],
+            mask=head_ok[:, None] & (offs_v < D_V)[None, :],
             other=0.0,
         )  # [BLOCK_H, BLOCK_V]
-        total += weight
-        acc += weight[:, None] * part.to(tl.float32)
+        part = tl.where((part_lse == float("-inf"))[:, None], 0.0, part.to(tl.float32))
+        new_top = tl.minimum(tl.maximum(top, part_lse), -LOWEST)  # [BLOCK_H]
+        weight, alpha = tl.exp2((part_lse - new_top) * LOG2_E), tl.exp2((top - new_top) * LOG2_E)
+        total = total * alpha + weight
+        acc = acc * alpha[:, None] + weight[:, None] * part
+        top = new_top
 
-    out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])  # [BLOCK_H, BLOCK_V]
+    denominator = total
+    if attn_sink_ptr is not None:
+        sink = tl.load(attn_sink_ptr + offs_h * stride_attn_sink, mask=head_ok, other=0.0)  # [BLOCK_H]
+        denominator += tl.exp2((sink - top) * LOG2_E)
+    out = tl.where((total == 0.0)[:, None], 0.0, acc / denominator[:, None])  # [BLOCK_H, BLOCK_V]
     tl.store(
         out_ptr + t * stride_out_t + offs_h[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
         out.to(out_ptr.dtype.element_ty),
         mask=head_ok[:, None] & (offs_v < D_V)[None, :],
     )
-    tl.store(lse_ptr + t * stride_lse_t + offs_h * stride_lse_h, top + tl.log(total), mask=head_ok)
+    tl.store(lse_ptr + t * stride_lse_t + offs_h * stride_lse_h, top + tl.log2(total) * LN_2, mask=head_ok)

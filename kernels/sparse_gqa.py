@@ -5,7 +5,8 @@
     out[t, h]   = sum_n exp(score[h, n]) * v[indices[t, g, n], g] / (exp(lse[t, h]) + exp(attn_sink[h]))
 
 n runs over the valid entries of ``indices[t, g, :topk_length[t]]`` (0 <= index < s_kv); indices of shape
-[s_q, topk] serve every kv head. Softmax is online and in base 2.
+[s_q, topk] serve every kv head. When queries are few, several programs share the tiles of each, and their
+partial results are merged in order.
 """
 
 from typing import NamedTuple
@@ -14,28 +15,29 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import for_device
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
+from .configs import for_device, split_count
+from .merge_attention import merge_attention
+from .online_softmax import LOG2_E, add_tile, empty_softmax, result
 
 
 class Config(NamedTuple):
-    MAX_BLOCK_H: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    SKIP_EMPTY: bool = False
 
 
-# A stage holds BLOCK_N rows of k and of v: 64 KiB for 64 rows and d = d_v = 256.
+# architecture -> heads a program (BLOCK_H) -> the rest. A stage holds BLOCK_N rows of k and of v: 64 KiB for
+# 64 rows and d = d_v = 256. Tiles of 64 heads take two warpgroups, as one spills at d = 256; SKIP_EMPTY then
+# puts the scores under an `if`, without which sm_90 computes all of them in both.
 CONFIGS = {
-    80: Config(32, 64, 4, 2),  # 163 KiB
-    86: Config(32, 32, 4, 2),  # 99 KiB, also sm_89
-    90: Config(64, 64, 4, 2),  # 227 KiB
-    120: Config(32, 32, 4, 2),  # 99 KiB again
+    80: {16: Config(64, 4, 2), 32: Config(64, 4, 2)},  # 163 KiB
+    86: {16: Config(32, 4, 2), 32: Config(32, 4, 2)},  # 99 KiB, also sm_89
+    90: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 2, SKIP_EMPTY=True)},  # 227 KiB
+    100: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 2)},  # 227 KiB
+    120: {16: Config(32, 4, 2), 32: Config(32, 4, 2)},  # 99 KiB again
 }
-CONFIGS_FP32 = {80: Config(16, 16, 4, 2)}  # rows of twice the size, IEEE products on the FMA units
+CONFIGS_FP32 = {80: {16: Config(16, 4, 2)}}  # rows of twice the size, IEEE products on the FMA units
 
 
 def sparse_gqa(
@@ -57,10 +59,18 @@ def sparse_gqa(
     if indices.dim() == 2:
         indices = indices[:, None].expand(-1, h_kv, -1)
     group = h_q // h_kv
-    config = for_device(CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS, q.device)
-    block_h = min(max(16, triton.next_power_of_2(group)), config.MAX_BLOCK_H)
+    table = for_device(CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS, q.device)
+    block_h = min((size for size in table if size >= group), default=max(table))
+    config = table[block_h]
+    programs = s_q * h_kv * triton.cdiv(group, block_h)
+    splits = split_count(programs, triton.cdiv(indices.shape[2], config.BLOCK_N), q.device)
+    parts, part_lses = out[None], lse[None]
+    if splits > 1:
+        parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+        part_lses = torch.empty(splits, *lse.shape, dtype=torch.float32, device=out.device)
+    sink = attn_sink if splits == 1 else None  # else it enters where the parts are merged
     with torch.cuda.device_of(q):
-        _sparse_gqa_kernel[(s_q * h_kv * triton.cdiv(group, block_h),)](
+        _sparse_gqa_kernel[(programs, splits)](
             q,
             *q.stride(),
             k,
@@ -71,12 +81,12 @@ def sparse_gqa(
             *indices.stride(),
             topk_length,
             0 if topk_length is None else topk_length.stride(0),
-            attn_sink,
-            0 if attn_sink is None else attn_sink.stride(0),
-            out,
-            *out.stride(),
-            lse,
-            *lse.stride(),
+            sink,
+            0 if sink is None else sink.stride(0),
+            parts,
+            *parts.stride(),
+            part_lses,
+            *part_lses.stride(),
             s_kv,
             indices.shape[2],
             h_kv,
@@ -88,13 +98,21 @@ def sparse_gqa(
             BLOCK_N=config.BLOCK_N,
             BLOCK_D=max(16, triton.next_power_of_2(d)),
             BLOCK_V=max(16, triton.next_power_of_2(d_v)),
+            SKIP_EMPTY=config.SKIP_EMPTY,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+        if splits > 1:
+            merge_attention(parts, part_lses, out, lse, attn_sink)
 
 
-@triton.jit(do_not_specialize=["stride_indices_t", "stride_indices_g", "s_kv", "topk", "h_kv", "group"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_indices_t", "stride_indices_g", "stride_lse_i", "s_kv", "topk", "h_kv", "group"),
+    ],
+    do_not_specialize_on_alignment=["indices_ptr", "topk_length_ptr", "lse_ptr"],
+)
 def _sparse_gqa_kernel(
     q_ptr,  # [s_q, h_q, d]
     stride_q_t,
@@ -116,11 +134,13 @@ def _sparse_gqa_kernel(
     stride_topk_length,
     attn_sink_ptr,  # [h_q] or None
     stride_attn_sink,
-    out_ptr,  # [s_q, h_q, d_v]
+    out_ptr,  # [splits, s_q, h_q, d_v]
+    stride_out_i,
     stride_out_t,
     stride_out_h,
     stride_out_d,
-    lse_ptr,  # [s_q, h_q]
+    lse_ptr,  # [splits, s_q, h_q]
+    stride_lse_i,
     stride_lse_t,
     stride_lse_h,
     s_kv,
@@ -134,8 +154,9 @@ def _sparse_gqa_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    SKIP_EMPTY: tl.constexpr,
 ):
-    """One program: one query, one kv head, BLOCK_H query heads of its group."""
+    """One program: one query, one kv head, BLOCK_H query heads of its group, a share of the tiles."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(group, BLOCK_H)
     t = (pid // (blocks * h_kv)).to(tl.int64)
@@ -151,23 +172,24 @@ def _sparse_gqa_kernel(
         mask=head_ok[:, None] & (offs_d < D)[None, :],
         other=0.0,
     )  # [BLOCK_H, BLOCK_D]
-    acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
-    # Finite, so that a tile without a valid key never computes inf - inf.
-    row_max = tl.full([BLOCK_H], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_H], tl.float32)
-    seen = tl.zeros([BLOCK_N], tl.int1)  # has this lane met a valid index
+    acc, row_max, row_sum, seen = empty_softmax(BLOCK_H, BLOCK_N, BLOCK_V)
 
     length = topk
     if topk_length_ptr is not None:
-        length = tl.minimum(tl.load(topk_length_ptr + t * stride_topk_length), topk)
-    indices_row = indices_ptr + t * stride_indices_t + g * stride_indices_g
-    for start in range(0, length, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        length = tl.minimum(tl.maximum(tl.load(topk_length_ptr + t * stride_topk_length), 0), topk)
+    split = tl.program_id(1)
+    share = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    stop = tl.minimum((split + 1) * share, length)
+    offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    tile_indices = (
+        indices_ptr + t * stride_indices_t + g * stride_indices_g + offs_n.to(tl.int64) * stride_indices_n
+    )
+    for n in range(split * share, stop, BLOCK_N):
         index = tl.load(
-            indices_row + offs_n.to(tl.int64) * stride_indices_n, mask=offs_n < length, other=-1
-        ).to(tl.int64)  # [BLOCK_N]
-        valid = (index >= 0) & (index < s_kv)
-        seen |= valid
+            tile_indices + tl.cast(n, tl.int64) * stride_indices_n, mask=offs_n < stop - n, other=-1
+        ).to(tl.uint32)  # [BLOCK_N]
+        valid = index < s_kv.to(tl.uint32)  # negative ones are huge
+        index = index.to(tl.int64)
         # Rows that are not selected are not read: whatever they hold, 0 * NaN never happens.
         k = tl.load(
             k_ptr + g * stride_k_g + index[:, None] * stride_k_n + offs_d[None, :] * stride_k_d,
@@ -179,25 +201,19 @@ def _sparse_gqa_kernel(
             mask=valid[:, None] & (offs_v < D_V)[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_V]
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_H, BLOCK_N]
-        score = tl.where(valid[None, :], score, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(score, 1))  # [BLOCK_H]
-        alpha = tl.exp2(row_max - new_max)  # [BLOCK_H]
-        p = tl.exp2(score - new_max[:, None])  # [BLOCK_H, BLOCK_N]
-        row_sum = row_sum * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        row_max = new_max
+        acc, row_max, row_sum, seen = add_tile(
+            acc, row_max, row_sum, seen, q, None, k, None, v, valid, scale_log2, SKIP_EMPTY, False
+        )
 
-    denominator = row_sum
+    sink = None
     if attn_sink_ptr is not None:
         sink = tl.load(attn_sink_ptr + offs_h * stride_attn_sink, mask=head_ok, other=0.0)  # [BLOCK_H]
-        denominator += tl.exp2(sink * LOG2_E - row_max)
-    empty = tl.max(seen.to(tl.int32), 0) == 0
-    out = tl.where(empty, 0.0, acc / denominator[:, None])  # [BLOCK_H, BLOCK_V]
+    out, lse = result(acc, row_max, row_sum, seen, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H]
+    out_ptr += split.to(tl.int64) * stride_out_i + t * stride_out_t
+    lse_ptr += split.to(tl.int64) * stride_lse_i + t * stride_lse_t
     tl.store(
-        out_ptr + t * stride_out_t + offs_h[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
+        out_ptr + offs_h[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
         out.to(out_ptr.dtype.element_ty),
         mask=head_ok[:, None] & (offs_v < D_V)[None, :],
     )
-    lse = (row_max + tl.log2(row_sum)) * LN_2  # [BLOCK_H]; log2(0) = -inf is the empty row
-    tl.store(lse_ptr + t * stride_lse_t + offs_h * stride_lse_h, lse, mask=head_ok)
+    tl.store(lse_ptr + offs_h * stride_lse_h, lse, mask=head_ok)

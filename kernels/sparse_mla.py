@@ -6,7 +6,8 @@
 
 n runs over the valid entries of ``indices[t, :topk_length[t]]`` (0 <= index < s_kv), then over those of
 an optional second segment. The latent row is the key, and its first d_v columns are the value: each tile
-is gathered once and serves as both. Softmax is online and in base 2.
+is gathered once and serves as both. When queries are few, several programs share the tiles of each, and
+their partial results are merged in order.
 """
 
 from typing import NamedTuple
@@ -15,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import for_device
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
+from .configs import for_device, has_native_fp8, split_count
+from .latent_rows import load_tails, load_values
+from .merge_attention import merge_attention
+from .online_softmax import LOG2_E, add_tile, empty_softmax, result
 
 
 class Config(NamedTuple):
@@ -27,6 +27,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     SKIP_EMPTY: bool = False
+    KEYS_ON_M: bool = False
 
 
 # architecture -> heads a program (BLOCK_H) -> the rest, for d_v = 512 and a tail of 64. A stage holds BLOCK_N
@@ -34,12 +35,28 @@ class Config(NamedTuple):
 # SKIP_EMPTY puts the scores under an `if`, which also changes the layout that the compiler gives them. Tiles
 # of 64 heads need it: else sm_90 computes every score in both warpgroups (72 wgmma, not 36) and spills, and
 # sm_100 takes 281 KiB of shared memory.
+# KEYS_ON_M computes the scores transposed: mma.sync then reads the query behind the barrier that the keys
+# wait for. Before it, all of the query is loaded at once, 8 registers a thread for each head, and spills.
 CONFIGS = {
-    80: {16: Config(64, 8, 2), 32: Config(64, 8, 2)},  # 163 KiB of shared memory; 64 heads would spill
-    86: {16: Config(32, 4, 2)},  # 99 KiB, also sm_89
-    90: {16: Config(64, 8, 3), 32: Config(64, 8, 3), 64: Config(64, 8, 2, SKIP_EMPTY=True)},  # 227 KiB
-    100: {16: Config(64, 4, 2), 32: Config(64, 8, 2), 64: Config(64, 8, 2, SKIP_EMPTY=True)},  # 227 KiB
-    120: {16: Config(32, 4, 2)},  # 99 KiB
+    # 163 KiB of shared memory
+    80: {16: Config(64, 8, 2), 32: Config(64, 8, 2), 64: Config(64, 8, 2, KEYS_ON_M=True)},
+    # 99 KiB, also sm_89
+    86: {16: Config(32, 4, 2), 32: Config(32, 4, 2, KEYS_ON_M=True)},
+    # 227 KiB
+    90: {16: Config(64, 8, 3), 32: Config(64, 8, 3), 64: Config(64, 8, 2, SKIP_EMPTY=True)},
+    # 227 KiB
+    100: {16: Config(64, 4, 2), 32: Config(64, 8, 2), 64: Config(64, 8, 2, SKIP_EMPTY=True)},
+    # 99 KiB
+    120: {16: Config(32, 4, 2), 32: Config(32, 4, 2, KEYS_ON_M=True)},
+}
+# fp8 rows are gathered as bytes, and lie in shared memory once more as [BLOCK_N, 512] of q's dtype. The third
+# stage prefetches the indices.
+_FP8 = Config(32, 8, 3, KEYS_ON_M=True)
+CONFIGS_FP8 = {
+    80: {16: _FP8, 32: _FP8, 64: _FP8},
+    86: {16: _FP8, 32: _FP8},  # 91 of 99 KiB
+    90: {16: _FP8, 32: _FP8, 64: _FP8},
+    120: {16: _FP8, 32: _FP8},
 }
 CONFIGS_FP32 = {80: {16: Config(16, 8, 1)}}  # rows of twice the size, IEEE products on the FMA units
 
@@ -58,47 +75,69 @@ def sparse_mla(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Fill out [s_q, h_q, d_v] and lse [s_q, h_q] from q [s_q, h_q, d_qk] and the rows of kv [s_kv, d_qk]."""
+    """Fill out [s_q, h_q, d_v] and lse [s_q, h_q] from q [s_q, h_q, d_qk] and the rows of kv.
+
+    kv and extra_kv are [s_kv, d_qk], packed [s_kv, 656] uint8, or packed [pages, page_size, 584] uint8.
+    """
     s_q, h_q, d_qk = q.shape
     if lse.numel() == 0:
         return
-    table = for_device(CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS, q.device)
+    packed = torch.uint8 in (kv.dtype, None if extra_kv is None else extra_kv.dtype)
+    table = CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS_FP8 if packed else CONFIGS
+    table = for_device(table, q.device)
     block_h = min((size for size in table if size >= h_q), default=max(table))
     config = table[block_h]
+    programs = s_q * triton.cdiv(h_q, block_h)
+    topks = [i.shape[1] for i in (indices, extra_indices) if i is not None]
+    splits = split_count(programs, sum(triton.cdiv(topk, config.BLOCK_N) for topk in topks), q.device)
+    parts, part_lses = out[None], lse[None]
+    if splits > 1:
+        parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+        part_lses = torch.empty(splits, *lse.shape, dtype=torch.float32, device=out.device)
+    sink = attn_sink if splits == 1 else None  # else it enters where the parts are merged
     with torch.cuda.device_of(q):
-        _sparse_mla_kernel[(s_q * triton.cdiv(h_q, block_h),)](
+        _sparse_mla_kernel[(programs, splits)](
             q,
             *q.stride(),
             *_segment(kv, indices, topk_length),
             *_segment(extra_kv, extra_indices, extra_topk_length),
-            attn_sink,
-            0 if attn_sink is None else attn_sink.stride(0),
-            out,
-            *out.stride(),
-            lse,
-            *lse.stride(),
+            sink,
+            0 if sink is None else sink.stride(0),
+            parts,
+            *parts.stride(),
+            part_lses,
+            *part_lses.stride(),
             h_q,
             softmax_scale * LOG2_E.value,
             D_V=d_v,
             D_TAIL=d_qk - d_v,
+            LAYOUT=_layout(kv),
+            PAGE_SIZE=_page_size(kv),
+            EXTRA_LAYOUT=_layout(extra_kv),
+            EXTRA_PAGE_SIZE=_page_size(extra_kv),
+            NATIVE_FP8=has_native_fp8(q.device),
             BLOCK_H=block_h,
             BLOCK_N=config.BLOCK_N,
             BLOCK_V=max(16, triton.next_power_of_2(d_v)),
             BLOCK_TAIL=max(16, triton.next_power_of_2(d_qk - d_v)),
             SKIP_EMPTY=config.SKIP_EMPTY,
+            KEYS_ON_M=config.KEYS_ON_M,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+        if splits > 1:
+            merge_attention(parts, part_lses, out, lse, attn_sink)
 
 
 def _segment(kv, indices, topk_length) -> tuple:
     if kv is None:
-        return (None, 0, 0, 0, None, 0, 0, 0, None, 0)
+        return (None, 0, 0, 0, 0, None, 0, 0, 0, None, 0)
     return (
         kv,
-        *kv.stride(),
-        kv.shape[0],
+        kv.stride(0),
+        *kv.stride()[-2:],
+        kv.shape[:-1].numel(),
         indices,
         *indices.stride(),
         indices.shape[1],
@@ -107,17 +146,31 @@ def _segment(kv, indices, topk_length) -> tuple:
     )
 
 
+def _layout(kv) -> int:
+    """Bytes of a packed token; 0 is a cache in q's dtype."""
+    return kv.shape[-1] if kv is not None and kv.dtype == torch.uint8 else 0
+
+
+def _page_size(kv) -> int:
+    return kv.shape[1] if kv is not None and kv.dim() == 3 else 1
+
+
 @triton.jit(
     do_not_specialize=[
         *("s_kv", "stride_indices_t", "topk", "extra_s_kv", "stride_extra_indices_t", "extra_topk", "h_q"),
-    ]
+        "stride_lse_i",
+    ],
+    do_not_specialize_on_alignment=[
+        *("indices_ptr", "topk_length_ptr", "extra_indices_ptr", "extra_topk_length_ptr", "lse_ptr"),
+    ],
 )
 def _sparse_mla_kernel(
     q_ptr,  # [s_q, h_q, d_qk]
     stride_q_t,
     stride_q_h,
     stride_q_d,
-    kv_ptr,  # [s_kv, d_qk]
+    kv_ptr,  # [s_kv, d_qk], or packed as LAYOUT says
+    stride_kv_page,
     stride_kv_n,
     stride_kv_d,
     s_kv,
@@ -127,7 +180,8 @@ def _sparse_mla_kernel(
     topk,
     topk_length_ptr,  # [s_q] or None
     stride_topk_length,
-    extra_kv_ptr,  # [extra_s_kv, d_qk] or None
+    extra_kv_ptr,  # [extra_s_kv, d_qk], packed, or None
+    stride_extra_kv_page,
     stride_extra_kv_n,
     stride_extra_kv_d,
     extra_s_kv,
@@ -139,24 +193,32 @@ def _sparse_mla_kernel(
     stride_extra_topk_length,
     attn_sink_ptr,  # [h_q] or None
     stride_attn_sink,
-    out_ptr,  # [s_q, h_q, d_v]
+    out_ptr,  # [splits, s_q, h_q, d_v]
+    stride_out_i,
     stride_out_t,
     stride_out_h,
     stride_out_d,
-    lse_ptr,  # [s_q, h_q]
+    lse_ptr,  # [splits, s_q, h_q]
+    stride_lse_i,
     stride_lse_t,
     stride_lse_h,
     h_q,
     scale_log2,  # softmax_scale * log2(e)
     D_V: tl.constexpr,
     D_TAIL: tl.constexpr,  # key columns past the value: d_qk - d_v
+    LAYOUT: tl.constexpr,  # of a row, see latent_rows
+    PAGE_SIZE: tl.constexpr,
+    EXTRA_LAYOUT: tl.constexpr,
+    EXTRA_PAGE_SIZE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
     SKIP_EMPTY: tl.constexpr,
+    KEYS_ON_M: tl.constexpr,
 ):
-    """One program: one query, BLOCK_H heads. Neighbours share the query, and so its rows in L2."""
+    """One program: one query, BLOCK_H heads, a share of the tiles. Neighbours share the query, and so L2."""
     head_blocks = tl.cdiv(h_q, BLOCK_H)
     t = (tl.program_id(0) // head_blocks).to(tl.int64)
     heads = ((tl.program_id(0) % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
@@ -174,47 +236,51 @@ def _sparse_mla_kernel(
         other=0.0,
     )  # [BLOCK_H, BLOCK_TAIL]
 
-    acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
-    # Finite, so that a tile without a valid key never computes inf - inf.
-    row_max = tl.full([BLOCK_H], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_H], tl.float32)
-    seen = tl.zeros([BLOCK_N], tl.int1)
-
+    acc, row_max, row_sum, seen = empty_softmax(BLOCK_H, BLOCK_N, BLOCK_V)
     length = topk
     if topk_length_ptr is not None:
-        length = tl.minimum(tl.load(topk_length_ptr + t * stride_topk_length), topk)
-    acc, row_max, row_sum, seen = _attend(
-        acc, row_max, row_sum, seen, q, q_tail,
-        kv_ptr, stride_kv_n, stride_kv_d, s_kv,
-        indices_ptr + t * stride_indices_t, stride_indices_n, length, scale_log2,
-        D_V, D_TAIL, BLOCK_H, BLOCK_N, BLOCK_V, BLOCK_TAIL, SKIP_EMPTY,
-    )  # fmt: skip
+        length = tl.minimum(tl.maximum(tl.load(topk_length_ptr + t * stride_topk_length), 0), topk)
+    tiles = tl.cdiv(length, BLOCK_N)
+    extra_tiles = 0
     if extra_kv_ptr is not None:
         extra_length = extra_topk
         if extra_topk_length_ptr is not None:
-            extra_length = tl.minimum(
-                tl.load(extra_topk_length_ptr + t * stride_extra_topk_length), extra_topk
-            )
+            extra_length = tl.load(extra_topk_length_ptr + t * stride_extra_topk_length)
+            extra_length = tl.minimum(tl.maximum(extra_length, 0), extra_topk)
+        extra_tiles = tl.cdiv(extra_length, BLOCK_N)
+    split = tl.program_id(1)
+    share = tl.cdiv(tiles + extra_tiles, tl.num_programs(1))
+    first = split * share
+    acc, row_max, row_sum, seen = _attend(
+        acc, row_max, row_sum, seen, q, q_tail,
+        kv_ptr, stride_kv_page, stride_kv_n, stride_kv_d, s_kv,
+        indices_ptr + t * stride_indices_t, stride_indices_n,
+        first * BLOCK_N, tl.minimum((first + share) * BLOCK_N, length), scale_log2,
+        D_V, D_TAIL, LAYOUT, PAGE_SIZE, NATIVE_FP8, BLOCK_N, BLOCK_V, BLOCK_TAIL, SKIP_EMPTY, KEYS_ON_M,
+    )  # fmt: skip
+    if extra_kv_ptr is not None:
+        first -= tiles
         acc, row_max, row_sum, seen = _attend(
             acc, row_max, row_sum, seen, q, q_tail,
-            extra_kv_ptr, stride_extra_kv_n, stride_extra_kv_d, extra_s_kv,
-            extra_indices_ptr + t * stride_extra_indices_t, stride_extra_indices_n, extra_length, scale_log2,
-            D_V, D_TAIL, BLOCK_H, BLOCK_N, BLOCK_V, BLOCK_TAIL, SKIP_EMPTY,
+            extra_kv_ptr, stride_extra_kv_page, stride_extra_kv_n, stride_extra_kv_d, extra_s_kv,
+            extra_indices_ptr + t * stride_extra_indices_t, stride_extra_indices_n,
+            tl.maximum(first, 0) * BLOCK_N, tl.minimum((first + share) * BLOCK_N, extra_length), scale_log2,
+            D_V, D_TAIL, EXTRA_LAYOUT, EXTRA_PAGE_SIZE, NATIVE_FP8,
+            BLOCK_N, BLOCK_V, BLOCK_TAIL, SKIP_EMPTY, KEYS_ON_M,
         )  # fmt: skip
 
-    denominator = row_sum
+    sink = None
     if attn_sink_ptr is not None:
         sink = tl.load(attn_sink_ptr + heads * stride_attn_sink, mask=head_ok, other=0.0)  # [BLOCK_H]
-        denominator += tl.exp2(sink * LOG2_E - row_max)
-    empty = tl.max(seen.to(tl.int32), 0) == 0
-    out = tl.where(empty, 0.0, acc / denominator[:, None])  # [BLOCK_H, BLOCK_V]
+    out, lse = result(acc, row_max, row_sum, seen, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H]
+    out_ptr += split.to(tl.int64) * stride_out_i + t * stride_out_t
+    lse_ptr += split.to(tl.int64) * stride_lse_i + t * stride_lse_t
     tl.store(
-        out_ptr + t * stride_out_t + heads[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
+        out_ptr + heads[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
         out.to(out_ptr.dtype.element_ty),
         mask=head_ok[:, None] & (offs_v < D_V)[None, :],
     )
-    lse = (row_max + tl.log2(row_sum)) * LN_2  # [BLOCK_H]; log2(0) = -inf is the empty row
-    tl.store(lse_ptr + t * stride_lse_t + heads * stride_lse_h, lse, mask=head_ok)
+    tl.store(lse_ptr + heads * stride_lse_h, lse, mask=head_ok)
 
 
 @triton.jit
@@ -226,63 +292,57 @@ def _attend(
     q,  # [BLOCK_H, BLOCK_V]
     q_tail,  # [BLOCK_H, BLOCK_TAIL]
     kv_ptr,
+    stride_kv_page,
     stride_kv_n,
     stride_kv_d,
     s_kv,
     indices_ptr,
     stride_indices_n,
-    length,
+    start,
+    stop,
     scale_log2,
     D_V: tl.constexpr,
     D_TAIL: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
     SKIP_EMPTY: tl.constexpr,
+    KEYS_ON_M: tl.constexpr,
 ):
-    """Online softmax over one segment's indices."""
-    offs_v = tl.arange(0, BLOCK_V).to(tl.int64)
-    offs_tail = D_V + tl.arange(0, BLOCK_TAIL).to(tl.int64)
-    for start in range(0, length, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
+    """Online softmax over one segment's indices from ``start`` to ``stop``."""
+    offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    tile_indices = indices_ptr + offs_n.to(tl.int64) * stride_indices_n  # [BLOCK_N]
+    for n in range(start, stop, BLOCK_N):
         index = tl.load(
-            indices_ptr + offs_n.to(tl.int64) * stride_indices_n, mask=offs_n < length, other=-1
-        )  # [BLOCK_N]
-        valid = (index >= 0) & (index < s_kv)
-        seen |= valid
-        # Rows that are not selected are not read: whatever they hold, 0 * NaN never happens.
-        rows = kv_ptr + index.to(tl.int64)[:, None] * stride_kv_n  # [BLOCK_N, 1]
-        value = tl.load(
-            rows + offs_v[None, :] * stride_kv_d, mask=valid[:, None] & (offs_v < D_V)[None, :], other=0.0
-        )  # [BLOCK_N, BLOCK_V]
+            tile_indices + tl.cast(n, tl.int64) * stride_indices_n, mask=offs_n < stop - n, other=-1
+        ).to(tl.uint32)  # [BLOCK_N]
+        valid = index < s_kv.to(tl.uint32)  # [BLOCK_N]; negative ones are huge
+        value = load_values(
+            kv_ptr, stride_kv_page, stride_kv_n, stride_kv_d, index, valid,
+            q.dtype, LAYOUT, PAGE_SIZE, NATIVE_FP8, D_V, BLOCK_N, BLOCK_V,
+        )  # [BLOCK_N, BLOCK_V]  # fmt: skip
+        tail = None
         if D_TAIL > 0:
-            tail = tl.load(
-                rows + offs_tail[None, :] * stride_kv_d,
-                mask=valid[:, None] & (offs_tail < D_V + D_TAIL)[None, :],
-                other=0.0,
-            )  # [BLOCK_N, BLOCK_TAIL]
-        if SKIP_EMPTY:
-            live = tl.max(valid.to(tl.int32), 0) > 0
-        else:
-            live: tl.constexpr = True
-        if live:
-            score = tl.dot(q, tl.trans(value), input_precision="ieee") * scale_log2  # [BLOCK_H, BLOCK_N]
-            if D_TAIL > 0:
-                # Scaled apart: chained into one product, sm_90 loses what SKIP_EMPTY wins.
-                score += tl.dot(q_tail, tl.trans(tail), input_precision="ieee") * scale_log2
-            score = tl.where(valid[None, :], score, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(score, 1))  # [BLOCK_H]
-            p = tl.exp2(score - new_max[:, None])  # [BLOCK_H, BLOCK_N]
-            tile_sum = tl.sum(p, 1)  # [BLOCK_H]
-            p = p.to(value.dtype)
-        else:
-            # All zero, as no index is valid; a literal zero would take 8 KiB more shared memory.
-            p = tl.broadcast_to(valid[None, :], [BLOCK_H, BLOCK_N]).to(value.dtype)
-            new_max = row_max
-            tile_sum = tl.zeros([BLOCK_H], tl.float32)
-        alpha = tl.exp2(row_max - new_max)  # [BLOCK_H]
-        row_sum = row_sum * alpha + tile_sum
-        acc = tl.dot(p, value, acc * alpha[:, None], input_precision="ieee")
-        row_max = new_max
+            tail = load_tails(
+                kv_ptr, stride_kv_page, stride_kv_n, stride_kv_d, index, valid,
+                q.dtype, LAYOUT, PAGE_SIZE, D_V, D_TAIL, BLOCK_TAIL,
+            )  # [BLOCK_N, BLOCK_TAIL]  # fmt: skip
+        acc, row_max, row_sum, seen = add_tile(
+            acc,
+            row_max,
+            row_sum,
+            seen,
+            q,
+            q_tail,
+            value,
+            tail,
+            value,
+            valid,
+            scale_log2,
+            SKIP_EMPTY,
+            KEYS_ON_M,
+        )
     return acc, row_max, row_sum, seen

@@ -1,0 +1,130 @@
+"""Gather rows of a latent cache as a tile of values and one of key tails, from each layout of a cache.
+
+    0     rows of q's dtype: d_v values, then the rest of the key
+    656   bytes, DeepSeek-V3.2: 512 e4m3, 4 fp32 scales (one per 128 values), 64 bf16 of the key's tail
+    584   bytes, DeepSeek-V4, by page: page_size x (448 e4m3, 64 bf16), then page_size x (7 ue8m0 scales, one
+          per 64 values, and a pad); the value is all 512, and there is no tail
+
+An fp8 value is exact in fp32; times its scale it is rounded to q's dtype, in registers. Rows that are not
+valid are not read, whatever they hold, and come back as zeros.
+"""
+
+import triton
+import triton.language as tl
+
+TWO_TO_120 = tl.constexpr(2.0**120)
+
+
+@triton.jit
+def load_values(
+    kv_ptr,
+    stride_kv_page,
+    stride_kv_n,
+    stride_kv_d,
+    index,  # [BLOCK_N] slots
+    valid,  # [BLOCK_N]
+    DTYPE: tl.constexpr,  # of q
+    LAYOUT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # of packed rows; a constant, as every index is divided by it
+    NATIVE_FP8: tl.constexpr,  # e4m3 is converted by the hardware
+    D_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_V]"""
+    offs_v = tl.arange(0, BLOCK_V).to(tl.int64)[None, :]
+    ok = valid[:, None]
+    rows = _rows(kv_ptr, stride_kv_page, stride_kv_n, index, LAYOUT, PAGE_SIZE)  # [BLOCK_N, 1]
+    if LAYOUT == 0:
+        return tl.load(rows + offs_v * stride_kv_d, mask=ok & (offs_v < D_V), other=0.0)
+    elif LAYOUT == 656:
+        code = tl.load(rows + offs_v, mask=ok, other=0)  # [BLOCK_N, 512]
+        scales = (rows + 512).to(tl.pointer_type(tl.float32)) + tl.arange(0, 4)[None, :]
+        scale = tl.load(scales, mask=ok, other=0.0)  # [BLOCK_N, 4]
+        return _opaque(_scaled(code, scale, BLOCK_N, NATIVE_FP8).to(DTYPE))
+    else:
+        code = tl.load(rows + offs_v, mask=ok & (offs_v < 448), other=0)  # [BLOCK_N, 512]
+        group = tl.arange(0, 8)[None, :]
+        slot = (index % PAGE_SIZE)[:, None]
+        scales = rows + (PAGE_SIZE * 576 - slot * 568) + group  # from slot * 576 to slot * 8 behind the rows
+        exponent = tl.load(scales, mask=ok & (group < 7), other=0)  # [BLOCK_N, 8]
+        value = _scaled(code, _from_ue8m0(exponent), BLOCK_N, NATIVE_FP8).to(DTYPE)
+        lasts = (rows + 448).to(tl.pointer_type(tl.bfloat16)) + tl.arange(0, 64)[None, :]
+        last = tl.load(lasts, mask=ok, other=0.0).to(DTYPE)  # [BLOCK_N, 64]
+        value = tl.where(group[:, :, None] < 7, tl.reshape(value, [BLOCK_N, 8, 64]), last[:, None, :])
+        return _opaque(tl.reshape(value, [BLOCK_N, 512]))
+
+
+@triton.jit
+def load_tails(
+    kv_ptr,
+    stride_kv_page,
+    stride_kv_n,
+    stride_kv_d,
+    index,  # [BLOCK_N]
+    valid,  # [BLOCK_N]
+    DTYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    D_V: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_TAIL]: the D_TAIL columns of the key that are not of the value."""
+    offs_tail = tl.arange(0, BLOCK_TAIL).to(tl.int64)[None, :]
+    rows = _rows(kv_ptr, stride_kv_page, stride_kv_n, index, LAYOUT, PAGE_SIZE)  # [BLOCK_N, 1]
+    if LAYOUT == 0:
+        tails = rows + (D_V + offs_tail) * stride_kv_d
+    else:
+        tails = (rows + 528).to(tl.pointer_type(tl.bfloat16)) + offs_tail
+    return tl.load(tails, mask=valid[:, None] & (offs_tail < D_TAIL), other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _rows(kv_ptr, stride_kv_page, stride_kv_n, index, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Pointers [BLOCK_N, 1] to the first element of each row."""
+    if LAYOUT == 0:
+        offset = index.to(tl.int64) * stride_kv_n
+    elif LAYOUT == 656:
+        offset = (index // PAGE_SIZE).to(tl.int64) * stride_kv_page + (index % PAGE_SIZE) * stride_kv_n
+    else:
+        tl.static_assert(LAYOUT == 584)
+        offset = (index // PAGE_SIZE).to(tl.int64) * stride_kv_page + (index % PAGE_SIZE) * 576
+    return kv_ptr + offset[:, None]
+
+
+@triton.jit
+def _scaled(code, scale, BLOCK_N: tl.constexpr, NATIVE_FP8: tl.constexpr):
+    """e4m3 codes [BLOCK_N, 512] times scale [BLOCK_N, n], each for 512 / n neighbours, in fp32."""
+    if NATIVE_FP8:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        # The code's exponent and mantissa moved into place; 2^120 makes up for the other bias.
+        bits = code.to(tl.uint32)
+        value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * TWO_TO_120
+        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+    groups: tl.constexpr = scale.shape[1]
+    value = tl.reshape(value, [BLOCK_N, groups, 512 // groups]) * scale[:, :, None]
+    return tl.reshape(value, [BLOCK_N, 512])
+
+
+@triton.jit
+def _from_ue8m0(exponent):
+    """2^(exponent - 127) in fp32; 0 is the subnormal 2^-127, 255 is NaN."""
+    bits = exponent.to(tl.uint32) << 23
+    return tl.where((exponent == 0) | (exponent == 255), bits | (1 << 22), bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _opaque(value):
+    """The value itself, behind a function that the compiler does not look through.
+
+    Else it fits the layout of tl.dot's operands to the bytes that they came from: more than twice the integer
+    instructions, and a gather that is waited for instead of prefetched.
+    """
+    return tl.map_elementwise(_same, value)
+
+
+@triton.jit
+def _same(x):
+    return x

@@ -1,0 +1,385 @@
+"""Sparse MLA for sm_90, warp-specialised: the formula of sparse_mla.py for d_qk = 576, d_v = 512, bf16.
+
+**It has never run on a GPU.** The tests execute this source in an emulator of mbarriers, asynchronous copies
+and wgmma (tests/gluon_emulator.py), and compile it for sm_90.
+
+One program: one query, 64 heads, three partitions of four warps. Keys come in pairs of tiles of 64, and the
+512 columns of the value in two halves. One partition gathers; consumer i, of two, scores tile i and holds
+half i of the accumulator:
+
+    score    = q @ tile[i].T
+    max, p   = online softmax, with the maximum of both tiles
+    acc      = acc * alpha + p[i] @ tile[i][:, half i] + p[1 - i] @ tile[1 - i][:, half i]
+
+No product is computed twice: a pair takes each consumer 36 wgmma of 64 x 64 x 16 for its scores and 4 + 4 of
+64 x 256 x 16 for both p. They exchange p and the maximum, so the tensor cores may wait for a softmax once a
+pair; what that costs is not measured. Every barrier completes once a pair, so one phase bit, flipped after
+each pair, serves them all.
+"""
+
+import torch
+import triton
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+    raise ImportError(f"the warp-specialised kernel needs Triton 3.9 or newer, got {triton.__version__}")
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+LOWEST = gl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
+
+BLOCK_H = gl.constexpr(64)
+BLOCK_N = gl.constexpr(64)
+D_V = gl.constexpr(512)
+D_HALF = gl.constexpr(256)
+D_TAIL = gl.constexpr(64)  # columns of the key past the value
+UNIT = gl.constexpr(16)  # rows begin at multiples of 16 elements; counted in these they fit 32 bits
+
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+SCORE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+VALUE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+PROBABILITY = gl.constexpr(gl.DotOperandLayout(0, VALUE, 2))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
+
+
+def sparse_mla_hopper(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    extra_kv: torch.Tensor | None,
+    extra_indices: torch.Tensor | None,
+    extra_topk_length: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """As sparse_mla, of what functional.py lets through: aligned rows, a positive scale."""
+    s_q, h_q, _ = q.shape
+    if lse.numel() == 0:
+        return
+    with torch.cuda.device_of(q):
+        _sparse_mla_hopper_kernel[(s_q * (h_q // BLOCK_H.value),)](
+            q,
+            q.stride(0) if s_q > 1 else 0,  # a lone query's stride may be anything
+            q.stride(1),
+            *_segment(kv, indices, topk_length),
+            *_segment(extra_kv, extra_indices, extra_topk_length),
+            attn_sink,
+            0 if attn_sink is None else attn_sink.stride(0),
+            out,
+            *out.stride()[:2],
+            lse,
+            *lse.stride(),
+            h_q,
+            softmax_scale * LOG2_E.value,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def _segment(kv, indices, topk_length) -> tuple:
+    if kv is None:
+        return (None, 0, 0, None, 0, 0, 0, None, 0)
+    return (
+        kv,
+        kv.stride(0) // UNIT.value,
+        kv.shape[0],
+        indices,
+        *indices.stride(),
+        indices.shape[1],
+        topk_length,
+        0 if topk_length is None else topk_length.stride(0),
+    )
+
+
+@gluon.aggregate
+class Shared:
+    """What the partitions share. Index 2 * i + j of latent, ready and free: tile i of the pair, half j."""
+
+    q: gl.shared_memory_descriptor  # [64, 512]
+    q_tail: gl.shared_memory_descriptor  # [64, 64]
+    latent: gl.shared_memory_descriptor  # [4, 64, 256]
+    tail: gl.shared_memory_descriptor  # [2, 64, 64]: of a tile; once that is scored, its p
+    bound: gl.shared_memory_descriptor  # [2, 64]: of a tile's scores, +inf if the key is valid, else -inf
+    mail: gl.shared_memory_descriptor  # [2, 64]: a number a head, from consumer i to the other
+    seen: gl.shared_memory_descriptor  # [64]: 1 where a lane met a valid index
+    ready: gl.shared_memory_descriptor  # [4] barriers: gathered
+    free: gl.shared_memory_descriptor  # [4] barriers: may be overwritten
+    mail_ready: gl.shared_memory_descriptor  # [2] barriers
+    p_ready: gl.shared_memory_descriptor  # [2] barriers
+    seen_ready: gl.shared_memory_descriptor
+
+
+@gluon.jit(
+    do_not_specialize=[
+        *("s_kv", "stride_indices_t", "topk", "stride_topk_length", "extra_s_kv", "stride_extra_indices_t"),
+        *("extra_topk", "stride_extra_topk_length", "stride_lse_t", "stride_lse_h", "h_q"),
+        *("units_kv_n", "units_extra_kv_n"),
+    ]
+)
+def _sparse_mla_hopper_kernel(
+    q_ptr,  # [s_q, h_q, 576]
+    stride_q_t,
+    stride_q_h,
+    kv_ptr,  # [s_kv, 576]
+    units_kv_n,
+    s_kv,
+    indices_ptr,  # [s_q, topk]
+    stride_indices_t,
+    stride_indices_n,
+    topk,
+    topk_length_ptr,  # [s_q] or None
+    stride_topk_length,
+    extra_kv_ptr,  # [extra_s_kv, 576] or None
+    units_extra_kv_n,
+    extra_s_kv,
+    extra_indices_ptr,  # [s_q, extra_topk]
+    stride_extra_indices_t,
+    stride_extra_indices_n,
+    extra_topk,
+    extra_topk_length_ptr,  # [s_q] or None
+    stride_extra_topk_length,
+    attn_sink_ptr,  # [h_q] or None
+    stride_attn_sink,
+    out_ptr,  # [s_q, h_q, 512]
+    stride_out_t,
+    stride_out_h,
+    lse_ptr,  # [s_q, h_q]
+    stride_lse_t,
+    stride_lse_h,
+    h_q,
+    scale_log2,  # softmax_scale * log2(e), positive
+):
+    t, first_head = _query_and_head(h_q)
+    length = topk
+    if topk_length_ptr is not None:
+        length = gl.minimum(gl.load(topk_length_ptr + t * stride_topk_length), topk)
+    extra_length = extra_topk
+    if extra_topk_length_ptr is not None:
+        extra_length = gl.minimum(gl.load(extra_topk_length_ptr + t * stride_extra_topk_length), extra_topk)
+    pairs = _pairs(length) + _pairs(extra_length)
+
+    sm = Shared(
+        q=gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, D_V], SWIZZLED),
+        q_tail=gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, D_TAIL], SWIZZLED),
+        latent=gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK_N, D_HALF], SWIZZLED),
+        tail=gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_N, D_TAIL], SWIZZLED),
+        bound=gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], FLAT),
+        mail=gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], FLAT),
+        seen=gl.allocate_shared_memory(gl.int32, [BLOCK_N], FLAT),
+        ready=mbarrier.allocate_mbarrier(batch=4),
+        free=mbarrier.allocate_mbarrier(batch=4),
+        mail_ready=mbarrier.allocate_mbarrier(batch=2),
+        p_ready=mbarrier.allocate_mbarrier(batch=2),
+        seen_ready=mbarrier.allocate_mbarrier(),
+    )
+    for i in gl.static_range(2):
+        # The copies of each of 128 threads arrive by themselves; with half i of tile i comes its bound.
+        mbarrier.init(sm.ready.index(2 * i + i), count=128 + 1)
+        mbarrier.init(sm.ready.index(2 * i + 1 - i), count=128)
+        mbarrier.init(sm.free.index(2 * i), count=1)
+        mbarrier.init(sm.free.index(2 * i + 1), count=1)
+        mbarrier.init(sm.mail_ready.index(i), count=1)
+        mbarrier.init(sm.p_ready.index(i), count=1)
+    mbarrier.init(sm.seen_ready, count=1)
+
+    heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS))  # [64]
+    offs_v = gl.arange(0, D_V, layout=gl.SliceLayout(0, ROWS))  # [512]
+    offs_tail = D_V + gl.arange(0, D_TAIL, layout=gl.SliceLayout(0, ROWS))  # [64]
+    q_rows = q_ptr + t * stride_q_t + heads[:, None] * stride_q_h  # [64, 1]
+    async_copy.async_load(sm.q, q_rows + offs_v[None, :])
+    async_copy.async_load(sm.q_tail, q_rows + offs_tail[None, :])
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+
+    indices_ptr += t * stride_indices_t
+    if extra_kv_ptr is not None:
+        extra_indices_ptr += t * stride_extra_indices_t
+    segment = (kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, length)
+    extra = (
+        extra_kv_ptr, units_extra_kv_n, extra_s_kv, extra_indices_ptr, stride_extra_indices_n, extra_length,
+    )  # fmt: skip
+    output = (
+        h_q, attn_sink_ptr, stride_attn_sink,
+        out_ptr, stride_out_t, stride_out_h, lse_ptr, stride_lse_t, stride_lse_h,
+    )  # fmt: skip
+    # Registers a thread: the block starts with 3 x 168, and the first partition keeps 224 of them.
+    gl.warp_specialize(
+        [
+            (_consume, (sm, pairs, scale_log2, output, 0)),
+            (_consume, (sm, pairs, scale_log2, output, 1)),
+            (_gather, (sm, segment, extra)),
+        ],
+        worker_num_warps=[4, 4],
+        worker_num_regs=[232, 48],
+    )
+
+
+@gluon.jit
+def _query_and_head(h_q):
+    """Of this program. The blocks of heads of one query are neighbours, and share its rows in L2."""
+    head_blocks = h_q // BLOCK_H
+    t = gl.program_id(0) // head_blocks
+    return t.to(gl.int64), (gl.program_id(0) % head_blocks).to(gl.int64) * BLOCK_H
+
+
+@gluon.jit
+def _pairs(length):
+    return (gl.maximum(length, 0) + 2 * BLOCK_N - 1) // (2 * BLOCK_N)
+
+
+@gluon.jit
+def _gather(sm, segment, extra):
+    """Copy the selected rows of both segments, a pair of tiles after the other."""
+    phase = 1  # of `free`: at first a wait for it passes
+    seen = gl.full([BLOCK_N], 0, gl.int32, layout=gl.SliceLayout(1, ROWS))
+    phase, seen = _gather_segment(sm, segment, phase, seen)
+    if extra[0] is not None:
+        phase, seen = _gather_segment(sm, extra, phase, seen)
+    sm.seen.store(seen)
+    mbarrier.arrive(sm.seen_ready, count=1)
+
+
+@gluon.jit
+def _gather_segment(sm, segment, phase, seen):
+    _, _, _, _, _, length = segment
+    for start in range(0, length, 2 * BLOCK_N):
+        rows_0, valid_0 = _rows(segment, start)
+        rows_1, valid_1 = _rows(segment, start + BLOCK_N)
+        seen |= (valid_0 | valid_1).to(gl.int32)
+        # In the order in which the consumers let go of them.
+        _copy(sm, rows_0, valid_0, phase, 0, 0)
+        _copy(sm, rows_1, valid_1, phase, 1, 1)
+        _copy(sm, rows_0, valid_0, phase, 0, 1)
+        _copy(sm, rows_1, valid_1, phase, 1, 0)
+        phase ^= 1
+    return phase, seen
+
+
+@gluon.jit
+def _rows(segment, start):
+    """Where 64 selected rows begin, and which of them are valid."""
+    kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, length = segment
+    offs_n = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))  # [64]
+    index = gl.load(indices_ptr + offs_n.to(gl.int64) * stride_indices_n, mask=offs_n < length, other=-1)
+    index = index.to(gl.uint32)  # so that a negative index is too large
+    return kv_ptr + (index * units_kv_n).to(gl.int64) * UNIT, index < s_kv
+
+
+@gluon.jit
+def _copy(sm, rows, valid, phase, TILE: gl.constexpr, HALF: gl.constexpr):
+    """Start copying half a tile. Rows that are not selected are not read: zeros take their place."""
+    offs_half = HALF * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, ROWS))  # [256]
+    offs_tail = D_V + gl.arange(0, D_TAIL, layout=gl.SliceLayout(0, ROWS))  # [64]
+    place: gl.constexpr = 2 * TILE + HALF
+    mbarrier.wait(sm.free.index(place), phase)
+    async_copy.async_load(sm.latent.index(place), rows[:, None] + offs_half[None, :], mask=valid[:, None])
+    if TILE == HALF:
+        sm.bound.index(TILE).store(gl.where(valid, float("inf"), float("-inf")))
+        mbarrier.arrive(sm.ready.index(place), count=1)
+    else:
+        async_copy.async_load(sm.tail.index(TILE), rows[:, None] + offs_tail[None, :], mask=valid[:, None])
+    async_copy.mbarrier_arrive(sm.ready.index(place), increment_count=False)
+
+
+@gluon.jit
+def _consume(sm, pairs, scale_log2, output, OWN: gl.constexpr):
+    """Score tile OWN of each pair; attend to both, in half OWN of the value's columns."""
+    OTHER: gl.constexpr = 1 - OWN
+    acc = gl.zeros([BLOCK_H, D_HALF], gl.float32, layout=VALUE)
+    # Finite, so that a tile without a valid key never computes inf - inf.
+    row_max = gl.full([BLOCK_H], LOWEST, gl.float32, layout=gl.SliceLayout(1, SCORE))
+    row_sum = gl.zeros([BLOCK_H], gl.float32, layout=gl.SliceLayout(1, SCORE))  # of tile OWN alone
+    phase = 0
+    for _ in range(pairs):
+        score = _scores(sm, phase, OWN)  # [64, 64]
+        tile_max = gl.max(score, 1) * scale_log2  # [64]
+        new_max = gl.maximum(gl.maximum(row_max, tile_max), _exchange(sm, tile_max, phase, OWN))
+        p = gl.exp2(score * scale_log2 - new_max[:, None])  # [64, 64]
+        alpha = gl.exp2(row_max - new_max)  # [64]
+        row_sum = row_sum * alpha + gl.sum(p, 1)
+        row_max = new_max
+        acc *= gl.convert_layout(alpha, gl.SliceLayout(1, VALUE))[:, None]
+        p = p.to(gl.bfloat16)
+        own_half = sm.latent.index(2 * OWN + OWN)
+        acc = warpgroup_mma(gl.convert_layout(p, PROBABILITY), own_half, acc, is_async=True)
+        sm.tail.index(OWN).store(p)
+        fence_async_shared()
+        mbarrier.arrive(sm.p_ready.index(OWN), count=1)
+
+        # The other consumer has waited for its tile, both halves of it, and for them fenced.
+        mbarrier.wait(sm.p_ready.index(OTHER), phase)
+        acc = warpgroup_mma(sm.tail.index(OTHER), sm.latent.index(2 * OTHER + OWN), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(sm.free.index(2 * OWN + OWN), count=1)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(sm.free.index(2 * OTHER + OWN), count=1)
+        phase ^= 1
+    row_sum += _exchange(sm, row_sum, phase, OWN)
+    _store(sm, acc, row_max, row_sum, output, OWN)
+
+
+@gluon.jit
+def _scores(sm, phase, OWN: gl.constexpr):
+    """Unscaled scores of tile OWN, -inf where the key is invalid. Its own half is ready first."""
+    OTHER: gl.constexpr = 1 - OWN
+    own_half = sm.latent.index(2 * OWN + OWN).permute([1, 0])
+    other_half = sm.latent.index(2 * OWN + OTHER).permute([1, 0])
+    score = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, layout=SCORE)
+    mbarrier.wait(sm.ready.index(2 * OWN + OWN), phase)
+    fence_async_shared()
+    score = warpgroup_mma(sm.q.slice(OWN * D_HALF, D_HALF, 1), own_half, score, is_async=True)
+    mbarrier.wait(sm.ready.index(2 * OWN + OTHER), phase)
+    fence_async_shared()
+    score = warpgroup_mma(sm.q.slice(OTHER * D_HALF, D_HALF, 1), other_half, score, is_async=True)
+    score = warpgroup_mma(sm.q_tail, sm.tail.index(OWN).permute([1, 0]), score, is_async=True)
+    score = warpgroup_mma_wait(0, deps=[score])
+    return gl.minimum(score, sm.bound.index(OWN).load(gl.SliceLayout(0, SCORE))[None, :])
+
+
+@gluon.jit
+def _exchange(sm, value, phase, OWN: gl.constexpr):
+    """Give a number a head to the other consumer for its own."""
+    sm.mail.index(OWN).store(value)
+    mbarrier.arrive(sm.mail_ready.index(OWN), count=1)
+    mbarrier.wait(sm.mail_ready.index(1 - OWN), phase)
+    return sm.mail.index(1 - OWN).load(gl.SliceLayout(1, SCORE))
+
+
+@gluon.jit
+def _store(sm, acc, row_max, row_sum, output, OWN: gl.constexpr):
+    """Divide by the denominator; write half OWN of out, and consumer 0 lse."""
+    (
+        h_q, attn_sink_ptr, stride_attn_sink,
+        out_ptr, stride_out_t, stride_out_h, lse_ptr, stride_lse_t, stride_lse_h,
+    ) = output  # fmt: skip
+    t, first_head = _query_and_head(h_q)
+    heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, SCORE))
+    if OWN == 0:
+        lse = (row_max + gl.log2(row_sum)) * LN_2  # [64]; log2(0) = -inf is the empty row
+        gl.store(lse_ptr + t * stride_lse_t + heads * stride_lse_h, lse)
+    if attn_sink_ptr is not None:
+        sink = gl.load(attn_sink_ptr + heads * stride_attn_sink)  # [64]
+        row_sum += gl.exp2(sink * LOG2_E - row_max)
+    mbarrier.wait(sm.seen_ready, 0)
+    empty = gl.max(sm.seen.load(gl.SliceLayout(0, VALUE)), 0) == 0
+    inverse = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, VALUE))  # [64]
+    out = gl.where(empty, 0.0, acc * inverse[:, None])  # [64, 256]
+    tile = sm.latent.index(2 * OWN + OWN)  # no longer in use; from whole rows the stores are wide
+    tile.store(out.to(gl.bfloat16))
+    heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS))
+    offs_v = OWN * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, ROWS))
+    gl.store(out_ptr + t * stride_out_t + heads[:, None] * stride_out_h + offs_v[None, :], tile.load(ROWS))

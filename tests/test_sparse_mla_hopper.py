@@ -1,0 +1,432 @@
+"""The warp-specialised kernel for sm_90: executed in an emulator, broken on purpose, compiled, refused.
+
+No GPU is needed, and none has run it yet.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_attn import reference, sparse_mla
+from sparse_attn.testing import assert_close, mla_inputs
+
+HERE = Path(__file__).parent
+SOURCE = (HERE.parent / "kernels" / "sparse_mla_hopper.py").read_text()
+BF16, NAN = torch.bfloat16, float("nan")
+
+spec = importlib.util.spec_from_file_location("gluon_emulator", HERE / "gluon_emulator.py")
+emulator = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = emulator
+spec.loader.exec_module(emulator)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# What it computes.
+
+OPTIONS = ("topk_length", "attn_sink", "extra_kv", "extra_indices", "extra_topk_length")
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def expected(inputs, scale=0.05):
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    return reference.sparse_mla(**wide, d_v=512, softmax_scale=scale)
+
+
+def run(inputs, seed=0, scale=0.05, module=None, results=None):
+    """Launch in the emulator, into outputs of NaN, and compare with the fp64 reference."""
+    module = module or emulator.load_module(SOURCE)
+    q = inputs["q"]
+    out, lse = torch.full((*q.shape[:2], 512), NAN, dtype=BF16), torch.full(q.shape[:2], NAN)
+    options = [inputs.get(name) for name in OPTIONS]
+    with emulator.seed(seed):
+        module["sparse_mla_hopper"](q, inputs["kv"], inputs["indices"], 512, scale, *options, out, lse)
+    expected_out, expected_lse = results or expected(inputs, scale)
+    assert_close(out, expected_out, factor=2.5)  # probabilities are rounded to bf16 too
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
+
+
+def inputs_of(topk, s_q=2, h_q=64, s_kv=500, seed=0, **more):
+    return {**mla_inputs(s_q, s_kv, h_q, topk, d_qk=576, dtype=BF16, seed=seed), **more}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_interleavings(seed):
+    run(inputs_of(topk=420, seed=seed), seed)
+
+
+@pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 128, 129, 257])
+def test_partial_tiles(topk):
+    run(inputs_of(topk), seed=topk)
+
+
+def test_two_blocks_of_heads():
+    run(inputs_of(200, h_q=128, attn_sink=torch.randn(128)))
+
+
+def test_topk_length():
+    limit = torch.iinfo(torch.int32)
+    lengths = int32(0, 1, 128, 150, limit.max, limit.min)
+    run(inputs_of(200, s_q=6, topk_length=lengths, attn_sink=torch.randn(64)))
+
+
+@pytest.mark.parametrize("extra_length", [None, int32(130, 0), int32(-5, 7)])
+def test_second_segment(extra_length):
+    extra = mla_inputs(2, 90, 64, 140, d_qk=576, dtype=BF16, seed=1)
+    inputs = inputs_of(70, topk_length=int32(0, 65), attn_sink=torch.randn(64))
+    inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"])
+    if extra_length is not None:
+        inputs["extra_topk_length"] = extra_length
+    run(inputs)
+
+
+def test_sinks_at_the_limits():
+    sink = torch.randn(64)
+    sink[:3] = torch.tensor([float("inf"), float("-inf"), 1e4])
+    run(inputs_of(100, attn_sink=sink))
+
+
+def test_a_tile_without_a_valid_index():
+    inputs = inputs_of(400)
+    inputs["indices"][0, :128] = -1
+    inputs["indices"][0, 192:320] = 500
+    run(inputs)
+
+
+def test_scores_that_grow_and_shrink():
+    """The maximum moves in every tile, in both directions."""
+    inputs = inputs_of(512, s_kv=512)
+    inputs["indices"][0] = torch.arange(512)
+    inputs["kv"] = torch.randn(512, 576).mul(torch.linspace(0.1, 20, 512)[:, None]).to(BF16)
+    run(inputs)
+    inputs["indices"][0] = torch.arange(511, -1, -1)
+    run(inputs)
+
+
+def test_scores_of_minus_infinity_are_not_an_empty_row():
+    inputs = inputs_of(100, s_q=1)
+    inputs["q"] = torch.full((1, 64, 576), 1e25, dtype=BF16)
+    inputs["kv"] = torch.full((500, 576), -1e25, dtype=BF16)
+    inputs["indices"][:] = torch.arange(100)
+    nothing = torch.full((1, 64, 512), NAN), torch.full((1, 64), float("-inf")).double()
+    run(inputs, results=nothing)
+
+
+def test_strides():
+    def strided(tensor, last):
+        buffer = torch.full((*(2 * n for n in tensor.shape[:-1]), tensor.shape[-1] * last), 7).to(
+            tensor.dtype
+        )
+        view = buffer[tuple([slice(1, None, 2)] * (tensor.dim() - 1))][..., ::last]
+        return view.copy_(tensor)
+
+    inputs = inputs_of(150, s_q=3, topk_length=int32(150, 3, 129), attn_sink=torch.randn(64))
+    inputs = {n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()}
+    run(inputs)
+
+
+# Broken on purpose: waits, arrivals, fences and commits removed or moved past a neighbouring access, phases
+# flipped, tiles and barriers mistaken, counts off by one, masks dropped. Each must fail.
+
+OPENING = ("mbarrier.wait", "async_copy.wait_group", "fence_async_shared", "warpgroup_mma_wait")
+CLOSING = ("mbarrier.arrive", "async_copy.mbarrier_arrive", "async_copy.commit_group", "fence_async_shared")
+ACCESS = re.compile(r"\b(load|store|async_load|warpgroup_mma|_scores|_exchange|_copy|_store)\(")
+HARMLESS = {
+    # Slower: the first copies of a pair then wait for the last releases of the pair before.
+    "index ^ 2: mbarrier.wait(sm.free.index(place), phase)",
+    # Slower: the consumer then knows of both halves of its tile at once.
+    "index ^ 1: async_copy.mbarrier_arrive(sm.ready.index(place), increment_count=False)",
+    # The last exchange has told both consumers that no tile is in use.
+    *(f"index ^ {bits}: tile = sm.latent.index(2 * OWN + OWN)" for bits in (1, 2, 3)),
+}
+
+
+def function_name(node) -> str:
+    call = node.value if isinstance(node, ast.Expr | ast.Assign) else node
+    return ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+
+
+def edited(*edits) -> str:
+    """The source with the text of some nodes replaced."""
+    starts = [0]
+    for line in SOURCE.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    source = SOURCE.encode()
+    for node, text in sorted(edits, key=lambda edit: -edit[0].lineno):
+        begin, end = (
+            starts[row - 1] + column
+            for row, column in ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
+        )
+        source = source[:begin] + text.encode() + source[end:]
+    return source.decode()
+
+
+def mutants():
+    """Pairs of what was changed and the changed source."""
+    for function in ast.parse(SOURCE).body:
+        if isinstance(function, ast.FunctionDef) and function.decorator_list:
+            for node in ast.walk(function):
+                if isinstance(getattr(node, "body", None), list):
+                    yield from mutants_of_block(node.body)
+                yield from mutants_of_expression(node)
+
+
+def mutants_of_block(block):
+    for i, statement in enumerate(block):
+        name, text = function_name(statement), ast.unparse(statement)
+        if name in (*OPENING, *CLOSING, "mbarrier.init") or text == "phase ^= 1":
+            yield f"without {text}", edited((statement, "pass"))
+        for names, others, earlier in ((OPENING, block[i + 1 :], False), (CLOSING, block[:i][::-1], True)):
+            other = next((other for other in others if ACCESS.search(ast.unparse(other))), None)
+            if name in names and other:
+                pair = text, ast.get_source_segment(SOURCE, other)
+                swapped = ("\n" + " " * other.col_offset).join(pair if earlier else pair[::-1])
+                yield (
+                    f"{text} {'before' if earlier else 'after'} {ast.unparse(other)}",
+                    edited((statement, "pass"), (other, swapped)),
+                )
+
+
+def mutants_of_expression(node):
+    if not isinstance(node, ast.Call | ast.Compare | ast.Assign):
+        return
+    name, text = function_name(node), ast.unparse(node)
+    line = SOURCE.splitlines()[node.lineno - 1].partition("#")[0].strip()
+    if text in ("phase = 0", "phase = 1"):
+        yield f"1 - {text}", edited((node.value, f"1 - {node.value.value}"))
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Lt):
+        yield f"<=: {text}", edited((node, text.replace("<", "<=")))
+    if name == "mbarrier.wait":
+        yield f"other phase: {text}", edited((node.args[1], f"1 - {ast.unparse(node.args[1])}"))
+    if name == "warpgroup_mma_wait" and isinstance(node, ast.Call):
+        yield f"one more outstanding: {text}", edited((node.args[0], f"1 + {node.args[0].value}"))
+    # The loop over barriers to initialise would only take them in another order.
+    if name.endswith(".index") and isinstance(node, ast.Call) and "mbarrier.init" not in line:
+        for bits in (1, 2, 3) if name in ("sm.latent.index", "sm.ready.index", "sm.free.index") else (1,):
+            changed = f"({ast.unparse(node.args[0])}) ^ {bits}"
+            yield f"index ^ {bits}: {line}", edited((node.args[0], changed))
+    for keyword in getattr(node, "keywords", []):
+        if keyword.arg == "count":
+            for step in ("- 1", "+ 1"):
+                yield f"count {step}: {text}", edited((keyword.value, f"{ast.unparse(keyword.value)} {step}"))
+        if keyword.arg == "mask":
+            yield f"no mask: {text}", edited((keyword.value, "None"))
+
+
+def test_every_mutant_is_killed():
+    inputs = inputs_of(300, seed=1, attn_sink=torch.randn(64))
+    extra = mla_inputs(2, 90, 64, 100, d_qk=576, dtype=BF16, seed=1)
+    inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"])
+    one = {name: t[:1] if name in ("q", "indices", "extra_indices") else t for name, t in inputs.items()}
+    cases = [(case, expected(case)) for case in (one, inputs_of(130, s_q=1, topk_length=int32(0)))]
+    found, alive = set(), set()
+    for what, source in mutants():
+        found.add(what)
+        module = emulator.load_module(source)
+        try:
+            for seed in range(3):
+                for case, results in cases:
+                    run(case, seed, module=module, results=results)
+            alive.add(what)
+        except (AssertionError, TypeError) as failure:  # of types: arithmetic on what nobody waited for
+            print(f"{what} | {failure!r:.80}")
+    assert len(found) > 100
+    assert alive == HARMLESS, "\n".join(alive ^ HARMLESS)
+
+
+# What it becomes on sm_90.
+
+
+class Hopper:
+    """A Triton driver for a GPU that is not there."""
+
+    def get_current_target(self):
+        import triton
+
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 90
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A function of the sizes -> the kernel that the launcher would launch."""
+    pytest.importorskip("triton", minversion="3.9")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted, not compiled")
+    from sparse_attn.kernels import sparse_mla_hopper as module
+
+    kernel, result = module._sparse_mla_hopper_kernel, []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, **options: result.append(kernel.warmup(*args, grid=grid, **options))
+
+    def meta(*shape, dtype=BF16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def launch(s_q=64, h_q=128, s_kv=100_000, topk=2048, every_option=False):
+        options = [None] * 5
+        if every_option:
+            extra = meta(999, 576), meta(s_q, topk // 2, dtype=torch.int32)
+            lengths = [meta(s_q, dtype=torch.int32) for _ in range(2)]
+            options = [lengths[0], meta(h_q, dtype=torch.float32), *extra, lengths[1]]
+        module.sparse_mla_hopper(
+            *(meta(s_q, h_q, 576), meta(s_kv, 576), meta(s_q, topk, dtype=torch.int32), 512, 0.1, *options),
+            *(meta(s_q, h_q, 512), meta(s_q, h_q, dtype=torch.float32)),
+        )
+        return result[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, kernel.__name__, Launch())
+        patch.setattr("triton.runtime.driver._active", Hopper())
+        yield launch
+
+
+def count(lines, *opcodes):
+    return sum(bool(re.search(rf"\s(?:{'|'.join(opcodes)})[.\s]", line)) for line in lines)
+
+
+def main_loops(kernel, path):
+    """The instructions of the innermost loops with wgmma or asynchronous copies in them."""
+    path.write_bytes(kernel.asm["cubin"])
+    tool = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin/nvdisasm"
+    lines = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    label_at, ranges = {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\.L_\w+):", line):
+            label_at[label[1]] = i
+        # With a predicate: slow paths of waits, behind the code, branch back without.
+        elif (branch := re.search(r"@!?U?P\d BRA\b.*`\((\.L_\w+)\)", line)) and branch[1] in label_at:
+            ranges.append(range(label_at[branch[1]], i + 1))
+    seen, loops = set(), []
+    for body in sorted(ranges, key=len):
+        code = [lines[i] for i in body if re.match(r"\s+/\*[0-9a-f]{4,}\*/", lines[i])]
+        if count(code, "HGMMA", "LDGSTS") and seen.isdisjoint(body):
+            seen.update(body)
+            loops.append(code)
+    return loops
+
+
+@pytest.mark.parametrize("every_option", [False, True])
+def test_machine_code(compiled, every_option, tmp_path):
+    kernel = compiled(every_option=every_option)
+    assert kernel.metadata.shared <= 227 * 1024
+    loops = main_loops(kernel, tmp_path / "kernel.cubin")
+    consumers = [loop for loop in loops if count(loop, "HGMMA")]
+    gathers = [loop for loop in loops if not count(loop, "HGMMA")]
+    assert len(consumers) == 2 and len(gathers) == 1 + every_option
+    for loop in consumers:
+        # Of a pair of tiles: one tile's 576 columns of scores, and p of both times 256 columns of the value.
+        assert (count(loop, "HGMMA.64x64x16"), count(loop, "HGMMA.64x256x16")) == (36, 4 + 4)
+        assert count(loop, "LDL", "STL") == 0
+    for loop in gathers:
+        assert count(loop, r"LDGSTS\.E\.BYPASS\.128") == 2 * 64 * 576 * 2 // (128 * 16)
+        assert count(loop, "LDL", "STL") <= 1
+    issued_a_tile = (sum(len(loop) for loop in consumers) + max(len(loop) for loop in gathers)) / 2
+    assert issued_a_tile <= 780
+
+
+def test_threads_of_a_partition_meet_before_they_arrive(compiled):
+    """What the emulator takes for granted: one thread arrives, when all have done their part."""
+    code = compiled().asm["ptx"]
+    before = code.split("mbarrier.arrive.shared")[:-1]
+    assert len(before) == 13  # 4 in either loop, 1 behind it; 2 in the gathering loop, 1 behind it
+    work = re.compile(r"(ld|st)\.shared|stmatrix|wgmma\.|cp\.async|try_wait")
+    for part in before:
+        assert "bar.sync" in part and not work.search(part.rpartition("bar.sync")[2])
+    # p takes the place of the tail that every warp's wgmma has read.
+    for part in code.split("wgmma.wait_group")[1:]:
+        if "stmatrix" in part:
+            assert "bar.sync" in part.partition("stmatrix")[0]
+
+
+def test_sizes_do_not_recompile(compiled):
+    sizes = [{}, {"s_q": 1}, {"s_q": 33, "s_kv": 100_003, "h_q": 64}, {"s_kv": 1}, {"topk": 1}, {"topk": 33}]
+    assert len({id(compiled(**size)) for size in sizes}) == 1
+
+
+# Where it is refused.
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with torch._subclasses.FakeTensorMode():
+        yield
+
+
+def fake_inputs(s_q=3, h_q=64, s_kv=500, topk=100, d_qk=576, dtype=BF16):
+    q, kv = (torch.empty(*shape, d_qk, dtype=dtype, device="cuda") for shape in ((s_q, h_q), (s_kv,)))
+    return {"q": q, "kv": kv, "indices": torch.empty(s_q, topk, dtype=torch.int32, device="cuda")}
+
+
+def test_accepted(on_hopper):
+    out = sparse_mla(**fake_inputs(), variant="warp_specialized")
+    assert out.shape == (3, 64, 512)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"variant": "fast"}, ValueError, "variant: expected None or 'warp_specialized', got 'fast'"),
+        ({"backend": "reference"}, ValueError, "variant: .* needs backend 'triton'.*, got 'reference'"),
+        ({"dtype": torch.float16}, TypeError, "q: expected dtype bfloat16 .*, got float16"),
+        ({"h_q": 96}, ValueError, "q: expected h_q to be a multiple of 64 .*, got 96"),
+        ({"d_qk": 512}, ValueError, "q, d_v: expected d_qk=576 and d_v=512 .*, got 512 and 512"),
+        ({"d_v": 256}, ValueError, "q, d_v: .*, got 576 and 256"),
+        ({"softmax_scale": -1.0}, ValueError, "softmax_scale: expected a positive number .*, got -1.0"),
+        ({"softmax_scale": NAN}, ValueError, "softmax_scale: .*, got nan"),
+        ({"s_kv": 2**27}, ValueError, "kv: expected less than 128 GiB"),
+    ],
+)
+def test_refused(on_hopper, change, error, words):
+    sizes = {name: change.pop(name) for name in ("dtype", "h_q", "d_qk", "s_kv") if name in change}
+    with pytest.raises(error, match=words):
+        sparse_mla(**fake_inputs(**sizes), **{"variant": "warp_specialized", **change})
+
+
+@pytest.mark.parametrize("name", ["q", "kv", "extra_kv", "out"])
+def test_rows_must_be_aligned(on_hopper, name):
+    inputs = fake_inputs()
+    inputs["out"] = torch.empty(3, 64, 512, dtype=BF16, device="cuda")
+    inputs["extra_kv"], inputs["extra_indices"] = inputs["kv"], inputs["indices"]
+    *strides, last = inputs[name].stride()
+    for stride in ([*(n + 8 for n in strides), last], [*(2 * n for n in strides), 2]):
+        inputs[name] = torch.empty_strided(inputs[name].shape, stride, dtype=BF16, device="cuda")
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected contiguous rows that begin at multiples of 32"
+        ):
+            sparse_mla(**inputs, variant="warp_specialized")
+
+
+def test_other_devices_are_refused(monkeypatch):
+    inputs = mla_inputs(2, 90, 64, d_qk=576, dtype=BF16)
+    with pytest.raises(ValueError, match="needs backend 'triton' and cuda tensors, got 'auto' and cpu"):
+        sparse_mla(**inputs, variant="warp_specialized")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    with (
+        torch._subclasses.FakeTensorMode(),
+        pytest.raises(ValueError, match="needs sm_90, cuda:0 is sm_100"),
+    ):
+        sparse_mla(**fake_inputs(), variant="warp_specialized")
