@@ -3,7 +3,11 @@
     out[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])   for ks[t] <= s < ke[t], else -inf
 
 Keys are rows of k, or, with a block table, logical positions: position s of query t is row s % page_size
-of page block_table[t // (s_q / n), s // page_size]. A page that does not exist gives -inf.
+of page block_table[t // (s_q / n), s // page_size]. A page that does not exist gives -inf. fp8 keys come in
+pages of 132 bytes a key; their scale multiplies the sum, so that e4m3 goes into the product as it is.
+
+A program takes several neighbouring queries that share a row of the block table. All their heads are one side
+of the product, a tile of keys is the other, so that each key is read and decoded once for all of them.
 """
 
 from typing import NamedTuple
@@ -12,24 +16,32 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_attn.formats import index_k_views
+
 from .configs import for_device
 
 KEYS_PER_PROGRAM = 1024  # q is loaded once for so many keys; few enough that one decode query fills a GPU
 
 
 class Config(NamedTuple):
+    MAX_HEADS: int  # of all queries of a program
     BLOCK_N: int
     num_warps: int
     num_stages: int
 
 
-# All heads of a query are one tile: [BLOCK_H, BLOCK_D] x [BLOCK_D, BLOCK_N]. A stage holds BLOCK_N rows of
-# 256 bytes (d = 128); the [BLOCK_H, BLOCK_N] fp32 scores of up to 128 heads stay in registers.
+# Keys are the rows of the product (M), so that heads are added up within few threads. A stage holds BLOCK_N
+# keys, 32 KiB in bf16, beside 32 KiB of q; the [BLOCK_N, MAX_HEADS] fp32 scores stay in registers.
 CONFIGS = {
-    80: Config(64, 4, 3),
-    90: Config(128, 8, 3),  # wgmma wants more work between its waits
+    80: Config(128, 128, 8, 3),  # 163 KiB of shared memory
+    86: Config(128, 128, 8, 2),  # 99 KiB, also sm_89
+    90: Config(128, 128, 8, 3),  # 227 KiB
+    120: Config(128, 128, 8, 2),  # 99 KiB
 }
-CONFIGS_FP32 = {80: Config(32, 8, 2)}  # IEEE products on the FMA units
+# Without e4m3 instructions decoding is most of the work, and of 8 warps four would decode the same keys.
+CONFIGS_FP8 = {80: Config(128, 128, 4, 3), 89: Config(128, 128, 8, 3)}
+CONFIGS_FP32 = {80: Config(64, 32, 8, 2)}  # IEEE products on the FMA units
+NATIVE_FP8 = {80: False, 89: True}  # whether there are instructions for e4m3
 
 
 def index_logits(
@@ -40,25 +52,42 @@ def index_logits(
     ke: torch.Tensor,
     block_table: torch.Tensor | None,
     out: torch.Tensor,
+    clean: bool = True,
 ) -> None:
-    """Fill every element of out [s_q, width] from q [s_q, h, d] and k [s_kv, d] or [pages, page_size, d]."""
+    """Fill out [s_q, width] from q [s_q, h, d] and k [s_kv, d], or pages [pages, page_size, d or 132].
+
+    Without ``clean``, elements outside the range are left as they are.
+    """
     s_q, h, d = q.shape
     width = out.shape[1]
     if s_q == 0 or width == 0:
         return
+    scales, fp8_keys = None, k.dtype == torch.uint8
+    if fp8_keys:
+        k, scales = index_k_views(k)
+        k = k.view(torch.uint8)  # sm_80 has no name for e4m3
+    fp8_queries = q.dtype == torch.float8_e4m3fn
+    if fp8_queries:
+        q = q.view(torch.uint8)
     if block_table is None:
-        pages, page_size, stride_k_page, table_strides, queries_per_row = 0, 1, 0, (0, 0), 1
+        pages, page_size, stride_k_page, table_strides, queries_per_row = 0, 1, 0, (0, 0), s_q
     else:
         pages, page_size, stride_k_page = k.shape[0], k.shape[1], k.stride(0)
         table_strides, queries_per_row = block_table.stride(), s_q // block_table.shape[0]
-    config = for_device(CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS, q.device)
+    table = CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS_FP8 if fp8_keys else CONFIGS
+    config = for_device(table, q.device)
+    block_h = max(16, triton.next_power_of_2(h))
+    queries = max(1, config.MAX_HEADS // block_h) if queries_per_row > 1 else 1  # no third variant to compile
+    groups = s_q // queries_per_row * triton.cdiv(queries_per_row, queries)
     with torch.cuda.device_of(q):
-        _index_logits_kernel[(s_q * triton.cdiv(width, KEYS_PER_PROGRAM),)](
+        _index_logits_kernel[(groups * triton.cdiv(width, KEYS_PER_PROGRAM),)](
             q,
             *q.stride(),
             k,
             stride_k_page,
             *k.stride()[-2:],
+            scales,
+            *((0, 0) if scales is None else scales.stride()),
             weights,
             *weights.stride(),
             ks,
@@ -69,17 +98,22 @@ def index_logits(
             *table_strides,
             out,
             *out.stride(),
-            s_q,
+            groups,
             width,
             pages,
             page_size,
             queries_per_row,
             h,
             D=d,
-            BLOCK_H=max(16, triton.next_power_of_2(h)),
+            QUERIES=queries,
+            BLOCK_H=block_h,
             BLOCK_N=config.BLOCK_N,
             BLOCK_D=max(16, triton.next_power_of_2(d)),
             KEYS_PER_PROGRAM=KEYS_PER_PROGRAM,
+            PADDED=block_h != h,
+            FP8_QUERIES=fp8_queries,
+            NATIVE_FP8=for_device(NATIVE_FP8, q.device),
+            CLEAN=clean,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
@@ -87,7 +121,7 @@ def index_logits(
 
 
 @triton.jit(
-    do_not_specialize=["stride_table_row", "stride_out_t", "s_q", "width", "pages", "queries_per_row", "h"]
+    do_not_specialize=["stride_table_row", "stride_out_t", "groups", "width", "pages", "queries_per_row", "h"]
 )
 def _index_logits_kernel(
     q_ptr,  # [s_q, h, d]
@@ -98,6 +132,9 @@ def _index_logits_kernel(
     stride_k_page,
     stride_k_n,
     stride_k_d,
+    scales_ptr,  # [pages, page_size] of fp8 keys, or None
+    stride_scales_page,
+    stride_scales_n,
     weights_ptr,  # [s_q, h]
     stride_weights_t,
     stride_weights_h,
@@ -111,70 +148,119 @@ def _index_logits_kernel(
     out_ptr,  # [s_q, width]
     stride_out_t,
     stride_out_n,
-    s_q,
+    groups,
     width,
     pages,
     page_size,
     queries_per_row,
     h,
     D: tl.constexpr,
+    QUERIES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KEYS_PER_PROGRAM: tl.constexpr,
+    PADDED: tl.constexpr,  # heads: BLOCK_H > h
+    FP8_QUERIES: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):
-    """One program: one query, KEYS_PER_PROGRAM keys. Queries vary fastest: neighbours read the same keys."""
-    t = (tl.program_id(0) % s_q).to(tl.int64)
-    first = tl.program_id(0) // s_q * KEYS_PER_PROGRAM
+    """One program: QUERIES queries, KEYS_PER_PROGRAM keys. Queries vary fastest: neighbours share keys."""
+    groups_per_row = tl.cdiv(queries_per_row, QUERIES)
+    group = tl.program_id(0) % groups
+    table_row = (group // groups_per_row).to(tl.int64)
+    member = group % groups_per_row * QUERIES + tl.arange(0, QUERIES)  # [QUERIES]: query within the table row
+    live = member < queries_per_row
+    offs_t = table_row * queries_per_row + member  # [QUERIES]
+    first = tl.program_id(0) // groups * KEYS_PER_PROGRAM
     last = tl.minimum(first + KEYS_PER_PROGRAM, width)
-    start = tl.maximum(tl.load(ks_ptr + t * stride_ks), first)
-    stop = tl.minimum(tl.load(ke_ptr + t * stride_ke), last)
-    out_row = out_ptr + t * stride_out_t
+    starts = tl.maximum(tl.load(ks_ptr + offs_t * stride_ks, mask=live, other=0), first)  # [QUERIES]
+    stops = tl.minimum(tl.load(ke_ptr + offs_t * stride_ke, mask=live, other=0), last)  # [QUERIES]
+    out_rows = out_ptr + offs_t[:, None] * stride_out_t  # [QUERIES, 1]
 
-    for n in range(first, last, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        hidden = (offs_n < start) | (offs_n >= stop)
-        tl.store(
-            out_row + offs_n.to(tl.int64) * stride_out_n,
-            tl.full([BLOCK_N], float("-inf"), tl.float32),
-            mask=hidden & (offs_n < last),
-        )
+    if CLEAN:
+        for n in range(first, last, BLOCK_N):
+            offs_n = (n + tl.arange(0, BLOCK_N))[None, :]  # [1, BLOCK_N]
+            hidden = (offs_n < starts[:, None]) | (offs_n >= stops[:, None])
+            tl.store(
+                out_rows + offs_n.to(tl.int64) * stride_out_n,
+                tl.full([QUERIES, BLOCK_N], float("-inf"), tl.float32),
+                mask=hidden & live[:, None] & (offs_n < last),
+            )
 
-    offs_h = tl.arange(0, BLOCK_H).to(tl.int64)  # [BLOCK_H]
+    offs_r = tl.arange(
+        0, QUERIES * BLOCK_H
+    )  # [QUERIES * BLOCK_H]: heads of the first query, of the second ...
+    head = (offs_r % BLOCK_H).to(tl.int64)
+    query = group % groups_per_row * QUERIES + offs_r // BLOCK_H
+    real = (query < queries_per_row) & (head < h)
+    query = table_row * queries_per_row + query
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
     q = tl.load(
-        q_ptr + t * stride_q_t + offs_h[:, None] * stride_q_h + offs_d[None, :] * stride_q_d,
-        mask=(offs_h < h)[:, None] & (offs_d < D)[None, :],
+        q_ptr + query[:, None] * stride_q_t + head[:, None] * stride_q_h + offs_d[None, :] * stride_q_d,
+        mask=real[:, None] & (offs_d < D)[None, :],
         other=0.0,
-    )  # [BLOCK_H, BLOCK_D]
+    )  # [QUERIES * BLOCK_H, BLOCK_D]
+    if FP8_QUERIES and NATIVE_FP8:
+        q = q.to(tl.float8e4nv, bitcast=True)
+    elif FP8_QUERIES:
+        q = _from_e4m3(q, tl.bfloat16, False)
     weights = tl.load(
-        weights_ptr + t * stride_weights_t + offs_h * stride_weights_h, mask=offs_h < h, other=0.0
-    )  # [BLOCK_H]
+        weights_ptr + query * stride_weights_t + head * stride_weights_h, mask=real, other=0.0
+    )  # [QUERIES * BLOCK_H]
 
-    for n in range(start // BLOCK_N * BLOCK_N, stop, BLOCK_N):
+    # Of queries that see nothing here, the range is empty.
+    begin = tl.min(tl.where(starts < stops, starts, last), 0) // BLOCK_N * BLOCK_N
+    for n in range(begin, tl.max(stops, 0), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        visible = (offs_n >= start) & (offs_n < stop)
-        exists = visible
+        exists = offs_n < last
         if table_ptr is None:
-            rows = offs_n.to(tl.int64) * stride_k_n  # [BLOCK_N]
+            page = tl.zeros([BLOCK_N], tl.int64)
+            offset = offs_n.to(tl.int64)
         else:
             page = tl.load(
                 table_ptr
-                + t // queries_per_row * stride_table_row
+                + table_row * stride_table_row
                 + (offs_n // page_size).to(tl.int64) * stride_table_page,
-                mask=visible,
+                mask=exists,
                 other=-1,
-            )  # [BLOCK_N]
+            ).to(tl.int64)  # [BLOCK_N]
             exists = (page >= 0) & (page < pages)
-            rows = page.to(tl.int64) * stride_k_page + (offs_n % page_size).to(tl.int64) * stride_k_n
+            offset = (offs_n % page_size).to(tl.int64)
         k = tl.load(
-            k_ptr + rows[:, None] + offs_d[None, :] * stride_k_d,
+            k_ptr + (page * stride_k_page + offset * stride_k_n)[:, None] + offs_d[None, :] * stride_k_d,
             mask=exists[:, None] & (offs_d < D)[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_D]
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_H, BLOCK_N]
-        score = tl.maximum(score, 0.0, propagate_nan=tl.PropagateNan.ALL) * weights[:, None]
-        # A padded head scores 0 * inf = NaN against an infinite key: drop it after the product.
-        score = tl.where((offs_h < h)[:, None], score, 0.0)
-        logits = tl.where(exists, tl.sum(score, 0), float("-inf"))  # [BLOCK_N]
-        tl.store(out_row + offs_n.to(tl.int64) * stride_out_n, logits, mask=visible)
+        if scales_ptr is not None:
+            scales = tl.load(
+                scales_ptr + page * stride_scales_page + offset * stride_scales_n, mask=exists, other=0.0
+            )  # [BLOCK_N]
+            k = _from_e4m3(k, q.dtype, NATIVE_FP8)
+        if q.dtype == tl.float32:  # as the second factor, all of q would be held in registers
+            score = tl.trans(tl.dot(q, tl.trans(k), input_precision="ieee"))
+        else:
+            score = tl.dot(k, tl.trans(q))  # [BLOCK_N, QUERIES * BLOCK_H]
+        score = tl.maximum(score, 0.0, propagate_nan=tl.PropagateNan.ALL) * weights[None, :]
+        if PADDED:  # a padded head scores 0 * inf = NaN against an infinite key: drop it after the product
+            score = tl.where(real[None, :], score, 0.0)
+        logits = tl.trans(tl.sum(tl.reshape(score, [BLOCK_N, QUERIES, BLOCK_H]), 2))  # [QUERIES, BLOCK_N]
+        if scales_ptr is not None:
+            logits *= scales[None, :]
+        logits = tl.where(exists[None, :], logits, float("-inf"))
+        tl.store(
+            out_rows + offs_n[None, :].to(tl.int64) * stride_out_n,
+            logits,
+            mask=(offs_n[None, :] >= starts[:, None]) & (offs_n[None, :] < stops[:, None]),
+        )
+
+
+@triton.jit
+def _from_e4m3(bits, dtype: tl.constexpr, NATIVE_FP8: tl.constexpr):
+    """The values of e4m3 bytes, in ``dtype``: exact, and NaN for the two codes that are NaN."""
+    if NATIVE_FP8:
+        return bits.to(tl.float8e4nv, bitcast=True).to(dtype)
+    # As fp32 the bits mean 2 ** -120 times as much, subnormals included.
+    word = ((bits.to(tl.int32) << 24) >> 4) & -0x78100000  # sign, 4 zeros, 7 bits
+    x = word.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    return tl.where(tl.abs(x) == 480.0, float("nan"), x).to(dtype)

@@ -2,9 +2,10 @@
 
     cd tests && TRITON_INTERPRET=1 python -m pytest -p interpreter interpreted
 
-It repairs what is wrong up to Triton 3.9: `tl.dot` multiplies the bit patterns of bf16 operands, and
-fp32 -> bf16 truncates. It also checks every load and store: each address must be that of an element of a
-tensor argument, and neither two programs nor two lanes of one store may write the same address.
+It repairs what is wrong up to Triton 3.9: `tl.dot` multiplies the bit patterns of bf16 operands,
+fp32 -> bf16 truncates, e4m3 has no NaN, and `tl.map_elementwise` is missing. It also checks every load
+and store: each address must be that of an element of a tensor argument, and neither two programs nor two
+lanes of one store may write the same address.
 """
 
 import traceback
@@ -23,12 +24,14 @@ class MemoryFault(AssertionError):
 
 def pytest_configure() -> None:
     np.seterr(all="ignore")  # a GPU divides by zero in silence
-    _repair_bf16()
+    _repair_types()
+    tl.map_elementwise = lambda function, *tensors, pack=1: function(*tensors)
     _guard_memory()
+    _patch_language_once()
 
 
-def _repair_bf16() -> None:
-    dot, cast = Builder.create_dot, Builder.cast_impl
+def _repair_types() -> None:
+    dot, cast, convert = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp
 
     def fp32(bits: np.ndarray) -> np.ndarray:
         return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -39,13 +42,24 @@ def _repair_bf16() -> None:
         return TensorHandle(np.matmul(fp32(a.data), fp32(b.data)) + d.data, d.dtype.scalar)
 
     def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float8e4nv:  # its NaN
+            values = (
+                torch.from_numpy(np.ascontiguousarray(src.data)).view(torch.float8_e4m3fn).float().numpy()
+            )
+            return cast(self, TensorHandle(values, tl.float32), dst_type)
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
             return cast(self, src, dst_type)
         rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()  # to nearest, ties to even
         bits = rounded.view(torch.int16).numpy().view(np.uint16)
         return TensorHandle(bits.reshape(src.data.shape), tl.bfloat16)
 
-    Builder.create_dot, Builder.cast_impl = create_dot, cast_impl
+    def create_fp_to_fp(self, src, dst_type, *args):
+        if src.dtype.scalar != tl.float8e4nv:
+            return convert(self, src, dst_type, *args)
+        codes = torch.from_numpy(np.ascontiguousarray(src.data)).view(torch.float8_e4m3fn)
+        return cast_impl(self, TensorHandle(codes.float().numpy(), tl.float32), dst_type)
+
+    Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
 
 
 class _Launch:
@@ -112,3 +126,17 @@ def _guard_memory() -> None:
     Builder.create_atomic_rmw = create_atomic_rmw
     GridExecutor._init_args_hst = to_host
     GridExecutor._restore_args_dev = lambda *args: None
+
+
+def _patch_language_once() -> None:
+    """Each call of a jit function patches triton.language anew, which takes longest: once is enough."""
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_lang(fn):
+        languages = {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if not languages <= patched:
+            patch(fn)
+            patched.update(languages)
+        return interpreter._LangPatchScope()  # nothing to restore after the launch
+
+    interpreter._patch_lang = patch_lang

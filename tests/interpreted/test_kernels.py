@@ -14,8 +14,18 @@ from sparse_attn.kernels.merge_attention import merge_attention
 from sparse_attn.kernels.sparse_gqa import sparse_gqa
 from sparse_attn.kernels.sparse_mla import sparse_mla
 
-from sparse_attn import reference
-from sparse_attn.testing import assert_close, gqa_inputs, index_inputs, mla_inputs, to_pages
+from sparse_attn import formats, reference
+from sparse_attn.testing import (
+    INT_MAX,
+    INT_MIN,
+    assert_close,
+    assert_logits_close,
+    gqa_inputs,
+    index_inputs,
+    mla_inputs,
+    selection_indices,
+    to_pages,
+)
 
 NAN, INF = float("nan"), float("inf")
 MAP_NORESERVE = 0x4000  # Linux; the mmap module has the name from Python 3.13 on
@@ -42,14 +52,15 @@ def check(out, lse, expected_out, expected_lse):
 MLA_OPTIONS = ("topk_length", "attn_sink", "extra_kv", "extra_indices", "extra_topk_length")
 
 
-def run_mla(inputs, d_v, out=None, lse=None):
-    """Launch into poisoned outputs and compare with the fp64 reference."""
+def run_mla(inputs, d_v, out=None, lse=None, unpacked=None):
+    """Launch into poisoned outputs and compare with the fp64 reference, over ``unpacked`` caches if given."""
     q, scale = inputs["q"], inputs["q"].shape[-1] ** -0.5
     out = q.new_full((*q.shape[:2], d_v), NAN) if out is None else out
     lse = torch.full(q.shape[:2], NAN) if lse is None else lse
     options = [inputs.get(name) for name in MLA_OPTIONS]
     sparse_mla(q, inputs["kv"], inputs["indices"], d_v, scale, *options, out, lse)
-    check(out, lse, *reference.sparse_mla(**wide(inputs), d_v=d_v, softmax_scale=scale))
+    expected = wide({**inputs, **(unpacked or {})})
+    check(out, lse, *reference.sparse_mla(**expected, d_v=d_v, softmax_scale=scale))
     return out, lse
 
 
@@ -60,6 +71,7 @@ def run_gqa(inputs, out=None, lse=None):
     options = [inputs.get(name) for name in ("topk_length", "attn_sink")]
     sparse_gqa(q, inputs["k"], inputs["v"], inputs["indices"], scale, *options, out, lse)
     check(out, lse, *reference.sparse_gqa(**wide(inputs), softmax_scale=scale))
+    return out, lse
 
 
 def run_index(inputs, block_table=None, out=None):
@@ -67,7 +79,7 @@ def run_index(inputs, block_table=None, out=None):
     width = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
     out = torch.full((len(inputs["q"]), width), NAN) if out is None else out
     index_logits(*(inputs[n] for n in ("q", "k", "weights", "ks", "ke")), block_table, out)
-    assert_close(out, reference.index_logits(**wide(inputs), block_table=block_table))
+    assert_logits_close(out, **inputs, block_table=block_table)
     return out
 
 
@@ -113,6 +125,185 @@ def test_heads_of_the_indexer(h):
 @pytest.mark.parametrize("d_qk, d_v", [(576, 512), (512, 512), (40, 24)])
 def test_mla_widths(d_qk, d_v, topk):
     run_mla(mla_inputs(2, 50, h_q=3, topk=topk, d_qk=d_qk, dtype=torch.bfloat16), d_v)
+
+
+# Quantised caches: every code, scale and slot, on every architecture.
+
+PAGE_SIZE = 8
+E4M3 = torch.arange(256, dtype=torch.uint8)
+FINITE = E4M3[(E4M3 & 0x7F) != 0x7F]
+
+
+def packed_cache(size, codes, scales, halves):
+    """Pages of ``size`` bytes a token from the parts of its tokens; 0xFF, a NaN, wherever they leave room."""
+    slots = len(codes)
+    pages, page_bytes = -(-slots // PAGE_SIZE), 64 + (584 if size == 584 else 656) * PAGE_SIZE
+    cache = torch.full((pages * page_bytes,), 0xFF, dtype=torch.uint8)
+    cache = cache.as_strided((pages, PAGE_SIZE, size), (page_bytes, size, 1))
+    slot = torch.arange(slots)
+    values, scale, half = formats.views(cache)
+    for part, source in ((values, codes.view(torch.float8_e4m3fn)), (scale, scales), (half, halves)):
+        part[slot // PAGE_SIZE, slot % PAGE_SIZE] = source
+    return cache
+
+
+def unpacked(cache):
+    """The rows ``[s_kv, d_qk]`` in fp64."""
+    return formats.dequantise(*formats.views(cache), dtype=torch.float64).flatten(0, 1)
+
+
+def quantised_parts(size, slots):
+    codes = FINITE[torch.randint(len(FINITE), (slots, 512 if size == 656 else 448))]
+    exponent = torch.randint(-12, -6, (slots, 4 if size == 656 else 7))
+    scales = torch.exp2(exponent.float()) if size == 656 else (exponent + 127).byte()
+    return codes, scales, torch.randn(slots, 64).bfloat16()
+
+
+def quantised_segment(size, s_q, topk, slots=21):
+    """A cache with NaN in every part of the slots that nobody selected, and indices."""
+    indices = selection_indices(s_q, slots, topk, seed=topk)
+    codes, scales, halves = quantised_parts(size, slots)
+    unused = torch.ones(slots, dtype=torch.bool)
+    unused[indices[(indices >= 0) & (indices < slots)].long()] = False
+    codes[unused], halves[unused] = 0xFF, NAN
+    scales[unused] = NAN if size == 656 else 255
+    cache = packed_cache(size, codes, scales, halves)
+    return cache, torch.where(indices >= slots, cache.shape[0] * PAGE_SIZE, indices)
+
+
+def run_quantised(inputs):
+    rows = {
+        n: unpacked(inputs[n]) for n in ("kv", "extra_kv") if n in inputs and inputs[n].dtype == torch.uint8
+    }
+    return run_mla(inputs, 512, unpacked=rows)
+
+
+@pytest.mark.parametrize("size", [656, 584])
+@pytest.mark.parametrize("h_q, multiprocessors", [(5, 1), (33, 108)])
+def test_quantised_caches(architecture, size, h_q, multiprocessors, monkeypatch):
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
+    kv, indices = quantised_segment(size, 3, 130)
+    extra_kv, extra_indices = quantised_segment(size, 3, 9)
+    indices[0, 32:96] = -1  # no tile size sees a valid index here
+    inputs = {
+        **{"q": torch.randn(3, h_q, 576 if size == 656 else 512).bfloat16(), "kv": kv, "indices": indices},
+        **{"extra_kv": extra_kv, "extra_indices": extra_indices, "extra_topk_length": int32(9, 0, 7)},
+        **{"topk_length": int32(97, 130, 33), "attn_sink": torch.randn(h_q)},
+    }
+    run_quantised(inputs)
+
+
+def test_segments_of_two_formats():
+    kv, indices = quantised_segment(656, 2, 40)
+    plain = mla_inputs(2, 30, 5, topk=40, d_qk=576, dtype=torch.bfloat16)
+    extra = {"extra_kv": plain["kv"], "extra_indices": plain["indices"]}
+    run_quantised({"q": plain["q"], "kv": kv, "indices": indices, **extra})
+    run_quantised({**plain, "extra_kv": kv, "extra_indices": indices})
+
+
+@pytest.mark.parametrize("size", [656, 584])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_code_and_scale(architecture, size, dtype):
+    """One selected token a query: out is that token's value, bit for bit."""
+    codes = FINITE.roll(7).repeat(3)[: 512 if size == 656 else 448].expand(12, -1)
+    if size == 656:
+        scales = torch.tensor([2.0**-12, 1.0, 0.37, 1e-4 / 448, 3e5, 2.0**100, 1e-38, 0.0])
+    else:
+        scales = torch.tensor([0, 1, 7, 118, 127, 128, 200, 246], dtype=torch.uint8)
+    scales = torch.stack([scales.roll(i)[: 4 if size == 656 else 7] for i in range(12)])
+    cache = packed_cache(size, codes, scales, torch.randn(12, 64).bfloat16())
+    expected = unpacked(cache)[:12]
+    q = torch.zeros(12, 1, expected.shape[1], dtype=dtype)
+    out, lse = torch.full((12, 1, 512), NAN, dtype=dtype), torch.full((12, 1), NAN)
+    indices = torch.arange(12, dtype=torch.int32)[:, None]
+    sparse_mla(q, cache, indices, 512, 1.0, *[None] * 5, out, lse)
+    assert torch.equal(out[:, 0], expected[:, :512].float().to(dtype))
+    assert (lse == 0).all()
+
+
+@pytest.mark.parametrize("size", [656, 584])
+@pytest.mark.parametrize("where", ["value", "scale", "half"])
+def test_nan_in_a_selected_token_shows(architecture, size, where):
+    codes, scales, halves = quantised_parts(size, 3)
+    if where == "value":
+        codes[1, 40] = 0xFF
+    elif where == "scale":
+        scales[1, 2] = NAN if size == 656 else 255
+    else:
+        halves[1, 40] = NAN
+    q = torch.randn(3, 2, 576 if size == 656 else 512).bfloat16()
+    out, lse = torch.zeros(3, 2, 512).bfloat16(), torch.zeros(3, 2)
+    indices = torch.tensor([[0, 2], [0, 1], [2, 2]], dtype=torch.int32)
+    sparse_mla(q, packed_cache(size, codes, scales, halves), indices, 512, 0.1, *[None] * 5, out, lse)
+    assert lse.isnan().any(1).tolist() == [False, True, False]
+    assert not out[::2].isnan().any()
+
+
+def test_tokens_of_656_bytes_may_lie_in_any_pages():
+    codes, scales, halves = quantised_parts(656, 16)
+    gapped = packed_cache(656, codes, scales, halves)
+    inputs = {"q": torch.randn(3, 5, 576).bfloat16(), "indices": selection_indices(3, 16, 40)}
+    out, lse = run_quantised({**inputs, "kv": gapped})
+    for kv in (gapped.contiguous(), gapped.reshape(16, 1, 656)):
+        same = run_quantised({**inputs, "kv": kv})
+        assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
+
+
+# Several programs a query: their number comes from shapes and the device alone.
+
+
+def test_number_of_splits():
+    def splits(programs, tiles, multiprocessors):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
+            return configs.split_count(programs, tiles, torch.device("cuda"))
+
+    assert splits(1, 32, 108) == 16  # two tiles each
+    assert splits(10, 32, 108) == 8  # ten were possible, but two of them would be idle
+    assert splits(60, 32, 108) == 1
+    assert splits(1, 3, 108) == splits(1, 0, 108) == splits(500, 32, 108) == 1
+    for programs in range(1, 120, 7):
+        for tiles in range(40):
+            n = splits(programs, tiles, 108)
+            share = -(-tiles // n)
+            assert n == 1 or (share >= configs.MIN_TILES and (n - 1) * share < tiles and programs * n <= 108)
+
+
+@pytest.fixture(params=[1, 6, 24, 1000])
+def multiprocessors(request, monkeypatch):
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: request.param)
+
+
+LENGTHS = [[513, 130, 0], [1, 64, 65], [INT_MAX, INT_MIN, 400]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_mla_in_splits(multiprocessors, lengths):
+    inputs = mla_inputs(3, 90, 5, topk=513, dtype=torch.bfloat16)
+    inputs["indices"][0, 64:320] = -1  # whole splits without a valid index
+    extra = mla_inputs(3, 40, 5, topk=200, dtype=torch.bfloat16, seed=1)
+    inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"])
+    inputs.update(topk_length=int32(*lengths), extra_topk_length=int32(*lengths[::-1]))
+    inputs["attn_sink"] = torch.tensor([0.5, -INF, INF, 30.0, -3.0])
+    first = run_mla(inputs, d_v=24)
+    again = run_mla(inputs, d_v=24)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_gqa_in_splits(multiprocessors, lengths):
+    inputs = gqa_inputs(3, 90, 6, 2, topk=513, d=40, d_v=24, per_head=True, dtype=torch.bfloat16)
+    inputs["indices"][0, :, 64:320] = -1
+    inputs.update(topk_length=int32(*lengths), attn_sink=torch.tensor([0.5, -INF, INF, 30.0, -3.0, 0.0]))
+    run_gqa(inputs)
+
+
+def test_splits_of_strided_outputs(multiprocessors):
+    inputs = mla_inputs(2, 90, 5, topk=300)
+    outputs, buffers = strided_outputs((2, 5, 32), (2, 5))
+    run_mla(inputs, 32, *outputs)
+    for buffer in buffers:
+        assert_gaps_untouched(buffer)
 
 
 # Ranges that meet the edges of a program's share of the keys.
@@ -208,11 +399,27 @@ def test_merge(dtype):
     lses[1], lses[:, 2, 16], lses[:, 0, 3] = -INF, -INF, 1e30
     outs[1] = NAN
     lses[2, 1, 1] = NAN
+    lses[2, 2, 2] = INF
     out, lse = outs.new_full((3, 17, 24), NAN), torch.full((3, 17), NAN)
     merge_attention(outs, lses, out, lse)
     expected, expected_lse = reference.merge_attention(outs.double(), lses)
     assert_close(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_merge_with_sinks():
+    outs, lses, sink = (
+        torch.randn(3, 2, 5, 24),
+        torch.randn(3, 2, 5),
+        torch.tensor([0.5, -INF, INF, 30.0, -3.0]),
+    )
+    lses[1, :, 0], lses[:, 1, 4] = -INF, -INF
+    out, lse = torch.full((2, 5, 24), NAN), torch.full((2, 5), NAN)
+    merge_attention(outs, lses, out, lse, sink)
+    expected, expected_lse = reference.merge_attention(outs.double(), lses)
+    kept = torch.sigmoid(expected_lse - sink).nan_to_num()
+    assert_close(out, expected * kept[..., None])
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
 
 
 def test_merging_one_part_changes_no_bit():
