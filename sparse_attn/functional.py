@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .formats import INDEX_K_BYTES, INDEX_K_DIM, V32_KV_BYTES, V32_KV_LATENT, V32_KV_ROPE
+from .formats import INDEX_K_FORMATS, KV_FORMATS, Format, format_of
 from .reference import compute_dtype
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_WORKSPACE_BYTES = 256 << 20
+QUANTISED_D_V = 512  # of every latent format
+TRITON_KV_BYTES = (656, 584)  # a token, in the quantised caches that the Triton kernels read
 
 __all__ = [
     "index_logits",
     "lightning_topk",
     "merge_attention",
+    "physical_slots",
     "select_topk",
     "sparse_gqa",
     "sparse_mla",
@@ -47,8 +50,9 @@ def index_logits(
     Args:
         q: ``[s_q, index_n_heads, index_head_dim]``, bf16, fp16, fp32 or fp64.
         k: ``[s_kv, index_head_dim]`` in q's dtype; with ``block_table`` a paged cache
-            ``[pages, page_size, index_head_dim]``, or one of fp8 keys ``[pages, page_size, 132]``
-            uint8 (:func:`sparse_attn.formats.index_k_views`; index_head_dim is then 128).
+            ``[pages, page_size, index_head_dim]``. Or quantised keys, index_head_dim 128, uint8
+            ``[pages, page_size, bytes]`` with 132 bytes (fp8) or 68 (mxfp4) a key
+            (:mod:`sparse_attn.formats`); without ``block_table`` these are read in the order of the pages.
         weights: ``[s_q, index_n_heads]`` fp32 (fp64 with fp64 q); may be negative.
         ks, ke: ``[s_q]`` int32. Query t sees keys ``ks[t] <= s < ke[t]``, clamped to the keys that
             exist; a reversed range is empty.
@@ -59,11 +63,12 @@ def index_logits(
 
     Returns:
         ``[s_q, width]`` fp32 (fp64 with fp64 q), -inf outside the range; width is s_kv, or
-        ``max_pages * page_size``. This is the one function whose memory grows with s_q * s_kv.
+        ``max_pages * page_size``, or for quantised keys without ``block_table`` ``pages * page_size``. This
+        is the one function whose memory grows with s_q * s_kv.
 
     Source: DeepSeek-V3.2 report, equation 1.
     """
-    width = _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
+    block_table, width = _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
     out = _output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
     ops.call("index_logits", backend, (q, k, weights, ks, ke, block_table), (out,))
     return out
@@ -121,12 +126,41 @@ def lightning_topk(
         ``[s_q, topk]`` int32 positions, ascending, -1 padded.
     """
     _check_topk(topk)
-    _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
+    block_table, _ = _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
     out = _output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
     inputs = (q, k, weights, topk, ks, ke, block_table, workspace_bytes)
     ops.call("lightning_topk", backend, inputs, (out,))
+    return out
+
+
+def physical_slots(
+    indices: Tensor, block_table: Tensor, page_size: int, *, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Positions in a sequence to slots of a paged cache, ``page * page_size + offset``.
+
+    What :func:`lightning_topk` selects through a block table becomes what :func:`sparse_mla` reads.
+
+    Args:
+        indices: ``[s_q, topk]`` int32 positions.
+        block_table: ``[n, max_pages]`` int32, s_q a multiple of n; consecutive queries share a row.
+        page_size: tokens a page.
+        out: ``[s_q, topk]`` int32 to fill.
+
+    Returns:
+        ``[s_q, topk]`` int32; -1 where the position is negative or beyond the table, and where the
+        table holds a negative page or one whose slots int32 cannot number.
+    """
+    dims: dict[str, int] = {}
+    _check("indices", indices, "s_q topk", dims, (torch.int32,))
+    _check_block_table(block_table, dims, indices.shape[0], indices.device)
+    if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
+        raise ValueError(f"page_size: expected a positive int, got {page_size!r}")
+    _check_call(backend, indices.device)
+    dims = {"s_q": indices.shape[0], "topk": indices.shape[1]}
+    out = _output("out", out, dims, torch.int32, indices.device)
+    ops.call("physical_slots", backend, (indices, block_table, page_size), (out,))
     return out
 
 
@@ -145,6 +179,7 @@ def sparse_mla(
     return_lse: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
+    variant: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head latent attention in absorbed form over the selected tokens of each query.
 
@@ -155,17 +190,23 @@ def sparse_mla(
         q: ``[s_q, h_q, d_qk]``, bf16, fp16, fp32 or fp64.
         kv: ``[s_kv, d_qk]`` in q's dtype, or a paged cache ``[pages, page_size, d_qk]`` or
             ``[pages, page_size, 1, d_qk]`` without gaps between pages, addressed by physical slot
-            ``page * page_size + offset``. With 656 bytes in place of d_qk, uint8, it is an fp8 cache
-            (:func:`sparse_attn.formats.v32_kv_views`; d_qk is then 576).
+            ``page * page_size + offset``. Or quantised, uint8 with 656 bytes in place of d_qk = 576, or
+            584 (in pages only), 528 or 288 in place of d_qk = 512 (:mod:`sparse_attn.formats`); d_v is then
+            512, and pages may have any distance.
         indices: ``[s_q, topk]`` int32. Any index < 0 or >= s_kv is ignored, wherever it stands; a
             duplicate counts twice.
-        d_v: size of the value, at most d_qk.
+        d_v: size of the value, at most d_qk; 512 with a quantised cache.
         softmax_scale: default ``d_qk ** -0.5``. Models use the scale of the unabsorbed head.
         topk_length: ``[s_q]`` int32, cuts each row of indices.
         attn_sink: ``[h_q]`` fp32, a logit that enters the denominator only.
-        extra_kv, extra_indices, extra_topk_length: a second segment in the same softmax.
+        extra_kv, extra_indices, extra_topk_length: a second segment in the same softmax, of the same d_qk;
+            it may be quantised otherwise than kv, or not at all.
         return_lse: also return the log of the softmax's denominator.
         out: the tensor to fill; with ``return_lse`` the pair (out, lse).
+        variant: None, or "warp_specialized" for the triton kernel written for sm_90 (Hopper). **That one
+            has never run on a GPU**, so it is never chosen by itself. It takes bf16, d_qk = 576,
+            d_v = 512, h_q a multiple of 64, a positive scale, and rows of q, kv and out that are
+            contiguous and begin at multiples of 32 bytes; the rest is refused.
 
     Returns:
         out ``[s_q, h_q, d_v]`` in q's dtype, and with ``return_lse`` lse ``[s_q, h_q]`` fp32 (fp64
@@ -176,7 +217,7 @@ def sparse_mla(
     """
     dims: dict[str, int] = {}
     _check("q", q, "s_q h_q d_qk", dims, FLOATS)
-    kv = _flatten_pages("kv", kv, dims, q)
+    kv = _check_latent("kv", kv, dims, q, d_v)
     _check_selection("indices", indices, "s_q topk", "topk_length", topk_length, dims, q.device)
     if not 1 <= d_v <= q.shape[2]:
         raise ValueError(f"d_v: expected 1 to d_qk={q.shape[2]}, got {d_v}")
@@ -185,7 +226,7 @@ def sparse_mla(
         raise ValueError("extra_kv and extra_indices: expected both or neither")
     if extra_kv is not None:
         extra_dims = {name: size for name, size in dims.items() if name in ("s_q", "d_qk")}
-        extra_kv = _flatten_pages("extra_kv", extra_kv, extra_dims, q)
+        extra_kv = _check_latent("extra_kv", extra_kv, extra_dims, q, d_v)
         _check_selection(
             "extra_indices",
             extra_indices,
@@ -198,10 +239,17 @@ def sparse_mla(
     elif extra_topk_length is not None:
         raise ValueError("extra_topk_length: expected None without extra_kv")
     _check_call(backend, q.device, q, kv, attn_sink, extra_kv)
+    if _runs_triton(backend, q.device):
+        _check_triton_latent("kv", kv, q)
+        _check_triton_latent("extra_kv", extra_kv, q)
     out, lse = _attention_outputs(out, q, d_v, return_lse)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     inputs = (q, kv, indices, d_v, scale, topk_length, attn_sink)
-    ops.call("sparse_mla", backend, (*inputs, extra_kv, extra_indices, extra_topk_length), (out, lse))
+    name = "sparse_mla"
+    if variant is not None:
+        _check_warp_specialized(variant, backend, q, kv, extra_kv, d_v, scale, out)
+        name, backend = "sparse_mla_hopper", "triton"
+    ops.call(name, backend, (*inputs, extra_kv, extra_indices, extra_topk_length), (out, lse))
     return (out, lse) if return_lse else out
 
 
@@ -311,36 +359,43 @@ def _named(spec: str, dims: dict[str, int]) -> str:
     )
 
 
-def _check_index_inputs(q, k, weights, ks, ke, block_table, backend: str) -> int:
+def _check_index_inputs(q, k, weights, ks, ke, block_table, backend: str) -> tuple[Tensor | None, int]:
+    """The block table to read k with, and the width of a row of logits."""
     dims: dict[str, int] = {}
     _check("q", q, "s_q index_n_heads index_head_dim", dims, FLOATS)
     if isinstance(k, Tensor) and k.dtype == torch.uint8:
-        _check_fp8_index_keys(k, block_table, dims, q.device)
+        fmt = format_of("k", k, INDEX_K_FORMATS)
+        _check("k", k, f"pages page_size {fmt.bytes}", dims, (torch.uint8,), q.device)
+        _check_format("k", k, fmt, "index_head_dim", q)
+        if block_table is None:
+            block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[None]
     else:
         key_spec = "s_kv index_head_dim" if block_table is None else "pages page_size index_head_dim"
         _check("k", k, key_spec, dims, (q.dtype,), q.device)
     _check("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
     _check_ranges(ks, ke, dims, q.device)
     _check_call(backend, q.device, q, k, weights)
+    if _runs_triton(backend, q.device) and k.dtype == torch.uint8:
+        raise TypeError("k: the triton backend does not read uint8 index keys; unpack them first")
     if block_table is None:
-        return k.shape[0]
-    _check("block_table", block_table, "n max_pages", dims, (torch.int32,), q.device)
+        return None, k.shape[0]
+    _check_block_table(block_table, dims, q.shape[0], q.device)
+    return block_table, block_table.shape[1] * k.shape[1]
+
+
+def _check_block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
+    _check("block_table", block_table, "n max_pages", dims, (torch.int32,), device)
     n = block_table.shape[0]
-    if (n == 0 and q.shape[0] > 0) or (n > 0 and q.shape[0] % n):
-        raise ValueError(f"block_table: expected a number of rows that divides s_q={q.shape[0]}, got {n}")
-    return block_table.shape[1] * k.shape[1]
+    if (n == 0 and s_q > 0) or (n > 0 and s_q % n):
+        raise ValueError(f"block_table: expected a number of rows that divides s_q={s_q}, got {n}")
 
 
-def _check_fp8_index_keys(k: Tensor, block_table, dims: dict[str, int], device: torch.device) -> None:
-    if block_table is None:
-        raise ValueError("block_table: expected with an fp8 cache of index keys, got None")
-    if dims["index_head_dim"] != INDEX_K_DIM:
+def _check_format(name: str, cache: Tensor, fmt: Format, width_name: str, q: Tensor) -> None:
+    if q.shape[2] != fmt.width:
         raise ValueError(
-            f"q: expected index_head_dim={INDEX_K_DIM} for fp8 keys, got {dims['index_head_dim']}"
+            f"q: expected {width_name}={fmt.width}, as {name} has {fmt.bytes} bytes a token, got {q.shape[2]}"
         )
-    _check("k", k, f"pages page_size {INDEX_K_BYTES}", dims, (torch.uint8,), device)
-    if k.stride()[1:] != (INDEX_K_BYTES, 1):
-        raise ValueError(f"k: expected pages that are contiguous in themselves, got strides {k.stride()}")
+    fmt.check_in_place(name, cache)
 
 
 def _check_ranges(ks: Tensor, ke: Tensor, dims: dict[str, int], device: torch.device) -> None:
@@ -373,24 +428,68 @@ def _check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> 
             "gradients: sparse_attn is for inference and has no backward, but an input requires grad; "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
-    runs_triton = backend == "triton" or (backend == "auto" and device.type == "cuda")
-    if runs_triton and any(t is not None and t.dtype == torch.float64 for t in tensors):
+    if _runs_triton(backend, device) and any(t is not None and t.dtype == torch.float64 for t in tensors):
         raise TypeError("dtype: the triton backend takes bfloat16, float16 or float32, got float64")
-    if runs_triton and any(t is not None and t.dtype == torch.uint8 for t in tensors):
-        raise TypeError("dtype: the triton backend does not read uint8 caches, got one; unpack it first")
 
 
-def _flatten_pages(name: str, kv: Tensor, dims: dict[str, int], q: Tensor) -> Tensor:
-    """``[slots, d_qk]`` (or 656 bytes) from the three shapes that a latent cache may have, never copied."""
-    fp8 = isinstance(kv, Tensor) and kv.dtype == torch.uint8
-    row = str(V32_KV_BYTES) if fp8 else "d_qk"
-    specs = {3: f"pages page_size {row}", 4: f"pages page_size 1 {row}"}
-    spec = specs.get(kv.dim(), f"s_kv {row}") if isinstance(kv, Tensor) else f"s_kv {row}"
-    _check(name, kv, spec, dict(dims), (torch.uint8 if fp8 else q.dtype,), q.device)
-    if fp8 and q.shape[2] != V32_KV_LATENT + V32_KV_ROPE:
+def _runs_triton(backend: str, device: torch.device) -> bool:
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
+
+
+def _check_triton_latent(name: str, kv: Tensor | None, q: Tensor) -> None:
+    if kv is None or kv.dtype != torch.uint8:
+        return
+    if kv.shape[-1] not in TRITON_KV_BYTES:
+        sizes = " or ".join(map(str, TRITON_KV_BYTES))
         raise ValueError(
-            f"q: expected d_qk={V32_KV_LATENT + V32_KV_ROPE} for a {row}-byte cache, got {q.shape[2]}"
+            f"{name}: the triton backend reads {sizes} bytes a token, got {kv.shape[-1]}; unpack it"
         )
+    if q.dtype == torch.float16:  # a value times its scale need not fit
+        raise TypeError(
+            f"q: expected bfloat16 or float32, as {name} is quantised, got float16 (triton backend)"
+        )
+
+
+def _check_warp_specialized(variant, backend, q, kv, extra_kv, d_v, scale, out) -> None:
+    if variant != "warp_specialized":
+        raise ValueError(f"variant: expected None or 'warp_specialized', got {variant!r}")
+    if backend not in ("auto", "triton") or q.device.type != "cuda":
+        raise ValueError(
+            f"variant: {variant!r} needs backend 'triton' and cuda tensors, got {backend!r} and {q.device}"
+        )
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if (major, minor) != (9, 0):
+        raise ValueError(f"variant: {variant!r} needs sm_90, {q.device} is sm_{major}{minor}")
+    _, h_q, d_qk = q.shape
+    if h_q % 64:
+        raise ValueError(f"q: expected h_q to be a multiple of 64 for {variant!r}, got {h_q}")
+    if (d_qk, d_v) != (576, 512):
+        raise ValueError(f"q, d_v: expected d_qk=576 and d_v=512 for {variant!r}, got {d_qk} and {d_v}")
+    if not scale > 0:
+        raise ValueError(f"softmax_scale: expected a positive number for {variant!r}, got {scale}")
+    for name, tensor in (("q", q), ("kv", kv), ("extra_kv", extra_kv), ("out", out)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.bfloat16:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{name}: expected dtype bfloat16 for {variant!r}, got {dtype}")
+        if tensor.stride(-1) != 1 or any(n % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
+            raise ValueError(
+                f"{name}: expected contiguous rows that begin at multiples of 32 bytes for {variant!r}, "
+                f"got strides {tensor.stride()} and offset {tensor.storage_offset()}"
+            )
+    for name, tensor in (("kv", kv), ("extra_kv", extra_kv)):
+        if tensor is not None and tensor.shape[0] * tensor.stride(0) >= 2**36:
+            raise ValueError(f"{name}: expected less than 128 GiB for {variant!r}, got {list(tensor.shape)}")
+
+
+def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: int) -> Tensor:
+    """kv as the ops take it: rows ``[slots, d_qk]`` or pages ``[pages, page_size, bytes]``, never a copy."""
+    if isinstance(kv, Tensor) and kv.dtype == torch.uint8:
+        return _check_quantised_latent(name, kv, q, d_v)
+    specs = {3: "pages page_size d_qk", 4: "pages page_size 1 d_qk"}
+    spec = specs.get(kv.dim(), "s_kv d_qk") if isinstance(kv, Tensor) else "s_kv d_qk"
+    _check(name, kv, spec, dict(dims), (q.dtype,), q.device)
     if kv.dim() == 2:
         return kv
     if kv.dim() == 4:
@@ -402,6 +501,21 @@ def _flatten_pages(name: str, kv: Tensor, dims: dict[str, int], q: Tensor) -> Te
             "a slot number could not address it without a copy of the cache"
         )
     return kv.as_strided((pages * page_size, size), kv.stride()[1:])
+
+
+def _check_quantised_latent(name: str, kv: Tensor, q: Tensor, d_v: int) -> Tensor:
+    fmt = format_of(name, kv, KV_FORMATS)
+    specs = {2: f"s_kv {fmt.bytes}", 3: f"pages page_size {fmt.bytes}", 4: f"pages page_size 1 {fmt.bytes}"}
+    rank = kv.dim() if kv.dim() in specs and not (fmt.by_page and kv.dim() == 2) else 3
+    _check(name, kv, specs[rank], {}, (torch.uint8,), q.device)
+    if rank == 2:
+        kv = kv[:, None]  # pages of one token
+    elif rank == 4:
+        kv = kv.squeeze(2)
+    _check_format(name, kv, fmt, "d_qk", q)
+    if d_v != QUANTISED_D_V:
+        raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
+    return kv
 
 
 def _stack(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:

@@ -7,33 +7,41 @@ calls, ``out=``, CUDA graphs and ``torch.compile``. Implementations are imported
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from . import native, reference
 
+SPARSE_MLA = (
+    "(Tensor q, Tensor kv, Tensor indices, int d_v, float softmax_scale, "
+    "Tensor? topk_length, Tensor? attn_sink, Tensor? extra_kv, Tensor? extra_indices, "
+    "Tensor? extra_topk_length, Tensor(a!) out, Tensor(b!) lse) -> ()"
+)
+# kv and extra_kv come as rows [slots, d_qk], or quantised (uint8) as [pages, page_size, bytes] with any
+# distance between pages; quantised index keys come with a block_table.
 SCHEMAS = {
     "index_logits": "(Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, Tensor? block_table, "
     "Tensor(a!) out) -> ()",
     "select_topk": "(Tensor logits, int topk, Tensor ks, Tensor ke, Tensor(a!) out) -> ()",
     "lightning_topk": "(Tensor q, Tensor k, Tensor weights, int topk, Tensor ks, Tensor ke, "
     "Tensor? block_table, int workspace_bytes, Tensor(a!) out) -> ()",
-    "sparse_mla": "(Tensor q, Tensor kv, Tensor indices, int d_v, float softmax_scale, "
-    "Tensor? topk_length, Tensor? attn_sink, Tensor? extra_kv, Tensor? extra_indices, "
-    "Tensor? extra_topk_length, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    "physical_slots": "(Tensor indices, Tensor block_table, int page_size, Tensor(a!) out) -> ()",
+    "sparse_mla": SPARSE_MLA,
+    "sparse_mla_hopper": SPARSE_MLA,
     "sparse_gqa": "(Tensor q, Tensor k, Tensor v, Tensor indices, float softmax_scale, "
     "Tensor? topk_length, Tensor? attn_sink, Tensor(a!) out, Tensor(b!) lse) -> ()",
     "merge_attention": "(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()",
 }
 
+TRITON_ONLY = ("sparse_mla_hopper",)
 DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
 BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 
-# What scoring and selection hold for each logit of a row: the fp32 logit, its masked and sorted
-# copies, int64 positions.
-BYTES_PER_LOGIT = 40
+# What scoring and selection hold for each logit of a row. In torch: the logit, its masked and sorted
+# copies, int64 positions. In Triton: the logit, and the list of kernels/select_topk.py.
+BYTES_PER_LOGIT = {"cpu": 40, "triton": 5}
 
 
 @functools.cache
@@ -51,9 +59,9 @@ def _native_or_torch(name: str, in_cpp: Callable[..., None], in_torch: Callable[
 def _torch_or_triton(name: str, backend: str) -> Callable[..., None]:
     if name == "lightning_topk":
         score, select = (implementation(part, backend) for part in ("index_logits", "select_topk"))
-        return functools.partial(_lightning_topk_in_chunks, score, select)
-    if backend == "triton" and name == "select_topk":
-        return _select_topk_by_sort
+        if backend == "triton":
+            score = functools.partial(score, clean=False)  # nobody reads what lies outside the ranges
+        return functools.partial(_lightning_topk_in_chunks, score, select, BYTES_PER_LOGIT[backend])
     module = "sparse_attn.cpu" if backend == "cpu" else f"sparse_attn.kernels.{name}"
     return getattr(importlib.import_module(module), name)
 
@@ -94,14 +102,10 @@ def _interpreting(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _select_topk_by_sort(logits: Tensor, topk: int, ks: Tensor, ke: Tensor, out: Tensor) -> None:
-    # Fixed shapes and no host synchronisation, so it serves CUDA graphs.
-    out.copy_(reference.select_topk(logits, topk, ks, ke))
-
-
 def _lightning_topk_in_chunks(
     score: Callable[..., None],
     select: Callable[..., None],
+    bytes_per_logit: int,
     q: Tensor,
     k: Tensor,
     weights: Tensor,
@@ -115,16 +119,24 @@ def _lightning_topk_in_chunks(
     """Score and select as many queries at a time as fit the workspace, at least one."""
     s_q = q.shape[0]
     width = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
-    rows = max(1, min(s_q, workspace_bytes // max(1, BYTES_PER_LOGIT * width)))
-    logits = torch.empty(rows, width, dtype=reference.compute_dtype(q.dtype), device=q.device)
-    for t0 in range(0, s_q, rows):
-        t = slice(t0, min(t0 + rows, s_q))
-        table, chunk = block_table, logits[: t.stop - t0]
-        if table is not None and table.shape[0] > 1:
-            query = torch.arange(t0, t.stop, device=q.device)
-            table = table[query // (s_q // table.shape[0])]
-        score(q[t], k, weights[t], ks[t], ke[t], table, chunk)
+    queries = s_q if block_table is None else s_q // max(1, len(block_table))  # of each table row
+    padded = -(-width // 16) * 16  # rows of logits that start at multiples of 64 bytes are read faster
+    rows = max(1, min(s_q, workspace_bytes // max(1, bytes_per_logit * padded)))
+    logits = torch.empty(rows, padded, dtype=reference.compute_dtype(q.dtype), device=q.device)
+    ke = ke.clamp(max=width)
+    for t in _chunks(s_q, queries, rows):
+        table = None if block_table is None else block_table[t.start // queries : -(-t.stop // queries)]
+        chunk = logits[: t.stop - t.start]
+        score(q[t], k, weights[t], ks[t], ke[t], table, chunk[:, :width])
         select(chunk, topk, ks[t], ke[t], out[t])
+
+
+def _chunks(s_q: int, queries: int, rows: int) -> Iterator[slice]:
+    """Slices of s_q queries, at most ``rows`` each, that hold whole table rows or a part of one."""
+    group = max(1, rows // max(1, queries)) * queries
+    for first in range(0, s_q, max(1, group)):
+        last = min(first + group, s_q)
+        yield from (slice(t, min(t + rows, last)) for t in range(first, last, rows))
 
 
 def _register() -> None:
@@ -133,7 +145,8 @@ def _register() -> None:
         torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(op, lambda *args: None)
         for backend, key in DISPATCH_KEYS.items():
-            torch.library.impl(op, key, _deferred(name, backend))
+            if backend == "triton" or name not in TRITON_ONLY:
+                torch.library.impl(op, key, _deferred(name, backend))
 
 
 def _deferred(name: str, backend: str) -> Callable[..., None]:

@@ -11,7 +11,7 @@ them; these functions trust their arguments.
 import torch
 from torch import Tensor
 
-from .formats import unpack_index_k, unpack_v32_kv
+from .formats import dequantise, views
 
 INF = float("inf")
 
@@ -40,7 +40,7 @@ def index_logits(
 
 def _paged_index_logits(q, k, weights, ks, ke, block_table):
     if k.dtype == torch.uint8:
-        k = unpack_index_k(k, compute_dtype(q.dtype))
+        k = dequantise(*views(k), dtype=compute_dtype(q.dtype))
     pages, page_size, d = k.shape
     queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
     rows = []
@@ -81,6 +81,16 @@ def lightning_topk(
     return select_topk(index_logits(q, k, weights, ks, ke, block_table), topk, ks, ke)
 
 
+def physical_slots(indices: Tensor, block_table: Tensor, page_size: int) -> Tensor:
+    """``block_table[row, index // page_size] * page_size + index % page_size``; -1 where there is none."""
+    table = block_table.long().repeat_interleave(len(indices) // max(len(block_table), 1), 0)
+    table = torch.cat([table, table.new_full((len(table), 1), -1)], 1)  # what is not mapped finds page -1
+    mapped = (indices >= 0) & (indices < block_table.shape[1] * page_size)
+    page = table.gather(1, torch.where(mapped, indices // page_size, block_table.shape[1]).long())
+    slots = page * page_size + indices % page_size
+    return torch.where((page >= 0) & (slots < 2**31), slots, -1).int()
+
+
 def sparse_mla(
     q: Tensor,
     kv: Tensor,
@@ -98,9 +108,10 @@ def sparse_mla(
     Source: multi-head latent attention in its absorbed form, DeepSeek-V2 report, section 2.1.
     """
     dtype = compute_dtype(q.dtype)
-    rows, valid = _gather(kv[:, None], indices[:, None], topk_length, dtype)
+    rows, valid = _gather(_latent(kv, dtype), indices[:, None], topk_length, dtype)
     if extra_kv is not None:
-        extra_rows, extra_valid = _gather(extra_kv[:, None], extra_indices[:, None], extra_topk_length, dtype)
+        extra_kv = _latent(extra_kv, dtype)
+        extra_rows, extra_valid = _gather(extra_kv, extra_indices[:, None], extra_topk_length, dtype)
         rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
     out, lse = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
     out = _apply_sink(out[:, 0], lse[:, 0], attn_sink)
@@ -143,13 +154,18 @@ def _visible(s_kv: int, ks: Tensor, ke: Tensor) -> Tensor:
     return (position >= ks[:, None]) & (position < ke[:, None])  # [s_q, s_kv]
 
 
+def _latent(kv: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[s_kv, 1, d_qk]`` from rows ``[s_kv, d_qk]`` or quantised pages ``[pages, page_size, bytes]``."""
+    if kv.dtype == torch.uint8:
+        kv = dequantise(*views(kv), dtype=dtype).flatten(0, 1)
+    return kv[:, None]
+
+
 def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
     """cache [s_kv, h_kv, d], indices [s_q, h_kv, topk] -> rows [s_q, h_kv, topk, d], valid [s_q, h_kv, topk].
 
     Rows that are not valid come back as zeros, whatever the cache holds.
     """
-    if cache.dtype == torch.uint8:
-        cache = unpack_v32_kv(cache, dtype)
     s_kv, h_kv, d = cache.shape
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:

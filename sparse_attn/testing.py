@@ -7,6 +7,7 @@ entries of every kind, tensors may be non-contiguous. Comparisons take the fp64 
 import torch
 from torch import Tensor
 
+from . import reference
 from .reference import compute_dtype
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -22,11 +23,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (difference / expected[finite].norm().clamp(min=1e-30)).item()
 
 
-def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.2) -> None:
+def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.2, terms: Tensor | None = None) -> None:
     """Same shape, same NaN and infinities, and an error of at most ``factor`` roundings to actual's dtype.
 
     The budget is ``factor`` times the error that rounding ``expected`` (fp64) to ``actual``'s dtype
-    makes by itself, plus the arithmetic error of the dtype that it was computed in.
+    makes by itself, plus the arithmetic error of the dtype that it was computed in: relative to
+    ``expected``, or to ``terms``, the sums of the magnitudes of what was summed, which may cancel.
     """
     assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
     expected = expected.double()
@@ -36,9 +38,34 @@ def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.2) -> None:
             f"{name} differs in {int(wrong.sum())} places, first at {wrong.nonzero()[0].tolist()}"
         )
     rounding = relative_error(expected.to(actual.dtype), expected)
-    budget = factor * rounding + ARITHMETIC_ERROR[compute_dtype(actual.dtype)]
+    arithmetic = ARITHMETIC_ERROR[compute_dtype(actual.dtype)] * _amplification(terms, expected)
+    budget = factor * rounding + arithmetic
     error = relative_error(actual, expected)
     assert error <= budget, f"relative error {error:.3g} exceeds the budget {budget:.3g} ({actual.dtype})"
+
+
+def _amplification(terms: Tensor | None, expected: Tensor) -> float:
+    finite = expected.isfinite()
+    if terms is None or not finite.any():
+        return 1.0
+    return (terms[finite].norm() / expected[finite].norm().clamp(min=1e-30)).item()
+
+
+def assert_logits_close(
+    actual: Tensor,
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    """``actual`` is :func:`sparse_attn.index_logits` of the rest, by :func:`assert_close`."""
+    q, k, weights = (x.cpu().double() for x in (q, k, weights))
+    where = [None if x is None else x.cpu() for x in (ks, ke, block_table)]
+    expected = reference.index_logits(q, k, weights, *where)
+    terms = reference.index_logits(q.abs(), k.abs(), weights.abs(), *where)
+    assert_close(actual.cpu(), expected, terms=terms)
 
 
 def index_inputs(

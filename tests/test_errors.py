@@ -16,6 +16,7 @@ INDEX = index_inputs(3, 20, heads=2, d=16)
 MLA = {**mla_inputs(3, 20), "d_v": 32}
 GQA = gqa_inputs(3, 20)
 TABLE = torch.zeros(3, 2, dtype=torch.int32)
+SLOTS = {"indices": TABLE, "block_table": TABLE, "page_size": 4}
 
 CASES = [
     # function, good arguments, what is changed, error, words of the message
@@ -98,6 +99,16 @@ CASES = [
         {"logits": torch.zeros(2, 5).half()},
         TypeError,
         "logits: expected dtype float32 or float64, got float16",
+    ),
+    ("physical_slots", SLOTS, {"page_size": 0}, ValueError, "page_size: expected a positive int, got 0"),
+    ("physical_slots", SLOTS, {"page_size": 2.0}, ValueError, "page_size: expected a positive int, got 2.0"),
+    ("physical_slots", SLOTS, {"block_table": TABLE[:2]}, ValueError, "block_table: .* divides s_q=3, got 2"),
+    (
+        "physical_slots",
+        SLOTS,
+        {"indices": TABLE.long()},
+        TypeError,
+        "indices: expected dtype int32, got int64",
     ),
     ("sparse_mla", MLA, {"kv": torch.zeros(20, 39)}, ValueError, r"kv: expected shape \[s_kv, d_qk=40\]"),
     (

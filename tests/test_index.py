@@ -7,19 +7,16 @@ import sparse_attn
 from sparse_attn import reference
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
+    INT_MAX,
+    INT_MIN,
     adversarial_logits,
     assert_close,
+    assert_logits_close,
     index_inputs,
     to_pages,
 )
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def exact_logits(inputs, block_table=None):
-    """fp64 logits of the values that the implementation was given."""
-    wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
-    return reference.index_logits(**wide, block_table=None if block_table is None else block_table.cpu())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -30,7 +27,7 @@ def test_logits_match_fp64(backend, device, dtype, heads, d, s_q, s_kv):
     inputs = index_inputs(s_q, s_kv, heads, d, dtype=dtype, device=device)
     logits = sparse_attn.index_logits(**inputs, backend=backend)
     assert logits.dtype == torch.float32
-    assert_close(logits.cpu(), exact_logits(inputs))
+    assert_logits_close(logits, **inputs)
 
 
 def test_logits_of_a_definition_by_hand(backend, device):
@@ -98,12 +95,11 @@ def test_a_block_table_row_serves_consecutive_queries(backend, device):
         part = {name: tensor[t] for name, tensor in inputs.items()}
         single = sparse_attn.index_logits(**part, k=pages, block_table=table[row, None], backend=backend)
         assert_close(logits[t].cpu(), single.cpu())
-        assert_close(logits[t].cpu(), exact_logits({**part, "k": pages}, table[row, None]))
+        assert_logits_close(logits[t], **part, k=pages, block_table=table[row, None])
 
 
 def test_strided_inputs_and_out(backend, device):
     inputs = index_inputs(3, 30, heads=4, d=32, device=device)
-    expected = exact_logits(inputs)
     strided = dict(inputs)
     for name in ("q", "k", "weights"):
         spread = torch.full((*inputs[name].shape, 2), float("nan"), device=device)
@@ -112,7 +108,7 @@ def test_strided_inputs_and_out(backend, device):
     out = torch.full((30, 3), float("nan"), device=device).T
     result = sparse_attn.index_logits(**strided, out=out, backend=backend)
     assert result is out
-    assert_close(out.cpu(), expected)
+    assert_logits_close(out, **inputs)
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOGITS)
@@ -164,6 +160,45 @@ def test_the_workspace_never_changes_the_selection(backend, device, workspace_by
     assert torch.equal(indices, expected)
     again = sparse_attn.lightning_topk(**inputs, topk=20, workspace_bytes=workspace_bytes, backend=backend)
     assert torch.equal(again, indices)
+
+
+def test_slots_by_hand(backend, device):
+    indices = torch.tensor([[0, 5, -1, 8, INT_MIN], [3, 4, 7, 11, INT_MAX]], dtype=torch.int32, device=device)
+    table = torch.tensor([[9, 2], [-3, INT_MAX]], dtype=torch.int32, device=device)
+    slots = sparse_attn.physical_slots(indices, table, 4, backend=backend)
+    assert slots.dtype == torch.int32
+    assert slots.tolist() == [[36, 9, -1, -1, -1], [-1, -1, -1, -1, -1]]
+    table[1] = torch.tensor([0, (2**31 - 4) // 4])  # the last page that int32 can number
+    slots = sparse_attn.physical_slots(indices[1:], table[1:], 4, backend=backend)
+    assert slots.tolist() == [[3, 2**31 - 4, 2**31 - 1, -1, -1]]
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize(
+    "s_q, rows, topk, pages", [(6, 3, 1100, 20), (2, 2, 5, 0), (0, 0, 4, 3), (3, 1, 0, 2)]
+)
+def test_slots_equal_the_reference(backend, device, page_size, s_q, rows, topk, pages):
+    indices = torch.randint(-3, pages * page_size + 3, (topk, s_q), dtype=torch.int32, device=device).T
+    table = torch.randint(-2, 1000, (rows, 2 * pages), dtype=torch.int32, device=device)[:, ::2]
+    slots = sparse_attn.physical_slots(indices, table, page_size, backend=backend)
+    assert torch.equal(slots, reference.physical_slots(indices, table, page_size))
+    for t, i in ((0, 0), (s_q - 1, topk - 1)) if slots.numel() else ():
+        index = int(indices[t, i])
+        page = int(table[t // (s_q // rows), index // page_size]) if 0 <= index < pages * page_size else -1
+        assert slots[t, i] == (page * page_size + index % page_size if page >= 0 else -1)
+
+
+def test_paged_selection_and_slots_find_the_selected_rows(backend, device):
+    inputs = index_inputs(4, 50, device=device)
+    inputs["ke"].clamp_(max=50)
+    expected = sparse_attn.lightning_topk(**inputs, topk=9, backend=backend)
+    k = inputs.pop("k")
+    pages, table = to_pages(k, 16)
+    positions = sparse_attn.lightning_topk(**inputs, k=pages, topk=9, block_table=table, backend=backend)
+    slots = sparse_attn.physical_slots(positions, table, 16, backend=backend)
+    assert torch.equal(slots < 0, expected < 0)
+    rows = pages.flatten(0, 1)[slots.clamp(min=0).long()]
+    assert torch.equal(rows[slots >= 0], k[expected.clamp(min=0).long()][expected >= 0])
 
 
 def test_topk_fills_the_callers_buffer(backend, device):

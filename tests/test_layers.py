@@ -29,6 +29,13 @@ def make(config, dtype=torch.float32, seed=0, **options):
     return (SparseMLA if config.is_mla else SparseGQA)(config, dtype=dtype, **options)
 
 
+@pytest.fixture(autouse=True, params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def device(request):
+    """Where every tensor of a test is made."""
+    with torch.device(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=[MLA, GQA], ids=["mla", "gqa"])
 def config(request):
     return request.param
@@ -147,11 +154,12 @@ def dense_gqa(layer, hidden):
 
 @pytest.mark.parametrize("topk", [50, 64, 2048])
 @pytest.mark.parametrize("dtype", BUDGET)
-def test_enough_topk_equals_dense_attention(config, dtype, topk):
+def test_enough_topk_equals_dense_attention(config, device, dtype, topk):
     import dataclasses
 
     layer = make(dataclasses.replace(config, index_topk=topk), dtype)
-    exact = make(dataclasses.replace(config, index_topk=topk), torch.float64)
+    takes_fp64 = "reference" if device == "cuda" else "auto"
+    exact = make(dataclasses.replace(config, index_topk=topk), torch.float64, backend=takes_fp64)
     exact.load_state_dict({name: w.double() for name, w in layer.state_dict().items()})
     hidden = torch.randn(50, 96, dtype=dtype)
     dense = dense_mla if config.is_mla else dense_gqa
@@ -172,10 +180,11 @@ def test_selecting_by_the_indexer_equals_selecting_all(config):
     assert relative_error(scored, skipped) < 5e-6
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
-def test_backends_agree_in_a_layer(config, name):
+@pytest.mark.parametrize("name", ["reference", "the device's"])
+def test_backends_agree_in_a_layer(config, device, name):
     hidden = torch.randn(40, 96)
-    assert relative_error(make(config, backend=name)(hidden), make(config)(hidden)) < 5e-6
+    backend = name if name == "reference" else {"cpu": "cpu", "cuda": "triton"}[device]
+    assert relative_error(make(config, backend=backend)(hidden), make(config)(hidden)) < 5e-6
 
 
 def test_weights_carry_deepseeks_names():

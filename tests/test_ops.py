@@ -10,6 +10,8 @@ import torch
 import sparse_attn
 from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs, selection_indices, to_pages
 
+ON_DEVICES = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+
 
 def op_arguments():
     index = index_inputs(3, 40)
@@ -26,6 +28,7 @@ def op_arguments():
         "index_logits": (q, index["k"], weights, *ranges, None, logits),
         "select_topk": (torch.randn(3, 40), 6, *ranges, picked),
         "lightning_topk": (q, pages, weights, 6, *ranges, table, 1 << 20, picked),
+        "physical_slots": (picked, table, 8, torch.zeros_like(picked)),
         "sparse_mla": (
             *(mla["q"], mla["kv"], mla["indices"], 32, 0.1, length, torch.zeros(4)),
             *(extra_kv, extra_indices, None, out, lse),
@@ -35,9 +38,11 @@ def op_arguments():
     }
 
 
+@ON_DEVICES
 @pytest.mark.parametrize("name", list(op_arguments()))
-def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.sparse_attn, name).default, op_arguments()[name])
+def test_opcheck(name, device):
+    arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in op_arguments()[name]]
+    torch.library.opcheck(getattr(torch.ops.sparse_attn, name).default, tuple(arguments))
 
 
 def select(q, k, weights, ks, ke):
@@ -55,21 +60,22 @@ def attend(q, kv, indices):
 
 
 def attend_grouped(q, k, v, indices):
-    buffers = torch.zeros_like(q), torch.zeros(q.shape[:2])
+    buffers = torch.zeros_like(q), torch.zeros_like(q[..., 0])
     return sparse_attn.sparse_gqa(q, k, v, indices, return_lse=True, out=buffers)
 
 
+@ON_DEVICES
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler fails below a path with spaces")
 @pytest.mark.parametrize(
     "function, inputs",
     [(select, index_inputs), (attend, mla_inputs), (attend_grouped, gqa_inputs)],
     ids=["index", "mla", "gqa"],
 )
-def test_compiled_functions_give_the_same_results(function, inputs):
+def test_compiled_functions_give_the_same_results(function, inputs, device):
     torch.use_deterministic_algorithms(False)  # the compiler does not fill empty memory
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for s_q, s_kv in ((3, 30), (5, 47), (2, 90)):
-        arguments = inputs(s_q, s_kv)
+        arguments = inputs(s_q, s_kv, device=device)
         for actual, expected in zip(compiled(**arguments), function(**arguments), strict=True):
             assert torch.equal(actual, expected)
 

@@ -1,0 +1,401 @@
+"""Quantised caches in use: the functions on a cache give what they give on its values, read in place."""
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn import cpu, formats, native, ops
+from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, assert_logits_close, index_inputs, mla_inputs
+
+PACK = {
+    656: formats.pack_v32_kv,
+    584: formats.pack_v4_kv,
+    528: formats.pack_v41_kv,
+    288: formats.pack_v41_fp4_kv,
+    132: formats.pack_index_k,
+    68: formats.pack_mxfp4_index_k,
+}
+LATENT, KEYS = [656, 584, 528, 288], [132, 68]
+D_QK = {656: 576, 584: 512, 528: 512, 288: 512}
+
+
+@pytest.fixture
+def backend(backend):
+    if backend == "triton":
+        pytest.skip("what the Triton kernels read of them is tested in tests/interpreted")
+    return backend
+
+
+def hostile_cache(size, values, page_size, gap=0, **options):
+    """``values`` ``[s_kv, width]`` in pages of a cache where each byte that no value needs is 0xFF.
+
+    Tokens whose values are NaN are not needed either: their codes are NaN, and so are their scales.
+    """
+    pages = -(-len(values) // page_size)
+    padded = values.new_full((pages * page_size, values.shape[1]), float("nan"))
+    padded[: len(values)] = values
+    used = ~padded.isnan().any(-1).view(pages, page_size)
+    packed = PACK[size](padded.nan_to_num().view(pages, page_size, -1), **options)
+    stride = formats.v4_page_bytes(page_size) if size == 584 else page_size * size
+    buffer = torch.full((pages, stride + gap), 0xFF, dtype=torch.uint8)
+    cache = buffer[:, : page_size * size].unflatten(1, (page_size, size))
+    for part, source in zip(formats.views(cache), formats.views(packed), strict=True):
+        part[used] = source[used]
+    return cache
+
+
+def values_of(cache):
+    return formats.dequantise(*formats.views(cache), dtype=torch.float64)
+
+
+def attend(backend, q, kv, indices, **options):
+    """(out, lse) on quantised caches, compared with those of the fp64 reference on their values."""
+    out, lse = sparse_attn.sparse_mla(q, kv, indices, **options, return_lse=True, backend=backend)
+    for name, cache in (("kv", kv), ("extra_kv", options.get("extra_kv"))):
+        if cache is not None:
+            quantised = cache.dtype == torch.uint8
+            options[name] = values_of(cache).flatten(0, 1) if quantised else cache.double()
+    expected, expected_lse = sparse_attn.sparse_mla(
+        q.double(), indices=indices, **options, return_lse=True, backend="reference"
+    )
+    assert_close(out, expected)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    return out
+
+
+def latent_inputs(size, s_kv, seed=0, dtype=torch.bfloat16):
+    return mla_inputs(3, s_kv, h_q=5, topk=16, d_qk=D_QK[size], dtype=dtype, seed=seed)
+
+
+@pytest.mark.parametrize("page_size, pages", [(1, 50), (7, 9), (64, 2)])
+@pytest.mark.parametrize("size", LATENT)
+def test_attention_over_a_quantised_cache(backend, size, page_size, pages):
+    inputs = latent_inputs(size, page_size * pages)
+    cache = hostile_cache(size, inputs["kv"], page_size)
+    attend(backend, inputs["q"], cache, inputs["indices"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size, options", [(656, {"power_of_two": False}), (584, {}), (528, {}), (288, {})])
+def test_queries_of_every_dtype(backend, dtype, size, options):
+    inputs = latent_inputs(size, 40, dtype=dtype)
+    cache = hostile_cache(size, inputs["kv"], 8, **options)
+    attend(backend, inputs["q"], cache, inputs["indices"])
+
+
+@pytest.mark.parametrize("size", LATENT)
+def test_pages_apart_and_the_shapes_of_a_cache(backend, size):
+    inputs = latent_inputs(size, 40)
+    sink, length = torch.randn(5), torch.tensor([16, 3, 0], dtype=torch.int32)
+    options = {"attn_sink": sink, "topk_length": length}
+    cache = hostile_cache(size, inputs["kv"], 8)
+    out = attend(backend, inputs["q"], cache, inputs["indices"], **options)
+    call = {**options, "indices": inputs["indices"], "backend": backend}
+    apart = hostile_cache(size, inputs["kv"], 8, gap=44)
+    assert apart.stride(0) == cache.stride(0) + 44
+    shapes = [apart, cache[:, :, None], apart[:, :, None]]
+    if size != 584:
+        shapes += [cache.reshape(40, size), torch.cat([cache, cache], -1).view(40, -1)[:, :size]]
+    for shape in shapes:
+        assert torch.equal(sparse_attn.sparse_mla(inputs["q"], shape, **call), out)
+
+
+@pytest.mark.parametrize("size", LATENT)
+def test_the_bytes_reach_an_op_in_place(size, monkeypatch):
+    inputs = latent_inputs(size, 40)
+    cache = hostile_cache(size, inputs["kv"], 8, gap=44)
+    seen = []
+    monkeypatch.setattr(ops, "call", lambda name, backend, inputs, outputs: seen.append(inputs[1]))
+    sparse_attn.sparse_mla(inputs["q"], cache, inputs["indices"])
+    sparse_attn.sparse_mla(inputs["q"], cache[:, :, None], inputs["indices"])
+    for kv in seen:
+        assert kv.data_ptr() == cache.data_ptr()
+        assert (kv.shape, kv.stride()) == (cache.shape, cache.stride())
+    if size != 584:
+        rows = torch.zeros(40, size + 4, dtype=torch.uint8)[:, :size]
+        sparse_attn.sparse_mla(inputs["q"], rows, inputs["indices"])
+        assert seen[2].data_ptr() == rows.data_ptr()
+        assert (seen[2].shape, seen[2].stride(0)) == ((40, 1, size), size + 4)  # pages of one token
+
+
+@pytest.mark.parametrize("size", LATENT)
+def test_hostile_indices(backend, size):
+    inputs = latent_inputs(size, 40)
+    inputs["kv"].nan_to_num_()
+    inputs["kv"][[0, 39]] = float("nan")
+    cache = hostile_cache(size, inputs["kv"], 8)
+    indices = torch.tensor([[INT_MIN, 38, -1, 1, 40, 1, INT_MAX, 41]] * 3, dtype=torch.int32)
+    indices[1] = torch.tensor([INT_MIN, INT_MAX, -1, 40] * 2)
+    out = attend(backend, inputs["q"], cache, indices)
+    assert (out[1] == 0).all() and out[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [(656, 656), (656, None), (None, 656), (584, 584), (528, 288), (288, 528), (584, None), (None, 288)],
+)
+def test_two_segments_of_any_two_formats(backend, first, second):
+    size = first or second
+    one, two = latent_inputs(size, 40, seed=1), latent_inputs(size, 32, seed=2)
+    caches = [
+        part["kv"] if form is None else hostile_cache(form, part["kv"], 8, gap=44)
+        for form, part in ((first, one), (second, two))
+    ]
+    attend(
+        backend,
+        *(one["q"], caches[0], one["indices"]),
+        extra_kv=caches[1],
+        extra_indices=two["indices"],
+        extra_topk_length=torch.tensor([9, 0, 16], dtype=torch.int32),
+        attn_sink=torch.randn(5),
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0), (0,)])
+@pytest.mark.parametrize("size", LATENT)
+def test_caches_without_a_slot(backend, size, shape):
+    if size == 584 and len(shape) == 1:
+        pytest.skip("by page")
+    cache = torch.zeros(*shape, size, dtype=torch.uint8)
+    for s_q in (0, 2):
+        q, indices = torch.randn(s_q, 3, D_QK[size]), torch.zeros(s_q, 4, dtype=torch.int32)
+        out, lse = sparse_attn.sparse_mla(q, cache, indices, return_lse=True, backend=backend)
+        assert out.shape == (s_q, 3, 512)
+        assert (out == 0).all() and torch.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("size", LATENT)
+def test_torch_dequantises_selected_rows_in_bounded_chunks(size, monkeypatch):
+    s_q, topk, pages = 12, 512, 400
+    cache = torch.zeros(pages, 64, size, dtype=torch.uint8)
+    monkeypatch.setattr(cpu, "GATHER_BYTES", 3 * topk * D_QK[size] * 4)
+    counts, dequantise = [], formats.dequantise
+
+    def counted(*parts, dtype):
+        counts.append(parts[0].shape[0])
+        return dequantise(*parts, dtype=dtype)
+
+    monkeypatch.setattr(cpu, "dequantise", counted)
+    indices = torch.randint(0, pages * 64, (s_q, topk), dtype=torch.int32)
+    with native.use(None):
+        sparse_attn.sparse_mla(torch.randn(s_q, 2, D_QK[size]), cache, indices)
+    assert counts == [3 * topk] * 4
+    assert sum(counts) < pages * 64
+
+
+def scored(backend, inputs, k, table, dtype=torch.bfloat16):
+    """Logits of quantised keys, compared with those of the fp64 reference on their values."""
+    logits = sparse_attn.index_logits(**inputs, k=k, block_table=table, backend=backend)
+    if table is None:
+        table = torch.arange(len(k), dtype=torch.int32)[None]
+    assert_logits_close(logits, **inputs, k=values_of(k), block_table=table)
+    return logits
+
+
+def key_inputs(s_q=4, dtype=torch.bfloat16):
+    inputs = index_inputs(s_q, 48, 8, 128, dtype=dtype)
+    inputs["ke"].clamp_(max=48)
+    return inputs, inputs.pop("k")
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 64])
+@pytest.mark.parametrize("size", KEYS)
+def test_scores_of_quantised_index_keys(backend, size, page_size):
+    inputs, k = key_inputs()
+    cache = hostile_cache(size, k, page_size, gap=44)
+    n = len(cache)
+    order = torch.randperm(n)
+    shuffled = torch.full((n, cache.stride(0)), 0xFF, dtype=torch.uint8)
+    shuffled[order] = cache.as_strided(shuffled.shape, (cache.stride(0), 1))
+    shuffled = shuffled[:, : page_size * size].unflatten(1, (page_size, size))
+    garbage = torch.tensor([INT_MIN, -1, n, INT_MAX])
+    table = torch.cat([order, garbage])[None].int()
+    logits = scored(backend, inputs, shuffled, table)
+    in_order = scored(backend, inputs, cache, None)
+    assert torch.equal(in_order, logits[:, : n * page_size])
+    for keys, block_table in ((shuffled, table), (cache, None)):
+        indices = sparse_attn.lightning_topk(
+            **inputs, k=keys, topk=5, block_table=block_table, backend=backend
+        )
+        assert torch.equal(indices, sparse_attn.select_topk(logits, 5, inputs["ks"], inputs["ke"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size, options", [(132, {"power_of_two": False}), (68, {})])
+def test_index_queries_of_every_dtype(backend, dtype, size, options):
+    inputs, k = key_inputs(dtype=dtype)
+    scored(backend, inputs, hostile_cache(size, k, 8, **options), torch.tensor([[5, 0, 3]]).int())
+
+
+@pytest.mark.parametrize("size", KEYS)
+def test_a_block_table_row_serves_consecutive_queries(backend, size):
+    inputs, k = key_inputs(6)
+    cache = hostile_cache(size, k.nan_to_num(), 8)
+    table = torch.tensor([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [-1, 0, 9, 0, 1, 1]], dtype=torch.int32)
+    logits = scored(backend, inputs, cache, table)
+    indices = sparse_attn.lightning_topk(
+        **inputs, k=cache, topk=7, block_table=table, workspace_bytes=1, backend=backend
+    )
+    assert torch.equal(indices, sparse_attn.select_topk(logits, 7, inputs["ks"], inputs["ke"]))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+@pytest.mark.parametrize("size", KEYS)
+def test_no_keys(backend, size, shape):
+    cache = torch.zeros(*shape, size, dtype=torch.uint8)
+    for s_q in (0, 2):
+        bounds = torch.full((2, s_q), 5, dtype=torch.int32).unbind()
+        inputs = torch.randn(s_q, 3, 128), cache, torch.randn(s_q, 3)
+        assert sparse_attn.index_logits(*inputs, *bounds, backend=backend).shape == (s_q, 0)
+        assert sparse_attn.lightning_topk(*inputs, 2, *bounds, backend=backend).tolist() == [[-1, -1]] * s_q
+
+
+def test_torch_dequantises_a_block_of_keys_at_a_time(monkeypatch):
+    counts, dequantise = [], formats.dequantise
+
+    def counted(*parts, dtype):
+        counts.append(parts[0].shape[0])
+        return dequantise(*parts, dtype=dtype)
+
+    monkeypatch.setattr(cpu, "dequantise", counted)
+    k = torch.zeros(100, 64, 68, dtype=torch.uint8)
+    ks, ke = torch.tensor([64], dtype=torch.int32), torch.tensor([64 + 2500], dtype=torch.int32)
+    with native.use(None):
+        sparse_attn.index_logits(torch.randn(1, 2, 128), k, torch.randn(1, 2), ks, ke)
+    assert counts == [1024, 1024, 452]
+
+
+def compiled(q, kv, indices, index_q, k, weights, ks, ke):
+    return sparse_attn.sparse_mla(q, kv, indices), sparse_attn.lightning_topk(index_q, k, weights, 5, ks, ke)
+
+
+def test_compiled_functions_give_the_same_results():
+    function = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
+    for pages in (5, 9):
+        inputs, k = key_inputs()
+        latent = latent_inputs(584, 8 * pages)
+        arguments = (
+            *(latent["q"], hostile_cache(584, latent["kv"], 8), latent["indices"]),
+            *(inputs["q"], hostile_cache(68, k, 8, gap=44), inputs["weights"], inputs["ks"], inputs["ke"]),
+        )
+        for actual, expected in zip(function(*arguments), compiled(*arguments), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.uint8)
+
+
+Q512, Q576 = torch.zeros(1, 2, 512), torch.zeros(1, 2, 576)
+INDICES = torch.zeros(1, 3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "q, kv, options, error, words",
+    [
+        (Q576, zeros(4, 8, 655), {}, ValueError, r"kv: expected 656, 584, 528 or 288 bytes .* \[4, 8, 655\]"),
+        (Q576, zeros(4, 8, 132), {}, ValueError, "kv: expected 656, 584, 528 or 288 bytes"),
+        (Q576, zeros(4, 8, 2, 656), {}, ValueError, r"kv: expected shape \[pages, page_size, 1, 656\], got"),
+        (
+            Q512,
+            zeros(8, 584),
+            {},
+            ValueError,
+            r"kv: expected shape \[pages, page_size, 584\], got \[8, 584\]",
+        ),
+        (
+            Q576[..., :64],
+            zeros(4, 8, 656),
+            {"d_v": 64},
+            ValueError,
+            "q: expected d_qk=576, as kv has 656 .* 64",
+        ),
+        (
+            Q576,
+            zeros(4, 8, 584),
+            {},
+            ValueError,
+            "q: expected d_qk=512, as kv has 584 bytes a token, got 576",
+        ),
+        (
+            Q512,
+            zeros(4, 8, 656),
+            {},
+            ValueError,
+            "q: expected d_qk=576, as kv has 656 bytes a token, got 512",
+        ),
+        (Q512, zeros(4, 8, 288), {"d_v": 448}, ValueError, "d_v: expected 512, as kv is quantised, got 448"),
+        (Q576, zeros(4, 8, 656), {"d_v": 576}, ValueError, "d_v: expected 512, as kv is quantised, got 576"),
+        (Q512, zeros(4, 16, 584)[:, ::2], {}, ValueError, "kv: expected pages of adjoining bytes.* strides"),
+        (Q512, zeros(4, 8, 600)[..., :584], {}, ValueError, "kv: expected pages of adjoining bytes"),
+        (Q512, zeros(4, 584, 8).mT, {}, ValueError, "kv: expected pages of adjoining bytes"),
+        (Q512, zeros(4, 8, 1056)[..., ::2], {}, ValueError, "kv: expected tokens of adjoining bytes"),
+        (Q576, zeros(4, 8, 657)[..., :656], {}, ValueError, "kv: .*at multiples of 4 bytes"),
+        (Q512, zeros(4 * 8 * 584 + 1)[1:].view(4, 8, 584), {}, ValueError, "at multiples of 2 .* offset 1"),
+        (Q512, zeros(4, 8, 584).to("meta"), {}, ValueError, "kv: expected device cpu, got meta"),
+        (
+            Q512,
+            zeros(4, 8, 584).char(),
+            {},
+            ValueError,
+            r"kv: expected shape .*d_qk=512\], got \[4, 8, 584\]",
+        ),
+        (
+            *(Q512, zeros(4, 8, 584), {"extra_kv": zeros(4, 8, 656), "extra_indices": INDICES}),
+            *(ValueError, "q: expected d_qk=576, as extra_kv has 656 bytes a token, got 512"),
+        ),
+        (
+            *(Q512, zeros(4, 8, 584), {"extra_kv": zeros(8, 576), "extra_indices": INDICES}),
+            *(ValueError, "extra_kv: expected 656, 584, 528 or 288 bytes"),
+        ),
+        (
+            *(Q512, zeros(4, 8, 584), {"extra_kv": torch.zeros(8, 512).bfloat16(), "extra_indices": INDICES}),
+            *(TypeError, "extra_kv: expected dtype float32, got bfloat16"),
+        ),
+    ],
+)
+def test_wrong_latent_caches(q, kv, options, error, words):
+    with pytest.raises(error, match=words):
+        sparse_attn.sparse_mla(q, kv, INDICES, **options)
+
+
+@pytest.mark.parametrize(
+    "d, k, words",
+    [
+        (128, zeros(4, 8, 131), r"k: expected 132 or 68 bytes a token .* got shape \[4, 8, 131\]"),
+        (128, zeros(4, 8, 656), "k: expected 132 or 68 bytes a token"),
+        (128, zeros(8, 68), r"k: expected shape \[pages, page_size, 68\], got \[8, 68\]"),
+        (64, zeros(4, 8, 68), "q: expected index_head_dim=128, as k has 68 bytes a token, got 64"),
+        (128, zeros(4, 16, 68)[:, ::2], "k: expected pages of adjoining bytes"),
+        (128, zeros(4, 8 * 132 + 2)[:, :-2].unflatten(1, (8, 132)), "k: .* at multiples of 4 bytes"),
+    ],
+)
+def test_wrong_index_keys(d, k, words):
+    inputs = index_inputs(1, 8, 2, d)
+    inputs["k"] = k
+    with pytest.raises(ValueError, match=words):
+        sparse_attn.index_logits(**inputs)
+    with pytest.raises(ValueError, match=words):
+        sparse_attn.lightning_topk(**inputs, topk=2)
+
+
+def test_what_triton_does_not_read_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for size in LATENT:
+        kv, words = zeros(4, 8, size), "the triton backend reads 656 or 584 bytes a token, got"
+        q, plain = torch.zeros(1, 2, D_QK[size]), torch.zeros(8, D_QK[size])
+        if size in (656, 584):
+            q, plain, words = q.half(), plain.half(), "q: expected bfloat16 or float32, as .*kv is quantised"
+        with pytest.raises((TypeError, ValueError), match=words):
+            sparse_attn.sparse_mla(q, kv, INDICES, backend="triton")
+        with pytest.raises((TypeError, ValueError), match=words):
+            extra = {"extra_kv": kv, "extra_indices": INDICES}
+            sparse_attn.sparse_mla(q, plain, INDICES, **extra, backend="triton")
+    for size in KEYS:
+        inputs = index_inputs(1, 8, 2, 128)
+        inputs["k"] = zeros(4, 8, size)
+        refused = pytest.raises(TypeError, match="k: the triton backend does not read uint8 index keys")
+        with refused:
+            sparse_attn.index_logits(**inputs, backend="triton")
+        with refused:
+            sparse_attn.lightning_topk(**inputs, topk=2, backend="triton")
