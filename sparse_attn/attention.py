@@ -1,11 +1,14 @@
 """Attention layers that read only the tokens which the lightning indexer selects."""
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from . import checkpoint
 from .cache import DSACache, Placement
 from .config import DSAConfig
 from .functional import lightning_topk, sparse_gqa, sparse_mla
@@ -142,6 +145,52 @@ class SparseMLA(_SparseAttention):
         self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, **factory)
         self.wkv_b = nn.Linear(config.kv_lora_rank, heads * (nope + config.v_head_dim), **linear)
         self.wo = nn.Linear(heads * config.v_head_dim, hidden, **linear)
+
+    @classmethod
+    def from_hf(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        config: DSAConfig | Mapping[str, Any],
+        layer: int,
+        *,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device=None,
+    ) -> "SparseMLA":
+        """One layer of a Hugging Face checkpoint.
+
+        Args:
+            state_dict: tensors named ``...layers.{layer}.self_attn.*``, other names are ignored:
+                :class:`sparse_attn.checkpoint.Safetensors` reads files lazily. e4m3 weights with
+                ``weight_scale_inv`` are dequantised.
+            config: the dict of the checkpoint's ``config.json``, or a :class:`DSAConfig`.
+            layer: which layer.
+            backend, device: as for the class.
+            dtype: of the weights; by default that of the checkpoint, bf16 for fp8. Those of the indexer's
+                norm and head weights stay in fp32 if they are stored so. What needs no conversion shares
+                its memory with ``state_dict``.
+
+        Raises:
+            ValueError: weights are missing, unexpected or of another shape; all of them are named.
+        """
+        block_size = checkpoint.BLOCK
+        if not isinstance(config, DSAConfig):
+            quantization = config.get("quantization_config") or {}
+            block_size = quantization.get("weight_block_size") or block_size
+            config = DSAConfig.from_dict(config)
+        module = cls(config, backend=backend, device="meta")
+        shapes = {name: weight.shape for name, weight in module.state_dict().items()}
+        weights = checkpoint.from_hf(state_dict, layer, shapes, block_size)
+        dtype = dtype or weights["wkv_b.weight"].dtype
+        for name, weight in weights.items():
+            keep = name in checkpoint.FP32 and weight.dtype == torch.float32
+            weights[name] = weight.to(device=device, dtype=weight.dtype if keep else dtype)
+        module.load_state_dict(weights, assign=True)
+        return module
+
+    def to_hf(self, layer: int) -> dict[str, Tensor]:
+        """The weights under a Hugging Face model's names, ``model.layers.{layer}.self_attn.*``."""
+        return checkpoint.to_hf(self.state_dict(), layer)
 
     def _project(self, hidden_states: Tensor, positions: Tensor):
         config = self.config

@@ -1,0 +1,168 @@
+"""Attention weights in Hugging Face checkpoints: names, fp8 blocks, files read a tensor at a time."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Hugging Face's names of a layer's modules beside DeepSeek's, which the layers here carry.
+NAMES = {
+    "q_a_proj": "wq_a",
+    "q_a_layernorm": "q_norm",
+    "q_b_proj": "wq_b",
+    "kv_a_proj_with_mqa": "wkv_a",
+    "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "wkv_b",
+    "o_proj": "wo",
+    **{f"indexer.{name}": f"indexer.{name}" for name in ("wq_b", "wk", "k_norm", "weights_proj")},
+}
+FP32 = ("indexer.weights_proj.weight", "indexer.k_norm.weight", "indexer.k_norm.bias")  # kept so if stored so
+SCALE = "_scale_inv"  # what the name of an fp8 weight's block scales adds to the weight's
+BLOCK = (128, 128)
+
+
+class Safetensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name; each is read from its file when it is asked for.
+
+    Args:
+        path: a .safetensors file, or a folder that holds one or, with
+            ``model.safetensors.index.json``, several.
+
+    Needs the package safetensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        index = path / "model.safetensors.index.json"
+        if path.is_file():
+            self._files = dict.fromkeys(_names(path), path)
+        elif index.exists():
+            files = json.loads(index.read_text())["weight_map"]
+            self._files = {name: path / file for name, file in files.items()}
+        elif (path / "model.safetensors").exists():
+            self._files = dict.fromkeys(_names(path / "model.safetensors"), path / "model.safetensors")
+        else:
+            raise FileNotFoundError(
+                f"path: expected a .safetensors file, or a folder with model.safetensors or {index.name}, "
+                f"got {path}"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _open(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _open(file: Path):
+    from safetensors import safe_open
+
+    return safe_open(file, framework="pt")
+
+
+def _names(file: Path) -> list[str]:
+    with _open(file) as opened:
+        return list(opened.keys())
+
+
+def from_hf(
+    state_dict: Mapping[str, Tensor],
+    layer: int,
+    shapes: Mapping[str, Sequence[int]],
+    block_size: Sequence[int] = BLOCK,
+) -> dict[str, Tensor]:
+    """The weights of one attention layer under DeepSeek's names, fp8 blocks dequantised.
+
+    Args:
+        state_dict: all or some of a model's tensors, under names ending in
+            ``layers.{layer}.self_attn.*``; only those of the layer are read.
+        layer: which layer.
+        shapes: the names that are expected and their shapes.
+        block_size: rows and columns that share a scale in fp8 weights.
+
+    Returns:
+        A tensor for each of ``shapes``, in the dtype in which it is stored; fp8 becomes bf16.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape, all of them named.
+    """
+    prefix = _prefix(state_dict, layer)
+    stored = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+    theirs = {_rename(name, {ours: hf for hf, ours in NAMES.items()}): name for name in shapes}
+    missing = [name for name in theirs if name not in stored]
+    wrong = [f"missing {prefix}{name}" for name in missing]
+    if missing and all(name.startswith("indexer.") for name in missing):
+        wrong.append("a layer that shares another layer's selection has no indexer and cannot run alone")
+    weights = {}
+    for name in [name for name in theirs if name in stored]:
+        tensor, shape, scaled = state_dict[prefix + name], list(shapes[theirs[name]]), name + SCALE in stored
+        if list(tensor.shape) != shape:
+            wrong.append(f"{prefix}{name} of shape {list(tensor.shape)} where {shape} is expected")
+        elif scaled and tensor.dtype == torch.float8_e4m3fn:
+            stored.remove(name + SCALE)
+            scale = state_dict[prefix + name + SCALE]
+            weights[theirs[name]] = dequantize_blocks(tensor, scale, block_size).bfloat16()
+        elif tensor.is_floating_point() and tensor.element_size() > 1:
+            weights[theirs[name]] = tensor
+        else:
+            wrong.append(
+                f"{prefix}{name} of dtype {tensor.dtype} with{'' if scaled else 'out'} {name}{SCALE}, where "
+                f"a floating-point dtype, or float8_e4m3fn with {name}{SCALE}, is expected"
+            )
+    wrong += [f"unexpected {prefix}{name}" for name in sorted(stored - theirs.keys())]
+    if wrong:
+        raise ValueError(f"state_dict: layer {layer} does not fit: {'; '.join(wrong)}")
+    return weights
+
+
+def to_hf(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """One attention layer's weights under the names ``model.layers.{layer}.self_attn.*``: the way back."""
+    ours = {name: hf for hf, name in NAMES.items()}
+    return {f"model.layers.{layer}.self_attn.{_rename(name, ours)}": w for name, w in weights.items()}
+
+
+def _rename(name: str, names: Mapping[str, str]) -> str:
+    module, _, parameter = name.rpartition(".")
+    return f"{names[module]}.{parameter}"
+
+
+def _prefix(state_dict: Mapping[str, Tensor], layer: int) -> str:
+    """What stands before the parameters of the layer, the same for all of them."""
+    part = f"layers.{layer}.self_attn."
+    found = {name[: name.index(part)] + part for name in state_dict if f".{part}" in f".{name}"}
+    if len(found) == 1:
+        return found.pop()
+    example = next(iter(state_dict), "no tensor at all")
+    if not found:
+        raise ValueError(
+            f"state_dict: expected names with {part!r}, got none among names such as {example!r}"
+        )
+    raise ValueError(f"state_dict: expected one model, got {part!r} under {', '.join(sorted(found))}")
+
+
+def dequantize_blocks(weight: Tensor, scale_inv: Tensor, block_size: Sequence[int] = BLOCK) -> Tensor:
+    """fp32 ``[n, m]`` from e4m3 values with one scale for each block of them.
+
+    Args:
+        weight: ``[n, m]`` float8_e4m3fn.
+        scale_inv: ``[ceil(n / block_size[0]), ceil(m / block_size[1])]``, what a value is multiplied by.
+        block_size: rows and columns that share a scale.
+
+    Source: DeepSeek-V3 report, section 3.3.2; ``weight_scale_inv`` in its checkpoints.
+    """
+    blocks = tuple(-(-size // block) for size, block in zip(weight.shape, block_size, strict=True))
+    if scale_inv.shape != blocks:
+        raise ValueError(
+            f"scale_inv: expected shape {list(blocks)} for a weight {list(weight.shape)} in blocks of "
+            f"{list(block_size)}, got {list(scale_inv.shape)}"
+        )
+    scale = scale_inv.float()
+    for dim, (size, block) in enumerate(zip(weight.shape, block_size, strict=True)):
+        scale = scale.repeat_interleave(block, dim).narrow(dim, 0, size)
+    return weight.float() * scale

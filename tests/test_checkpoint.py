@@ -1,0 +1,190 @@
+"""Checkpoints of Hugging Face: a layer read from one computes what transformers computes with it."""
+
+import json
+
+import pytest
+import torch
+
+from sparse_attn import DSACache, DSAConfig, SparseMLA
+from sparse_attn.checkpoint import Safetensors, dequantize_blocks
+from sparse_attn.testing import relative_error
+
+SIZES = {
+    **{"hidden_size": 96, "num_attention_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 40},
+    **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 20},
+    **{"index_topk": 12, "index_head_dim": 32, "index_n_heads": 32},
+}
+CONFIG = {**SIZES, "model_type": "deepseek_v32", "vocab_size": 100, "num_key_value_heads": 4}
+PREFIX = "model.layers.3.self_attn."
+
+
+def make(dtype=torch.float32):
+    torch.manual_seed(0)
+    return SparseMLA(DSAConfig.from_dict(CONFIG), dtype=dtype)
+
+
+def quantize(weight, block=(128, 128)):
+    """e4m3 values and fp32 scales a block, as such checkpoints store them."""
+    rows, columns = (-(-size // b) for size, b in zip(weight.shape, block, strict=True))
+    padded = torch.zeros(rows * block[0], columns * block[1])
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    scale = padded.unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).abs().amax((1, 3)) / 448
+    steps = dequantize_blocks(torch.ones_like(weight), scale, block)
+    return (weight / steps).to(torch.float8_e4m3fn), scale
+
+
+def test_there_and_back():
+    layer, hidden = make(), torch.randn(40, 96)
+    state = layer.to_hf(3)
+    assert set(state) == {
+        PREFIX + name
+        for name in (
+            *("q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight"),
+            *("kv_a_layernorm.weight", "kv_b_proj.weight", "o_proj.weight", "indexer.wq_b.weight"),
+            *("indexer.wk.weight", "indexer.k_norm.weight", "indexer.k_norm.bias"),
+            "indexer.weights_proj.weight",
+        )
+    }
+    others = {"model.layers.13.self_attn.o_proj.weight": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
+    again = SparseMLA.from_hf({**state, **others}, CONFIG, 3)
+    assert torch.equal(again(hidden), layer(hidden))
+    assert again.wo.weight.data_ptr() == layer.wo.weight.data_ptr()
+    bare = {name.removeprefix("model."): weight for name, weight in state.items()}  # of a model without head
+    assert torch.equal(SparseMLA.from_hf(bare, layer.config, 3)(hidden), layer(hidden))
+
+
+@pytest.mark.parametrize("kind", ["DeepseekV32", "GlmMoeDsa"])
+def test_a_layer_of_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip("an older transformers")
+    yarn = {
+        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+        **{"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        **SIZES,
+        **{"num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 32, "intermediate_size": 32},
+        **{"first_k_dense_replace": 2, "rms_norm_eps": 1e-6, "rope_parameters": yarn},
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name and parameter.dim() > 1:
+            parameter.mul_(4)
+    hidden = torch.randn(1, 50, 96)
+    rope = model.model.rotary_emb(hidden, torch.arange(50)[None])
+    mask = torch.full((1, 1, 50, 50), torch.finfo(torch.float32).min).triu(1)
+    expected = model.model.layers[1].self_attn(hidden, rope, mask)[0][0]
+    layer = SparseMLA.from_hf(model.state_dict(), config.to_dict(), 1)
+    cache = DSACache(layer.config, 50)
+    out = torch.cat([layer(part, cache=cache) for part in hidden[0].split([30, 1, 19])])
+    assert relative_error(out, expected) < 5e-6
+    back = layer.to_hf(1)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in back.items())
+
+
+@pytest.mark.parametrize("block", [(128, 128), (32, 16)])
+def test_fp8_blocks(block, tmp_path):
+    """All projections in fp8 but the indexer's head weights, which are fp32 in a bf16 layer."""
+    layer = make()
+    state, exact = {}, {}
+    for name, weight in layer.to_hf(3).items():
+        if weight.dim() == 2 and "weights_proj" not in name:
+            state[name], state[name + "_scale_inv"] = quantize(weight, block)
+            exact[name] = dequantize_blocks(state[name], state[name + "_scale_inv"], block).bfloat16()
+        else:
+            state[name] = exact[name] = weight if "indexer" in name else weight.bfloat16()
+        assert (exact[name].float() - weight).abs().max() <= 0.07 * weight.abs().max()
+    config = (
+        CONFIG if block == (128, 128) else {**CONFIG, "quantization_config": {"weight_block_size": block}}
+    )
+    loaded = SparseMLA.from_hf(state, config, 3)
+    assert loaded.wq_a.weight.dtype == loaded.q_norm.weight.dtype == torch.bfloat16
+    assert loaded.indexer.weights_proj.weight.dtype == loaded.indexer.k_norm.bias.dtype == torch.float32
+    for name, weight in loaded.to_hf(3).items():
+        assert torch.equal(weight, exact[name])
+    hidden = torch.randn(40, 96)
+    assert relative_error(loaded(hidden.bfloat16()), layer(hidden)) < 0.2
+    as_fp32 = SparseMLA.from_hf(state, config, 3, dtype=torch.float32)
+    assert {p.dtype for p in as_fp32.parameters()} == {torch.float32}
+    assert relative_error(loaded(hidden.bfloat16()), as_fp32(hidden)) < 0.1
+
+
+def test_dequantize_blocks_is_its_formula():
+    weight = torch.randn(5, 7).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 2)
+    out = dequantize_blocks(weight, scale, (2, 4))
+    for i in range(5):
+        for j in range(7):
+            assert out[i, j] == weight[i, j].float() * scale[i // 2, j // 4]
+    with pytest.raises(ValueError, match=r"scale_inv: expected shape \[3, 2\] .* got \[2, 3\]"):
+        dequantize_blocks(weight, scale.T, (2, 4))
+    powers = torch.tensor([[0.5, 2.0]]).to(torch.float8_e8m0fnu)
+    assert torch.equal(
+        dequantize_blocks(weight[:2], powers, (2, 4)),
+        weight[:2].float() * torch.tensor([0.5] * 4 + [2.0] * 3),
+    )
+
+
+def test_files_are_read_a_tensor_at_a_time(tmp_path, monkeypatch):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    layer = make()
+    state = {**layer.to_hf(3), "model.embed_tokens.weight": torch.zeros(100, 96)}
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: state[name].contiguous() for name in held}, tmp_path / file)
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors = Safetensors(tmp_path)
+    assert sorted(tensors) == names and len(tensors) == len(names)
+    read = []
+    get = Safetensors.__getitem__
+    monkeypatch.setattr(
+        Safetensors, "__getitem__", lambda self, name: (read.append(name), get(self, name))[1]
+    )
+    loaded = SparseMLA.from_hf(tensors, CONFIG, 3)
+    assert sorted(read) == sorted(layer.to_hf(3))
+    hidden = torch.randn(30, 96)
+    assert torch.equal(loaded(hidden), layer(hidden))
+    one = tmp_path / "one"
+    one.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, one / "model.safetensors")
+    for path in (one, str(one / "model.safetensors")):
+        assert torch.equal(Safetensors(path)[names[0]], state[names[0]])
+    with pytest.raises(FileNotFoundError, match=r"path: expected a .safetensors file, or a folder"):
+        Safetensors(tmp_path / "nowhere")
+
+
+def test_every_mismatch_is_named():
+    state = make().to_hf(3)
+    del state[PREFIX + "o_proj.weight"]
+    state[PREFIX + "q_a_proj.bias"] = torch.zeros(48)
+    state[PREFIX + "kv_b_proj.weight"] = torch.zeros(3, 40)
+    state[PREFIX + "q_b_proj.weight"] = state[PREFIX + "q_b_proj.weight"].to(torch.float8_e4m3fn)
+    state[PREFIX + "indexer.wk.weight_scale_inv"] = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="layer 3 does not fit") as error:
+        SparseMLA.from_hf(state, CONFIG, 3)
+    for part in (
+        f"missing {PREFIX}o_proj.weight",
+        f"unexpected {PREFIX}q_a_proj.bias",
+        f"unexpected {PREFIX}indexer.wk.weight_scale_inv",
+        f"{PREFIX}kv_b_proj.weight of shape [3, 40] where [176, 40] is expected",
+        f"{PREFIX}q_b_proj.weight of dtype torch.float8_e4m3fn without q_b_proj.weight_scale_inv",
+    ):
+        assert part in str(error.value)
+
+
+def test_wrong_layers_are_named():
+    state = make().to_hf(3)
+    with pytest.raises(ValueError, match=r"expected names with 'layers\.1\.self_attn\.', got none"):
+        SparseMLA.from_hf(state, CONFIG, 1)
+    with pytest.raises(ValueError, match="got none among names such as 'no tensor at all'"):
+        SparseMLA.from_hf({}, CONFIG, 1)
+    twice = {**state, **{f"draft.{name}": weight for name, weight in state.items()}}
+    with pytest.raises(ValueError, match=r"expected one model, got .* under draft\.model.*, model\.layers"):
+        SparseMLA.from_hf(twice, CONFIG, 3)
+    shared = {name: weight for name, weight in state.items() if ".indexer." not in name}
+    with pytest.raises(ValueError, match=r"missing .*indexer\.wk\.weight.* shares another layer's selection"):
+        SparseMLA.from_hf(shared, CONFIG, 3)

@@ -1,0 +1,456 @@
+"""Models of transformers after enable() against the same models with transformers' own eager attention.
+
+Weights are random and made larger than usual, so that attention is far from uniform and errors show;
+32 index heads, so that no score is exactly zero and the selections of both sides must be equal.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_attn import index_logits
+from sparse_attn.checkpoint import dequantize_blocks
+
+transformers = pytest.importorskip("transformers")
+try:
+    import sparse_attn.integrations.transformers as sa
+except ImportError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+TOPK, VOCABULARY, TOLERANCE = 24, 256, 1e-5
+SIZES = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 96, "max_position_embeddings": 2048, "num_hidden_layers": 2},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "first_k_dense_replace": 1},
+    **{"intermediate_size": 128, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1},
+    **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 40},
+    **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 20},
+    **{"index_topk": TOPK, "index_head_dim": 32, "index_n_heads": 32},
+}
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
+    **{"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+KINDS = {
+    "v32": (transformers.DeepseekV32Config, {}),
+    "v32-yarn": (transformers.DeepseekV32Config, {"rope_parameters": YARN, "attention_bias": True}),
+    "glm": (transformers.GlmMoeDsaConfig, {}),
+    "glm-shared": (
+        transformers.GlmMoeDsaConfig,
+        {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]},
+    ),
+}
+
+
+def make(kind, **changes):
+    config_class, sizes = KINDS[kind]
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, **sizes, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if "attn" in name and parameter.dim() > 1:
+            parameter.mul_(4)
+    model.model.embed_tokens.weight[0] = 0.02  # else a generated pad token scores 0 everywhere: all ties
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Each kind, made once: the model with transformers' attention and a copy for ours."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            with torch.no_grad():
+                dense = make(kind)
+            made[kind] = dense, copy.deepcopy(dense)
+            sa.enable(made[kind][1])
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(params=KINDS)
+def pair(request, models):
+    return models(request.param)
+
+
+@pytest.fixture
+def ids():
+    torch.manual_seed(1)
+    return torch.randint(3, VOCABULARY, (2, 70))
+
+
+def padded(ids, lengths, side):
+    """The first ``lengths[b]`` tokens of each row, padded to one width, and the mask."""
+    width = max(lengths)
+    out, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width).long()
+    for b, n in enumerate(lengths):
+        place = slice(width - n, None) if side == "left" else slice(0, n)
+        out[b, place], mask[b, place] = ids[b, :n], 1
+    return out, mask
+
+
+def generate(model, ids, **options):
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    return model.generate(ids, **{**settings, **options})[:, ids.shape[1] :]
+
+
+def logits(model, ids, chunks, cache, **options):
+    """Of every position, from chunks that are fed one after the other."""
+    outs, seen = [], 0
+    for part in ids.split(chunks, 1):
+        seen += part.shape[1]
+        if "attention_mask" in options:
+            outs.append(
+                model(part, past_key_values=cache, attention_mask=options["attention_mask"][:, :seen]).logits
+            )
+        else:
+            outs.append(model(part, past_key_values=cache).logits)
+    return torch.cat(outs, 1)
+
+
+def assert_same(ours, theirs):
+    assert (ours - theirs).abs().max() <= TOLERANCE
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "chunks", [[60] + [1] * 10, [33, 27, 10], [20, 1, 1, 48]], ids=["decode", "chunks", "short-first"]
+)
+def test_logits_of_prefill_chunks_and_decode(pair, ids, chunks, static):
+    caches = [
+        transformers.StaticCache(m.config, 80) if static else transformers.DynamicCache(config=m.config)
+        for m in pair
+    ]
+    dense, sparse = (logits(m, ids, chunks, cache) for m, cache in zip(pair, caches, strict=True))
+    assert_same(sparse, dense)
+    assert_same(pair[1](ids, use_cache=False).logits, dense)
+
+
+def test_greedy_tokens_of_manual_decode(pair, ids):
+    tokens = []
+    for model in pair:
+        cache, new = transformers.DynamicCache(config=model.config), [ids[:, :40]]
+        for _ in range(16):
+            new.append(model(new[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+        tokens.append(torch.cat(new, 1))
+    assert torch.equal(*tokens)
+
+
+GENERATION = {
+    "greedy": {},
+    "static": {"cache_implementation": "static"},
+    "chunked": {"prefill_chunk_size": 16},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.7},
+    "beams": {"num_beams": 3},
+    "sampled-beams": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+@pytest.mark.parametrize("lengths", [(70, 70), (70, 31)], ids=["equal", "left-padded"])
+def test_generate(pair, ids, name, lengths):
+    if name == "lookup":
+        ids, lengths = ids[:1].repeat(1, 2), (90,)
+    ids, mask = padded(ids, lengths, "left")
+    tokens = []
+    for model in pair:
+        torch.manual_seed(5)
+        tokens.append(generate(model, ids, attention_mask=mask, **GENERATION[name]))
+    assert torch.equal(*tokens)
+
+
+def test_left_padding_changes_nothing(pair, ids):
+    """Each sequence of a padded batch gives the tokens that it gives alone."""
+    batch, mask = padded(ids, (29, 61), "left")
+    together = generate(pair[1], batch, attention_mask=mask)
+    for b, n in enumerate((29, 61)):
+        assert torch.equal(together[b : b + 1], generate(pair[1], ids[b : b + 1, :n]))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_padding_on_the_right_and_in_between(pair, ids, static):
+    """A batch padded on its right goes on with new tokens: then the padding lies between real tokens."""
+    batch, mask = padded(ids, (60, 37), "right")
+    batch = torch.cat([batch, ids[:, -8:]], 1)
+    mask = torch.cat([mask, torch.ones(2, 8).long()], 1)
+    caches = [
+        transformers.StaticCache(m.config, 80) if static else transformers.DynamicCache(config=m.config)
+        for m in pair
+    ]
+    dense, sparse = (
+        logits(m, batch, [60, 5, 1, 1, 1], cache, attention_mask=mask)
+        for m, cache in zip(pair, caches, strict=True)
+    )
+    assert_same(sparse[mask.bool()], dense[mask.bool()])
+
+
+@pytest.mark.parametrize("to_sparse", [True, False])
+def test_either_side_goes_on_from_the_others_cache(pair, ids, to_sparse):
+    first, then = pair if to_sparse else reversed(pair)
+    cache = transformers.DynamicCache(config=first.config)
+    first(ids[:, :50], past_key_values=cache)
+    assert_same(logits(then, ids[:, 50:], 4, cache), pair[0](ids).logits[:, 50:])
+
+
+def test_queries_in_chunks_are_the_same(pair, ids, monkeypatch):
+    whole = pair[1](ids).logits
+    monkeypatch.setattr(sa, "QUERY_BYTES", 2 * 7 * 4 * (40 + 16) * 4)  # seven tokens of two sequences
+    assert_same(pair[1](ids).logits, whole)
+
+
+def test_enough_topk_is_dense_attention(ids):
+    """With index_topk above the context every visible token is read, and the indexer does not run."""
+    dense = make("v32", index_topk=128)
+    sparse = copy.deepcopy(dense)
+    sa.enable(sparse)
+    batch, mask = padded(ids, (70, 41), "left")
+    for changes in ({}, {"attention_mask": mask}, {"attention_mask": mask.flip(1)}):
+        keep = changes.get("attention_mask", torch.ones_like(mask)).bool()
+        assert_same(sparse(batch, **changes).logits[keep], dense(batch, **changes).logits[keep])
+
+
+@pytest.mark.parametrize("kind", ["v32", "glm"])
+def test_selections_by_score(models, ids, kind, monkeypatch):
+    """Both sides' indices, compared by the scores that they select; ours never see the future."""
+    dense, sparse = models(kind)
+    theirs, ours = [], []
+    hooks = [
+        layer.self_attn.indexer.register_forward_hook(lambda module, args, out: theirs.append(out))
+        for layer in dense.model.layers
+    ]
+    lightning_topk = sa.lightning_topk
+
+    def recording(q, k, weights, topk, ks, ke, **options):
+        selected = lightning_topk(q, k, weights, topk, ks, ke, **options)
+        ours.append((selected, index_logits(q, k, weights, ks, ke, **options)))
+        return selected
+
+    monkeypatch.setattr(sa, "lightning_topk", recording)
+    dense(ids), sparse(ids)
+    for hook in hooks:
+        hook.remove()
+    assert len(ours) == len(theirs) == 2
+    for (selected, scores), dense_selected in zip(ours, theirs, strict=True):
+        dense_selected = dense_selected.flatten(0, 1)
+        visible = torch.arange(1, 71).repeat(2)
+        assert ((selected >= 0).sum(1) == visible.clamp_max(TOPK)).all()
+        enough = visible >= TOPK
+        got, expected = (
+            scores[enough].gather(1, i[enough].long()).sort(1).values for i in (selected, dense_selected)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["v32", "glm-shared"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_layers_are_as_exact(models, ids, kind, dtype):
+    """One layer in 16 bits against itself in fp64: our error is not above that of transformers' eager."""
+    dense, sparse = (m.model.layers[0].self_attn for m in models(kind))
+    hidden = torch.randn(2, 70, SIZES["hidden_size"])
+    rotary = models(kind)[0].model.rotary_emb
+
+    def run(layer, dtype):
+        layer = copy.deepcopy(layer).to(dtype)
+        layer.indexer.weights_proj.float()  # as from_pretrained does
+        x = hidden.to(dtype)
+        mask = None
+        if type(layer) in sa.SPARSE:
+            mask = torch.full((70, 70), torch.finfo(dtype).min, dtype=dtype).triu(1).expand(2, 1, -1, -1)
+        return layer(x, rotary(x, torch.arange(70)[None]), mask)[0].double()
+
+    truth = run(sparse, torch.float64)
+    scale = truth.abs().max()
+    ours, theirs = ((run(layer, dtype) - truth).abs().max() / scale for layer in (sparse, dense))
+    assert (run(dense, torch.float64) - truth).abs().max() / scale < 1e-6  # its softmax is fp32
+    assert ours <= 1.5 * theirs
+
+
+def test_no_mask_and_no_expanded_latent(models, ids):
+    """No tensor has both the rows of the cache and the new tokens, or the heads, among its dimensions."""
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.seen.add(tuple(tensor.shape))
+            return out
+
+    ids = ids.flatten()[None, :131]
+    found = []
+    for model in models("v32"):
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids[:, :100], past_key_values=cache)
+        with Shapes() as shapes:
+            model(ids[:, 100:], past_key_values=cache)  # 31 new tokens, 131 rows
+        found.append({s for s in shapes.seen if 131 in s and (31 in s or 4 in s)})
+    dense, sparse = found
+    assert dense and not sparse
+
+
+@pytest.mark.parametrize(("kind", "lengths"), [("v32", (60, 60)), ("glm-shared", (60, 25))])
+def test_the_decode_step_compiles_in_one_graph(models, ids, kind, lengths):
+    torch._dynamo.reset()
+    dense, sparse = models(kind)
+    batch, mask = padded(ids, lengths, "left")
+    models_and_steps = (
+        (dense, dense.forward),
+        (sparse, torch.compile(sparse.forward, fullgraph=True, backend="aot_eager")),
+    )
+    results = []
+    for model, step in models_and_steps:
+        model.set_experts_implementation("batched_mm")  # the loop over experts does not compile
+        cache, outs = transformers.StaticCache(model.config, 70), []
+        model(batch, past_key_values=cache, attention_mask=mask)
+        for t in range(4):
+            now = torch.cat([mask, torch.ones(2, t + 1).long()], 1)
+            full = torch.nn.functional.pad(now, (0, 70 - now.shape[1]))  # one shape for all steps
+            outs.append(step(ids[:, 60 + t : 61 + t], past_key_values=cache, attention_mask=full).logits)
+        model.set_experts_implementation("eager")
+        results.append(torch.cat(outs, 1))
+    assert_same(results[1], results[0])
+
+
+def test_disable_undoes_enable(ids):
+    model = make("glm-shared")
+    before, names = model(ids).logits, list(model.state_dict())
+    classes = [type(m) for m in model.modules()]
+    sa.enable(model)
+    sa.enable(model)
+    assert model.config._attn_implementation == "sparse_attn"
+    assert_same(model(ids).logits, before)
+    assert list(model.state_dict()) == names
+    assert_same(copy.deepcopy(model)(ids).logits, before)
+    sa.disable(model)
+    sa.disable(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_saved_model_knows_nothing_of_us(models, ids, tmp_path):
+    models("v32")[1].save_pretrained(tmp_path)
+    assert "sparse_attn" not in (tmp_path / "config.json").read_text()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(loaded(ids).logits, models("v32")[0](ids).logits)
+
+
+def test_accelerates_hooks_stay(ids):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make("v32")
+    before = model(ids).logits
+    layer = model.model.layers[1].self_attn
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(io_same_device=True))
+    sa.enable(model)
+    assert_same(model(ids).logits, before)
+    ran = []
+    layer._hf_hook.pre_forward = lambda module, *args, **kwargs: (ran.append(type(module)), (args, kwargs))[1]
+    model(ids)
+    assert ran == [sa.SparseDeepseekV32Attention]
+    assert layer._old_forward.__func__ is sa.SparseDeepseekV32Attention.forward
+    sa.disable(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_kv_b_proj_in_block_fp8(ids):
+    """Other fp8 projections need a GPU; this one is read directly, so it is tested here."""
+    model = make("v32")
+    sa.enable(model)
+    expected = copy.deepcopy(model)
+    for ours, exact in zip(model.model.layers, expected.model.layers, strict=True):
+        linear = ours.self_attn.kv_b_proj
+        weight = linear.weight.data
+        scale = torch.rand(6, 3) * 1e-3 + 1e-3
+        fp8 = (weight / dequantize_blocks(torch.ones_like(weight), scale, (32, 16))).to(torch.float8_e4m3fn)
+        linear.weight = torch.nn.Parameter(fp8, requires_grad=False)
+        linear.weight_scale_inv, linear.block_size = torch.nn.Parameter(scale), (32, 16)
+        exact.self_attn.kv_b_proj.weight.data = dequantize_blocks(fp8, scale, (32, 16))
+    sa.disable(model)
+    sa.enable(model)
+    assert_same(model(ids).logits, expected(ids).logits)
+
+
+def test_other_models_are_refused():
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32},
+            **{"num_hidden_layers": 1, "num_attention_heads": 2},
+        )
+    ).eval()
+    message = (
+        r"DeepseekV32Attention or GlmMoeDsaAttention \(transformers 5.*LlamaForCausalLM with LlamaAttention"
+    )
+    with pytest.raises(TypeError, match=message):
+        sa.enable(llama)
+    with pytest.raises(TypeError, match="transformers model, got Linear"):
+        sa.enable(torch.nn.Linear(2, 2))
+    sa.disable(llama)
+    llama.set_attn_implementation("sparse_attn")
+    with pytest.raises(TypeError, match=r"LlamaAttention, whose forward was not replaced; call .*enable"):
+        llama(torch.ones(1, 4).long())
+
+
+def test_other_kv_b_projections_are_refused():
+    class Adapter(torch.nn.Linear):
+        pass
+
+    model = make("v32")
+    layer = model.model.layers[1].self_attn
+    plain = layer.kv_b_proj
+    layer.kv_b_proj = Adapter(40, 176, bias=False)
+    with pytest.raises(TypeError, match=r"kv_b_proj: expected torch.nn.Linear .* got Adapter"):
+        sa.enable(model)
+    layer.kv_b_proj = torch.nn.Identity()
+    with pytest.raises(TypeError, match=r"kv_b_proj: .* got Identity with no weight"):
+        sa.enable(model)
+    layer.kv_b_proj = plain.to("meta")
+    with pytest.raises(TypeError, match=r"kv_b_proj: .*meta device"):
+        sa.enable(model)
+    assert not any(type(module) in sa.DENSE for module in model.modules())
+
+
+def test_what_cannot_be_right_is_refused(models, ids):
+    model = models("glm-shared")[1]
+    with pytest.raises(ValueError, match=r"attention_mask: .* none, got .2, 1, 70, 70."):
+        model(ids, attention_mask=torch.ones(2, 1, 70, 70))
+    with pytest.raises(ValueError, match="packed in a row"):
+        model(ids, position_ids=torch.arange(35).repeat(2)[None], use_cache=False)
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[2, 70\], got \[2, 80\]"):
+        model(ids, attention_mask=torch.ones(2, 80).triu(1).long(), use_cache=False)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"gradients: .*no_grad"):
+        model(ids)
+    model = copy.deepcopy(model).train()
+    with pytest.raises(ValueError, match="training mode in SparseGlmMoeDsaAttention"):
+        model(ids)
+    model.gradient_checkpointing_enable()
+    with torch.enable_grad(), pytest.raises(ValueError, match="no gradient checkpointing"):
+        model(ids)
+    model.eval()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="under attn_implementation 'eager'"):
+        model(ids)
+    layer = model.set_attn_implementation("sparse_attn") or model.model.layers[1].self_attn
+    x = torch.randn(1, 3, SIZES["hidden_size"])
+    with pytest.raises(ValueError, match=r"prev_topk_indices: .*layer 1 has no indexer"):
+        layer(x, model.model.rotary_emb(x, torch.arange(3)[None]), None)
+
+
+@pytest.mark.parametrize("version", ["5.19.0", "5.24.0.dev0", "4.57.1", "6.0"])
+def test_other_releases_are_refused(version):
+    with pytest.raises(ImportError, match=rf"is tested with 5\.20\.x to 5\.23\.x, got {version}"):
+        sa._check_version(version)
+    sa._check_version(transformers.__version__)
