@@ -23,7 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument(
         "--output", type=Path, default=Path("sparse-attn-demo"), help="folder for plots and results.json"
     )
+    doctor = commands.add_parser("doctor", help="what runs on what here, why, and whether it is right")
+    doctor.add_argument("--json", action="store_true", help="for other programs")
     options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        raise SystemExit(_doctor(options))
     try:
         _demo(options)
     except ModuleNotFoundError as error:
@@ -51,3 +55,11 @@ def _demo(options: argparse.Namespace) -> None:
         f"{time.perf_counter() - start:.0f} s. Plots and results.json are in {options.output}/. "
         "All of this ran on the CPU."
     )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from . import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found, indent=1)) if options.json else doctor.show(found)
+    return 1 if found["problems"] else 0
