@@ -4,11 +4,28 @@ Decode forms take q ``[h_q, 576]`` of one token and the latent cache kv ``[s_kv,
 ``[h_q, 512]``: absorbed multi-head latent attention over every token.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import sparse_mla
+from .timing import interleaved
+
+
+@functools.cache
+def gemm_dtype() -> torch.dtype:
+    """In which dtype torch multiplies bf16 tensors fastest here, conversion included.
+
+    Without bf16 instructions its bf16 product is many times slower than the fp32 one.
+    """
+    a, b = torch.randn(128, 576).bfloat16(), torch.randn(2048, 576).bfloat16()
+    timings = interleaved(
+        {dtype: lambda dtype=dtype: a.to(dtype) @ b.to(dtype).mT for dtype in (a.dtype, torch.float32)},
+        rounds=3,
+    )
+    return min(timings, key=lambda dtype: timings[dtype].low)
 
 
 def sdpa_folded(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
@@ -20,18 +37,18 @@ def sdpa_folded(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
 
 
 def gemm_chunked(q: Tensor, kv: Tensor, scale: float, d_v: int = 512, chunk: int = 4096) -> Tensor:
-    """Two matrix products a chunk of keys in the input dtype, with an online softmax in fp32."""
-    rows = q.shape[0]
+    """Two matrix products a chunk of keys in the fastest dtype, with an online softmax in fp32."""
+    rows, dtype = q.shape[0], gemm_dtype()
     row_max = torch.full((rows, 1), float("-inf"))
     row_sum, acc = torch.zeros(rows, 1), torch.zeros(rows, d_v)
-    scaled = q * scale
-    for keys in kv.split(chunk):
+    scaled = (q * scale).to(dtype)
+    for keys in (keys.to(dtype) for keys in kv.split(chunk)):
         scores = (scaled @ keys.mT).float()
         new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
         scores.sub_(new_max).exp_()
         alpha = (row_max - new_max).exp_()
         row_sum.mul_(alpha).add_(scores.sum(-1, keepdim=True))
-        acc.mul_(alpha).add_(scores.to(q.dtype) @ keys[:, :d_v])
+        acc.mul_(alpha).add_(scores.to(dtype) @ keys[:, :d_v])
         row_max = new_max
     return (acc / row_sum).to(q.dtype)
 
@@ -50,14 +67,14 @@ def mha_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128) 
     """
     s_q, s_kv = q.shape[1], k.shape[1]
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
-    for start in range(0, s_q, block):
-        stop = min(start + block, s_q)
-        seen = s_kv - s_q + stop
-        visible = torch.ones(stop - start, seen, dtype=torch.bool).tril(s_kv - s_q + start)
-        mask = torch.where(visible, 0.0, float("-inf")).to(q.dtype)
-        for head in range(q.shape[0]):
-            scores = (q[head, start:stop] @ k[head, :seen].mT).mul_(scale).add_(mask)
-            torch.mm(scores.softmax(-1), v[head, :seen], out=out[head, start:stop])
+    for head, (queries, keys, values) in enumerate(zip(q, k, v, strict=True)):
+        queries, keys, values = (x.to(gemm_dtype()) for x in (queries, keys, values))
+        for start in range(0, s_q, block):
+            stop = min(start + block, s_q)
+            seen = s_kv - s_q + stop
+            hidden = torch.ones(stop - start, seen, dtype=torch.bool).triu(s_kv - s_q + start + 1)
+            scores = (queries[start:stop] @ keys[:seen].mT).mul_(scale).masked_fill_(hidden, float("-inf"))
+            out[head, start:stop] = scores.softmax(-1) @ values[:seen]
     return out
 
 

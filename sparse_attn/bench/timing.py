@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -29,32 +30,63 @@ class Timing:
     high: float
 
 
-def interleaved(
-    functions: dict[str, Callable[[], object]], rounds: int = 5, progress: Callable[[], None] | None = None
-) -> dict[str, Timing]:
-    """Time each function once a round, in turn, so that a drift of the machine meets all of them.
-
-    Every function runs once before, unmeasured. ``progress`` is called after each sample. Runs on
-    the CPU: nothing is synchronised.
-    """
-    calls = {}
-    for name, function in functions.items():
-        function()
-        calls[name] = max(1, round(SAMPLE_SECONDS / max(_seconds(function, 1), 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            samples[name].append(_seconds(function, calls[name]))
-            if progress:
-                progress()
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+Clock = Callable[[Callable[[], object], int], float]  # a function, how often -> mean seconds a call
 
 
-def _seconds(function: Callable[[], object], calls: int) -> float:
+def cpu_clock(function: Callable[[], object], calls: int) -> float:
+    """Of functions that run on the CPU: nothing is synchronised."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
     return (time.perf_counter() - start) / calls
+
+
+class CudaClock:
+    """Of functions that run on a CUDA device, by its own events.
+
+    Before each call the L2 cache is filled with zeros. The GPU then sleeps while the launches queue up behind
+    it, so that the time between the events is its own and not that of Python.
+    """
+
+    SLEEP_CYCLES = 2_000_000  # about a millisecond
+
+    def __init__(self, device: torch.device | str = "cuda"):
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
+
+    def __call__(self, function: Callable[[], object], calls: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for start, end in events:
+            self.flush.zero_()
+            torch.cuda._sleep(self.SLEEP_CYCLES)  # without a public name, but what torch's own tests use
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize(self.flush.device)
+        return sum(start.elapsed_time(end) for start, end in events) * 1e-3 / calls
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]],
+    rounds: int = 5,
+    progress: Callable[[], None] | None = None,
+    clock: Clock = cpu_clock,
+) -> dict[str, Timing]:
+    """Time each function once a round, in turn, so that a drift of the machine meets all of them.
+
+    Every function runs once before, unmeasured. ``progress`` is called after each sample.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()
+        calls[name] = max(1, round(SAMPLE_SECONDS / max(clock(function, 1), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(clock(function, calls[name]))
+            if progress:
+                progress()
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
 
 
 def peak_memory(function: Callable[[], object]) -> int | None:
@@ -83,7 +115,7 @@ def _kibibytes(status: str, field: str) -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What a figure depends on: processor, instruction set, threads, versions."""
+    """What a figure depends on: processor, instruction set, threads, versions, GPU if there is one."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
@@ -96,6 +128,30 @@ def machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "sparse_attn": __version__,
+        **_gpu(),
+    }
+
+
+def _gpu() -> dict[str, str | int]:
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    smi = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem",
+        "--format=csv",
+    ]
+    try:
+        said = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = f"nvidia-smi: {error}"
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda or "none",
+        "nvidia_smi": said,
     }
 
 

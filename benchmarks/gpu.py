@@ -1,0 +1,83 @@
+"""Run all tests on this machine's GPU, time every operation, and write a dated record with the card's name.
+
+Results are checked against fp64 before they are timed. Times are the GPU's own, by events, with the L2 cache
+flushed before each call. --dry-run walks through it on the CPU with tiny sizes: those times mean nothing.
+"""
+
+import argparse
+import datetime
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sparse_attn.bench import gpu, timing
+
+ROOT = Path(__file__).parents[1]
+RECORDS = Path(__file__).parent / "records"
+NO_GPU = "make gpu needs a CUDA GPU, and torch {} finds none (ARGS=--dry-run walks through it on the CPU)."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--skip-tests", action="store_true", help="only time")
+    parser.add_argument("--only", default="", metavar="TEXT", help=f"of {', '.join(gpu.GROUPS)}")
+    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default 10)")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the record (default benchmarks/records; a dry run keeps none)"
+    )
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        sys.exit(NO_GPU.format(torch.__version__))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.output or (Path(scratch) if options.dry_run else RECORDS)
+        sys.exit(0 if record(options, folder) else 1)
+
+
+def record(options: argparse.Namespace, folder: Path) -> bool:
+    """Test, time and write; whether all of it was right."""
+    torch.manual_seed(0)
+    now, console = datetime.datetime.now(), Console(record=True, width=160)
+    if options.dry_run:
+        torch.set_num_threads(1)
+        device, card, sizes, clock = torch.device("cpu"), "dry run on a CPU", gpu.TINY, timing.cpu_clock
+    else:
+        device, sizes = torch.device("cuda"), gpu.FULL
+        card, clock = torch.cuda.get_device_name(), timing.CudaClock(device)
+    console.print(f"{card}, torch {torch.__version__}, {now:%Y-%m-%d %H:%M}", highlight=False)
+    passed, tests = (True, "skipped") if options.skip_tests else run_tests(options.dry_run)
+    console.print(f"tests: {tests}", highlight=False)
+    with torch.inference_mode():
+        lines = gpu.run(console, device, sizes, options.rounds, clock, options.only)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{now:%Y-%m-%d-%H%M}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.jsonl"
+    about = {"card": card, "date": f"{now:%Y-%m-%d}", "dry_run": options.dry_run, "tests": tests}
+    timing.append_json(str(path), "gpu", [{**about, **line} for line in lines])
+    path.with_suffix(".txt").write_text(console.export_text())
+    print(f"{path} and .txt")
+    return passed and bool(lines) and not any("not_timed" in line for line in lines)
+
+
+def run_tests(dry_run: bool) -> tuple[bool, str]:
+    """Did pytest pass, and its closing line. A dry run only collects some tests."""
+    # Not `python -m pytest`: that puts the repository on sys.path, where kernels/ passes for another package.
+    command = [str(Path(sys.executable).with_name("pytest"))]
+    command += ["--collect-only", "-q", "tests/test_index.py"] if dry_run else []
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    last = ""
+    for line in process.stdout:
+        if not dry_run:
+            print(line, end="", flush=True)
+        last = line.strip(" =\n") or last
+    return process.wait() == 0, last
+
+
+if __name__ == "__main__":
+    main()

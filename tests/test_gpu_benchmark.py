@@ -1,0 +1,245 @@
+"""`make gpu` on a machine without a GPU: the same code with tiny sizes, other libraries impersonated."""
+
+import importlib.util
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="rich is in the demo extra")
+
+from rich.console import Console
+
+from sparse_attn import reference
+from sparse_attn.bench import gpu, timing
+from sparse_attn.testing import assert_close, relative_error
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """The script's main with the given arguments, in this process; gives its exit status."""
+    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    threads = torch.get_num_threads()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        return stop.value.code
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def console(tmp_path):
+    with open(tmp_path / "printed.txt", "w") as file:
+        yield Console(file=file, width=200)
+
+
+def cases(sizes=gpu.TINY):
+    return {group: next(iter(make(sizes, CPU)))[1]() for group, make in gpu.GROUPS.items()}
+
+
+def test_without_a_gpu_it_says_so_in_a_sentence(command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = command()
+    assert said.startswith("make gpu needs a CUDA GPU") and said.count("\n") == 0 and len(said) < 120
+
+
+def test_a_dry_run_times_every_operation_and_writes_a_record(command, tmp_path):
+    assert command("--dry-run", "--rounds", 1, "--output", tmp_path / "records") == 0
+    (record,) = (tmp_path / "records").glob("*-dry-run-on-a-cpu.jsonl")
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [line["group"] for line in lines] == list(gpu.GROUPS)
+    for line in lines:
+        assert line["dry_run"] and line["benchmark"] == "gpu" and "tests collected" in line["tests"]
+        assert line["machine"]["torch"] == torch.__version__ and line["date"] in record.name
+        assert line["failed"] == {} and "not_timed" not in line
+        assert len(line["seconds"]) >= 2 and all(t["median"] > 0 for t in line["seconds"].values())
+    table = record.with_suffix(".txt").read_text()
+    assert all(f"{group}, ms" in table for group in gpu.GROUPS) and "dry run on a CPU" in table
+
+
+def test_failing_tests_and_unknown_groups_fail_the_run(command, monkeypatch, tmp_path):
+    options = "--dry-run", "--rounds", 1, "--output", tmp_path
+    assert command(*options, "--only", "merge_attention", "--skip-tests") == 0
+    assert command(*options, "--only", "no such group", "--skip-tests") == 1
+    pytest_that_fails = tmp_path / "pytest"
+    pytest_that_fails.write_text("#!/bin/sh\necho '== 1 failed in 0.1s =='\nexit 1\n")
+    pytest_that_fails.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert command(*options, "--only", "merge_attention") == 1
+    (record,) = tmp_path.glob("*.jsonl")
+    assert [json.loads(line)["tests"] for line in record.read_text().splitlines()] == [
+        "skipped",
+        "1 failed in 0.1s",
+    ]
+
+
+def test_a_wrong_result_is_not_timed(console, monkeypatch, tmp_path):
+    right = gpu.merge_attention
+    monkeypatch.setattr(gpu, "merge_attention", lambda outs, lses: (right(outs, lses)[0] * 1.1, None))
+    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, "merge_attention")
+    assert line["seconds"] == {} and "exceeds the budget" in line["not_timed"]
+    console.file.flush()
+    assert "not timed: AssertionError" in (tmp_path / "printed.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "group, function", [("MLA decode", "lightning_topk"), ("select_topk", "select_topk")]
+)
+def test_another_selection_is_not_timed(console, monkeypatch, group, function):
+    right = getattr(gpu, function)
+
+    def wrong(*args, **options):
+        selected = right(*args, **options)
+        selected[-1, -1] = -1
+        return selected
+
+    monkeypatch.setattr(gpu, function, wrong)
+    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, group)
+    assert line["seconds"] == {} and "selection differs" in line["not_timed"]
+
+
+def test_a_peer_that_cannot_run_is_named(console, tmp_path):
+    def broken():
+        raise RuntimeError("not built for sm_75\nand more")
+
+    case = gpu.Case("", {"ours": lambda: torch.ones(2), "peer": broken}, lambda: None)
+    line = gpu.measure(lambda: case, 1, timing.cpu_clock)
+    assert list(line["seconds"]) == ["ours"] and line["failed"] == {
+        "peer": "RuntimeError: not built for sm_75"
+    }
+    gpu.show(console, "group", [{"case": "x", **line}])
+    console.file.flush()
+    assert "x, peer: RuntimeError: not built for sm_75" in (tmp_path / "printed.txt").read_text()
+
+
+def test_the_dense_peers_are_attention_over_everything():
+    everything = gpu.TINY._replace(topk=128)
+    for group, case in cases(everything).items():
+        ours = case.functions.get("attend") or case.functions.get("sparse_gqa")
+        for name, function in case.functions.items():
+            if "dense" in name and "expanded" not in name:  # those have heads of their own
+                out = function()
+                assert relative_error(out[..., : ours().shape[-1]], ours()) < 2e-2, (
+                    group,
+                    name,
+                )  # GEMM rounds scores
+
+
+def test_the_expanded_heads_are_causal_attention():
+    q, k, v = (torch.randn(1, 3, n, 24, dtype=torch.bfloat16) for n in (5, 40, 40))
+    scores = q.double() @ k.double().mT * 0.3
+    scores.masked_fill_(torch.ones(5, 40).triu(36).bool(), float("-inf"))
+    assert_close(gpu._sdpa_causal(q, k, v, 0.3), scores.softmax(-1) @ v.double(), factor=6)
+
+
+def install(monkeypatch, **modules):
+    for name, content in modules.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
+
+
+def test_flash_mla_is_called_as_documented(monkeypatch):
+    def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512):
+        s_q, s_kv = q.shape[0], kv.shape[0]
+        assert q.shape == (s_q, 4, 576) and kv.shape == (s_kv, 1, 576) and indices.shape == (s_q, 1, 16)
+        assert indices.dtype == torch.int32 and q.dtype == kv.dtype == torch.bfloat16
+        out, lse = reference.sparse_mla(q.double(), kv[:, 0].double(), indices[:, 0], d_v, sm_scale)
+        return out, lse, lse
+
+    install(monkeypatch, flash_mla={"flash_mla_sparse_fwd": flash_mla_sparse_fwd})
+    for group, case in cases().items():
+        if "MLA" in group:
+            functions = case.functions
+            assert_close(functions["attend"](), functions["attend, FlashMLA"](), factor=2.5)
+
+
+def test_flashinfer_is_called_as_documented(monkeypatch):
+    class BatchMLAPagedAttentionWrapper:
+        def __init__(self, workspace):
+            assert workspace.dtype == torch.int8
+
+        def plan(
+            self,
+            qo_indptr,
+            kv_indptr,
+            kv_indices,
+            kv_len,
+            heads,
+            ckv,
+            kpe,
+            page_size,
+            causal,
+            scale,
+            q_type,
+            kv_type,
+        ):
+            assert qo_indptr.tolist() == [0, 1, 2] and kv_indptr.tolist() == [0, 128, 256]
+            assert kv_indices.tolist() == list(range(256)) and kv_len.tolist() == [128, 128]
+            assert (heads, ckv, kpe, page_size, causal) == (4, 512, 64, 1, False)
+            self.scale = scale
+
+        def run(self, q_nope, q_pe, ckv, kpe):
+            assert q_nope.shape == (2, 4, 512) and q_pe.shape == (2, 4, 64)
+            assert ckv.shape == (256, 1, 512) and kpe.shape == (256, 1, 64)
+            q, kv = torch.cat([q_nope, q_pe], -1), torch.cat([ckv, kpe], -1)[:, 0]
+            rows = torch.arange(256, dtype=torch.int32).view(2, 128)
+            return reference.sparse_mla(q.double(), kv.double(), rows, 512, self.scale)[0]
+
+    def single_prefill_with_kv_cache(q, k, v, causal):
+        assert causal and q.shape == (5, 4, 128) and k.shape == v.shape == (128, 2, 128)
+        rows = torch.arange(128, dtype=torch.int32).expand(5, -1)
+        lengths = torch.arange(124, 129, dtype=torch.int32)
+        return reference.sparse_gqa(*(x.double() for x in (q, k, v)), rows, 128**-0.5, topk_length=lengths)[0]
+
+    install(
+        monkeypatch,
+        flashinfer={"single_prefill_with_kv_cache": single_prefill_with_kv_cache},
+        flashinfer__mla={"BatchMLAPagedAttentionWrapper": BatchMLAPagedAttentionWrapper},
+    )
+    made = cases(gpu.TINY._replace(topk=128))
+    for group, ours in (("MLA decode", "attend"), ("GQA prefill", "sparse_gqa")):
+        functions = made[group].functions
+        assert_close(functions[ours](), functions["dense FlashInfer"](), factor=2.5)
+
+
+def test_the_cuda_clock_flushes_waits_and_measures_each_call(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(log)
+            log.append("record")
+
+        def elapsed_time(self, end):
+            return 2.0 * (end.at - self.at)  # milliseconds
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000)
+    )
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    clock = timing.CudaClock("cpu")
+    assert clock.flush.nbytes >= 2000
+    clock.flush.fill_(1)
+    seconds = clock(lambda: log.append("call" if clock.flush.sum() == 0 else "cache not flushed"), 2)
+    assert log == ["sleep", "record", "call", "record"] * 2 + ["synchronize"]
+    assert seconds == pytest.approx(4e-3)
