@@ -3,10 +3,12 @@
 # Plain enough for make 3.81 (macOS).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench kernels-report gpu clean
 
 PYTHON ?=
 PYTEST_ARGS ?=
+ARGS ?=
+TRITON ?=
 READY := .venv/.ready
 
 # Waiting threads sleep instead of spinning: on a machine that is busy with other work, two spinning
@@ -19,6 +21,9 @@ help:
 	@echo "make check    lint and check the formatting"
 	@echo "make format   repair both where that is mechanical"
 	@echo "make bench    time one layer against dense attention, quickly"
+	@echo "make kernels-report    compile every GPU kernel for every architecture, without a GPU: registers, spills,"
+	@echo "              shared memory, instructions; ARGS='--quick --arch 90', TRITON=3.6.0 for another Triton"
+	@echo "make gpu      on a CUDA GPU: run all tests on it, time everything, write a record; ARGS=--dry-run without one"
 	@echo "make clean    remove .venv and everything that was built or cached"
 
 demo: $(READY)
@@ -38,6 +43,17 @@ format: $(READY)
 
 bench: $(READY)
 	.venv/bin/python benchmarks/layer.py --quick
+
+# Another Triton goes beside the pinned one and before it on the path; nothing else changes.
+OTHER_TRITON := .venv/triton-$(TRITON)
+kernels-report: $(READY)
+ifneq ($(TRITON),)
+	test -d $(OTHER_TRITON) || .venv/bin/python -m pip install --no-deps --target $(OTHER_TRITON) triton==$(TRITON)
+endif
+	$(if $(TRITON),PYTHONPATH=$(OTHER_TRITON)) .venv/bin/python benchmarks/kernels_report.py $(ARGS)
+
+gpu: $(READY)
+	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache sparse-attn-demo

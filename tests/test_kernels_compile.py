@@ -1,206 +1,304 @@
 """What the kernels become on each architecture: compiled ahead of time with the launchers' own
 configurations, and read back as machine code. No GPU is needed, and nothing runs."""
 
-import importlib
+import dataclasses
+import importlib.util
+import json
 import os
-import re
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
-from sparse_attn.kernels import configs  # noqa: E402
+from sparse_attn import ops  # noqa: E402
+from sparse_attn.aot import bounds, cases, report, sass  # noqa: E402
+from sparse_attn.aot.cases import CASES, Product  # noqa: E402
+from sparse_attn.aot.launch import compile_launches  # noqa: E402
 
-SHARED_MEMORY_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}
-ARCHITECTURES = list(SHARED_MEMORY_KIB)
-TENSOR_MEMORY_COLUMNS = 512
-BF16, FP32 = torch.bfloat16, torch.float32
-
-
-class Target:
-    """A Triton driver for a GPU that is not there; its architecture is its device number."""
-
-    def __init__(self, arch):
-        self.arch = arch
-
-    def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self):
-        return self.arch
-
-    def get_current_stream(self, device):
-        return 0
+BUDGETS = Path(__file__).parents[1] / "benchmarks" / "kernels_budget"
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """A function (arch, op, arguments) -> the kernel that the op's launcher would launch."""
-
-    def compile_for(arch, op, arguments):
-        module = importlib.import_module(f"sparse_attn.kernels.{op}")
-        kernel = getattr(module, f"_{op}_kernel")
-        result = []
-
-        class Launch:
-            def __getitem__(self, grid):
-                return lambda *args, **options: result.append(kernel.warmup(*args, grid=grid, **options))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module, kernel.__name__, Launch())
-            patch.setattr(configs, "architecture", lambda device: arch)
-            patch.setattr(triton.runtime.driver, "_active", Target(arch))
-            getattr(module, op)(*arguments)
-        return result[0]
-
-    return compile_for
-
-
-def disassemble(kernel, path: Path) -> list[str]:
-    path.write_bytes(kernel.asm["cubin"])
-    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    done = subprocess.run([nvdisasm, "-c", path], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
-
-
-def loops(lines: list[str]) -> list[list[str]]:
-    """The instructions between each backward branch and its target, in the code before the final EXIT.
-
-    Behind it lie waits that were moved out of line, which branch back from there but are no loops.
-    """
-    label_at, found = {}, []
-    for i, line in enumerate(lines):
-        if label := re.match(r"(\.L_\w+):", line):
-            label_at[label[1]] = i
-        elif (branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and branch[1] in label_at:
-            found.append(lines[label_at[branch[1]] : i])
-        elif re.search(r"\*/ +EXIT\b", line):
-            break
+@pytest.fixture(scope="module")
+def rows():
+    """Of what the tests compile, in a few processes: the kernels of each (case, architecture)."""
+    found = {}
+    for row in report.rows(lambda case, arch: arch in case.quick):
+        found.setdefault((row.op, row.case, row.arch), []).append(row)
     return found
 
 
-def count(lines: list[str], *opcodes: str) -> int:
-    return sum(bool(re.search(rf"\s(?:{'|'.join(opcodes)})[.\s]", line)) for line in lines)
+def expected_opcodes(row):
+    """Tensor cores for what is no fp32: the architecture's own instructions for tiles of 64 rows and more."""
+    if "fp32" in row.case:
+        return bounds.FP32
+    if cases.PRODUCTS[row.kernel](row.constants)[0].m >= 64:
+        return {90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA")}.get(row.arch, ("HMMA", "QMMA"))
+    return "HMMA", "QMMA"
 
 
-def check(kernel, arch, path, tensor_cores=None) -> list[str]:
-    """Within the limits of the architecture; returns the main loop, which has no spills."""
-    shared_kib, columns = kernel.metadata.shared / 1024, getattr(kernel.metadata, "tmem_size", None) or 0
-    assert shared_kib <= SHARED_MEMORY_KIB[arch]
-    assert columns <= TENSOR_MEMORY_COLUMNS
-    opcode = tensor_cores or "FFMA"
-    main = max(loops(disassemble(kernel, path / "kernel.cubin")), key=lambda loop: count(loop, opcode))
-    instructions, spills = count(main, opcode), count(main, "LDL", "STL")
-    assert instructions > 0, f"no {opcode} in any loop"
-    assert spills == 0, "the main loop spills registers"
-    return main
+@pytest.mark.parametrize(
+    "case, arch",
+    [(case, arch) for case in CASES for arch in case.quick],
+    ids=lambda value: f"{value.op}-{value.label}" if isinstance(value, cases.Case) else f"sm_{value}",
+)
+def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
+    for row in rows[case.op, case.label, arch]:
+        assert row.impossible() == []
+        assert min(row.blocks.values()) > 0
+        assert row.instructions > 0 and row.loads
+        assert row.loop_spills == 0
+        if row.work is not None:
+            assert {opcode.partition(".")[0] for opcode in row.matrix} <= set(expected_opcodes(row))
+            assert 1 <= row.work < 1.05  # no product twice, as when warpgroups all compute the same scores
+            assert {"LDGSTS 16", "LDG 16"} & row.loads.keys()  # rows are gathered 16 bytes at a time
 
 
-def empty(*shape, dtype=BF16):
-    return torch.empty(shape, dtype=dtype, device="meta")
+def test_no_kernel_is_worse_than_its_budget(rows):
+    path = report.budget_file(BUDGETS)
+    if not path.exists():
+        pytest.skip(f"there is no budget for Triton {report.version()}")
+    budget = report.read_budget(path)
+    lines = [
+        f"{row.key}: {line}" for part in rows.values() for row in part for line in report.worse(row, budget)
+    ]
+    assert not lines, "make kernels-report ARGS=--update-budget if this is meant\n" + "\n".join(lines)
 
 
-def int32(*shape):
-    return empty(*shape, dtype=torch.int32)
+def test_the_budget_holds_every_case():
+    path = report.budget_file(BUDGETS)
+    if not path.exists():
+        pytest.skip(f"there is no budget for Triton {report.version()}")
+    held = {key.rpartition(" | ")[0] for key in report.read_budget(path)}
+    assert held == {
+        f"{case.op} | {case.label} | sm_{arch}" for case in CASES for arch in bounds.ARCHITECTURES
+    }
 
 
-def mla_arguments(h_q, d_qk=576, dtype=BF16, s_q=64, s_kv=100_000, topk=2048, extra=False):
-    return (
-        *(empty(s_q, h_q, d_qk, dtype=dtype), empty(s_kv, d_qk, dtype=dtype), int32(s_q, topk), 512, 0.1),
-        *(int32(s_q), empty(h_q, dtype=FP32)),
-        *((empty(999, d_qk, dtype=dtype), int32(s_q, 128), int32(s_q)) if extra else (None, None, None)),
-        *(empty(s_q, h_q, 512, dtype=dtype), empty(s_q, h_q, dtype=FP32)),
-    )
+def test_relu_passes_nan_on():
+    (launch,) = compile_launches("index_logits", 90, cases.index(64))
+    assert "max.NaN.f32" in launch.kernel.asm["ptx"]  # the interpreter cannot tell
 
 
-def gqa_arguments(h_q, h_kv, d, dtype=BF16, s_q=64, s_kv=100_000, topk=2048, per_head=False):
-    return (
-        *(empty(s_q, h_q, d, dtype=dtype), *(empty(s_kv, h_kv, d, dtype=dtype) for _ in "kv")),
-        *(int32(s_q, h_kv, topk) if per_head else int32(s_q, topk), 0.1, int32(s_q), empty(h_q, dtype=FP32)),
-        *(empty(s_q, h_q, d, dtype=dtype), empty(s_q, h_q, dtype=FP32)),
-    )
-
-
-def index_arguments(h, dtype=BF16, s_q=64, s_kv=100_000, paged_rows=0):
-    k, table, width = empty(s_kv, 128, dtype=dtype), None, s_kv
-    if paged_rows:
-        k, table, width = (
-            empty(s_kv // 64, 64, 128, dtype=dtype),
-            int32(paged_rows, s_kv // 64),
-            s_kv // 64 * 64,
-        )
-    inputs = empty(s_q, h, 128, dtype=dtype), k, empty(s_q, h, dtype=FP32), int32(s_q), int32(s_q)
-    return *inputs, table, empty(s_q, width, dtype=FP32)
-
-
-def merge_arguments(n, s_q=64, h=128):
-    return empty(n, s_q, h, 512), empty(n, s_q, h, dtype=FP32), empty(s_q, h, 512), empty(s_q, h, dtype=FP32)
-
-
-MMA_SYNC = dict.fromkeys(ARCHITECTURES, "HMMA")
-LARGE_TILES = {**MMA_SYNC, 90: "HGMMA", 100: "UTCHMMA"}  # from 64 rows on
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("options", [{"h_q": 16}, {"h_q": 128}, {"h_q": 128, "d_qk": 512, "extra": True}])
-def test_sparse_mla(compiled, arch, options, tmp_path):
-    kernel = compiled(arch, "sparse_mla", mla_arguments(**options))
-    main = check(kernel, arch, tmp_path, (MMA_SYNC if options["h_q"] == 16 else LARGE_TILES)[arch])
-    if arch == 90 and options == {"h_q": 128}:
-        assert count(main, "HGMMA") == 36 + 4  # each warpgroup its half of the scores, not all of them
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("heads_and_width", [(24, 2, 256), (64, 1, 128)])
-def test_sparse_gqa(compiled, arch, heads_and_width, tmp_path):
-    kernel = compiled(arch, "sparse_gqa", gqa_arguments(*heads_and_width))
-    check(kernel, arch, tmp_path, (MMA_SYNC if heads_and_width[0] == 24 else LARGE_TILES)[arch])
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("h, paged_rows", [(64, 0), (128, 2)])
-def test_index_logits(compiled, arch, h, paged_rows, tmp_path):
-    kernel = compiled(arch, "index_logits", index_arguments(h, paged_rows=paged_rows))
-    check(kernel, arch, tmp_path, LARGE_TILES[arch])
-    assert "max.NaN.f32" in kernel.asm["ptx"]  # relu passes NaN on; the interpreter cannot tell
-
-
-@pytest.mark.parametrize("arch", [86, 90])
-def test_fp32(compiled, arch, tmp_path):
-    for op, arguments in (
-        ("sparse_mla", mla_arguments(64, dtype=FP32)),
-        ("sparse_gqa", gqa_arguments(24, 2, 256, dtype=FP32)),
-        ("index_logits", index_arguments(64, dtype=FP32)),
-    ):
-        check(compiled(arch, op, arguments), arch, tmp_path)
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_merge_attention(compiled, arch, tmp_path):
-    check(compiled(arch, "merge_attention", merge_arguments(4)), arch, tmp_path)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_histogram_counts_equal_digits_at_full_speed(arch):
+    (launch,) = compile_launches("select_topk", arch, cases.select(512, 1 << 17))
+    text = sass.disassemble(launch.kernel.asm["cubin"])
+    atomics = [line for line in text.splitlines() if " ATOMS" in line]
+    assert atomics and all("ATOMS.POPC.INC" in line for line in atomics)
 
 
 def different_sizes():
     sizes = [{}, {"s_q": 1}, {"s_q": 33, "s_kv": 100_003}, {"s_kv": 1}]
     topks = [{"topk": 1}, {"topk": 33}]
-    yield "sparse_mla", [mla_arguments(16, **size) for size in sizes + topks]
-    yield "sparse_gqa", [gqa_arguments(24, 2, 128, per_head=True, **size) for size in sizes + topks]
-    yield "index_logits", [index_arguments(64, **size) for size in sizes]
+    yield "sparse_mla", [cases.mla(16, **size) for size in sizes + topks]
+    yield "sparse_gqa", [cases.gqa(24, 2, 128, per_head=True, **size) for size in sizes + topks]
+    yield "index_logits", [cases.index(64, **size) for size in sizes]
     pages = [{"s_kv": 64}, {"s_kv": 6400}, {"s_q": 3, "s_kv": 64 * 333}]
     yield (
         "index_logits",
-        [index_arguments(64, **size, paged_rows=n) for size, n in zip(pages, (1, 2, 3), strict=True)],
+        [cases.index(64, **size, paged_rows=n) for size, n in zip(pages, (1, 2, 3), strict=True)],
     )
-    yield "merge_attention", [merge_arguments(n, s_q) for n, s_q in ((1, 64), (4, 1), (7, 33))]
+    yield "select_topk", [cases.select(*size) for size in ((512, 1 << 17), (65, 3200), (200, 160, 1))]
+    yield "merge_attention", [cases.merge(n, s_q) for n, s_q in ((1, 64), (4, 1), (7, 33))]
 
 
 @pytest.mark.parametrize(
     "op, launches", list(different_sizes()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_sizes_do_not_recompile(compiled, op, launches):
-    assert len({id(compiled(80, op, arguments)) for arguments in launches}) == 1
+def test_sizes_compile_two_variants_at_most(op, launches):
+    """One for few queries (whose tiles are split, or that share no keys), and one for many."""
+    variants = {}
+    for arguments in launches:
+        for launch in compile_launches(op, 80, arguments):
+            variants.setdefault(launch.name, set()).add(id(launch.kernel))
+    assert max(map(len, variants.values())) <= 2, {name: len(found) for name, found in variants.items()}
+
+
+# The report itself.
+
+
+def test_every_kernel_of_a_launcher_is_caught(monkeypatch):
+    def twice(*arguments):
+        for _ in range(2):
+            ops.implementation("merge_attention", "triton")(*arguments)
+
+    monkeypatch.setitem(ops.SCHEMAS, "twice", "")
+    implementation = ops.implementation
+    monkeypatch.setattr(
+        ops, "implementation", lambda op, backend: twice if op == "twice" else implementation(op, backend)
+    )
+    launches = compile_launches("twice", 80, cases.merge(2))
+    assert [launch.name for launch in launches] == ["_merge_attention_kernel"] * 2
+    assert launches[0].constants["BLOCK_V"] == 512 and launches[0].warps == 4
+
+
+def sass_of(*lines):
+    """Numbered as nvdisasm does, labels aside."""
+    numbered = [
+        line if line.endswith(":") else f"        /*{16 * n:04x}*/ {line} ;" for n, line in enumerate(lines)
+    ]
+    return sass.parse("\n".join(numbered))
+
+
+NESTED = (
+    *("MOV R1, R2", ".L_x_0:", "LDG.E R3, [R4.64]", ".L_x_1:", "LDGSTS.E.BYPASS.128 [R5], [R6.64]"),
+    *("@!P1 BRA `(.L_x_3)", ".L_x_2:", "STL [R1], R7", "@P0 BRA `(.L_x_1)", "LDL R8, [R1]"),
+    *("BRA P2, `(.L_x_0)", "EXIT", ".L_x_3:", "YIELD", "@!P3 BRA `(.L_x_3)", "BRA `(.L_x_2)"),
+)
+
+
+def test_loops_are_found_with_what_was_moved_out_of_line():
+    code = sass_of(*NESTED)
+    found = [[code.instructions[place].name for place in loop] for loop in sass.loops(code)]
+    waiting = ["YIELD", "BRA", "BRA"]
+    inner = ["LDGSTS", "BRA", "STL", "BRA", *waiting]
+    assert found == [["LDG", *inner[:4], "LDL", "BRA", *waiting], inner, ["YIELD", "BRA"]]
+    assert sass.loops(sass_of("BRA `(.L_x_1)", ".L_x_0:", "EXIT", ".L_x_1:", "BRA `(.L_x_0)")) == []
+
+
+def test_a_warp_specialised_kernel_has_a_loop_in_each_partition():
+    dispatch = (
+        *(".L_x_0:", "@P0 BRA `(.L_x_2)"),
+        *(".L_x_1:", "HGMMA.64x64x16.F32.BF16 R8, gdesc[UR4], R8", "@P1 BRA `(.L_x_1)", "STL [R1], R2"),
+        *(".L_x_2:", "LDGSTS.E.BYPASS.128 [R5], [R6.64]", "@P1 BRA `(.L_x_2)", "@P2 BRA `(.L_x_0)", "EXIT"),
+    )
+    ttgir = '"ttg.num-warps" = 4 ttg.warp_specialize(%a) partition0(%b: i32) num_warps(8) {'
+    launch = SimpleNamespace(name="k", warps=12, kernel=SimpleNamespace(asm={"ttgir": ttgir}))
+    in_loops, executed = report._main_loop(sass_of(*dispatch), launch, [Product(64, 64, 16)])
+    assert [(i.name, warps) for i, warps in executed] == [("HGMMA", 4), ("BRA", 4), ("LDGSTS", 8), ("BRA", 8)]
+    assert sass.count(in_loops, "STL") == 0  # between the loops
+    launch.kernel.asm["ttgir"] += " partition1(%c: i32) num_warps(4)"
+    with pytest.raises(ValueError, match="3 partitions, but 2 loops"):
+        report._main_loop(sass_of(*dispatch), launch, [Product(64, 64, 16)])
+
+
+def test_widths_of_memory_instructions():
+    widths = {
+        **{"LDG.E": 4, "LDG.E.U8.CONSTANT": 1, "LDG.E.64": 8, "LDG.E.ENL2.256": 32, "LDS.U16": 2},
+        **{"LDGSTS.E.BYPASS.128": 16, "LDSM.16.M88.4": 16, "LDSM.16.M88": 4, "STSM.16.M88.2": 8},
+    }
+    for opcode, width in widths.items():
+        assert sass.bytes_a_lane(sass.Instruction(None, opcode, "")) == width, opcode
+
+
+def test_bounds_of_a_known_loop():
+    """MLA, 64 x 64, on an H100, counted by hand: scores split over two warpgroups, values halved."""
+    gather = [("LDGSTS.E.BYPASS.128", "")] * 18 + [("LDGSTS.E", "")]
+    scores = [("HGMMA.64x32x16.F32.BF16", "R8, gdesc[UR4], R8")] * 36
+    values = [("HGMMA.64x256x16.F32.BF16", "R8, R4, gdesc[UR4].tnspB, R8")] * 4
+    executed = [(sass.Instruction(None, *i), 8) for i in gather + scores + values]
+    products = [Product(64, 64, 576), Product(64, 512, 64)]
+    assert bounds.multiply_adds(executed, products) == 64 * 64 * (576 + 512)
+    cycles = bounds.cycles(90, executed, products)
+    assert cycles["tensor"] == 2176 and cycles["issue"] == 59 * 8 / 4 and round(cycles["L2"]) == 3105
+    row_of_a_tile = 64 * 1152 // 128  # written once; q is read by both warpgroups, keys once, values once
+    assert cycles["shared"] == row_of_a_tile * (1 + 2 + 1) + 64 * 1024 // 128 + 256 * 4 // 128
+    twice = [*executed, *[(sass.Instruction(None, *i), 8) for i in scores]]
+    assert bounds.multiply_adds(twice, products) == 64 * 64 * (2 * 576 + 512)
+
+
+def test_multiply_adds_of_an_instruction():
+    expected = {
+        **{
+            ("HMMA.16816.F32.BF16", 4): 4 * 2048,
+            ("HMMA.1688.F32.TF32", 1): 1024,
+            ("QMMA.16832.F32", 2): 8192,
+        },
+        **{("QGMMA.64x32x32.F32.E4M3.E4M3", 4): 65536, ("UTCHMMA", 8): 64 * 512 * 64 / 8},
+        **{("FFMA", 1): 32, ("FFMA2", 1): 64},
+    }
+    for (opcode, warps), macs in expected.items():
+        one = [(sass.Instruction(None, opcode, ""), warps)]
+        assert bounds.multiply_adds(one, [Product(64, 512, 64)]) == macs, opcode
+    with pytest.raises(ValueError, match=r"HMMA\.99: unknown shape"):
+        bounds.multiply_adds([(sass.Instruction(None, "HMMA.99", ""), 1)], [Product(16, 8, 16)])
+
+
+def test_blocks_on_an_sm():
+    assert bounds.blocks_an_sm(90, 8, 137, 94976, 0) == {"regs": 1, "shared": 2, "warps": 8}
+    assert bounds.blocks_an_sm(90, 8, 128, 94976, 256) == {"regs": 2, "shared": 2, "warps": 8, "TMEM": 2}
+    assert bounds.blocks_an_sm(86, 1, 24, 1024, 0) == {"regs": 85, "shared": 50, "warps": 16}
+    assert bounds.blocks_an_sm(120, 4, 64, 99 * 1024 + 1, 0)["shared"] == 0
+
+
+ROW = report.Row(
+    *("op", "case", 90, "kernel", {}, 8, 128, 99 * 1024, 0, {"regs": 2, "shared": 3}, 4, 1, 1000),
+    *({"HGMMA.64x32x16": 36}, 1.0, {"LDG 4": 2, "LDGSTS 16": 18}, {}),
+)
+
+
+def test_every_kind_of_decline_is_noticed(tmp_path):
+    path = tmp_path / "new" / "budget.json"
+    report.write_budget(path, [ROW], keep={})
+    budget = report.read_budget(path)
+    assert report.worse(ROW, budget) == []
+    assert report.worse(dataclasses.replace(ROW, spills=0, loop_spills=0, instructions=900), budget) == []
+    declines = {
+        "loop_spills": {"loop_spills": 2},
+        "spills": {"spills": 5},
+        "instructions": {"instructions": 1021},
+        "matrix": {"matrix": {"HMMA.16816": 36}},
+        "work": {"work": 1.5},
+        "narrow": {"loads": {"LDG 4": 3, "LDGSTS 16": 18}},
+        "blocks": {"blocks": {"regs": 1, "shared": 3}},
+    }
+    assert declines.keys() == report.RULES.keys()
+    for figure, change in declines.items():
+        (line,) = report.worse(dataclasses.replace(ROW, **change), budget)
+        assert line.startswith(f"{figure}: ")
+    other = dataclasses.replace(ROW, case="another")
+    assert report.worse(other, budget) == ["has no budget"]
+    report.write_budget(path, [other], keep=budget)
+    assert report.worse(ROW, report.read_budget(path)) == report.worse(other, report.read_budget(path)) == []
+
+
+def test_what_no_gpu_could_launch_is_named():
+    assert ROW.impossible() == []
+    assert "sm_120 has 101376 a block" in dataclasses.replace(ROW, arch=120, shared=101377).impossible()[0]
+    assert "513 columns" in dataclasses.replace(ROW, tensor_memory=513).impossible()[0]
+    assert dataclasses.replace(ROW, shared=227 * 1024, tensor_memory=512).impossible() == []
+
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernels_report.py"
+
+
+def test_the_command_writes_a_table_json_and_the_code(tmp_path):
+    pytest.importorskip("rich", reason="rich is in the demo extra")
+    options = ["--only", "merge_attention, d_v 512", "--arch", "80", "--json", tmp_path / "rows.json"]
+    command = [sys.executable, SCRIPT, *options, "--dump", tmp_path / "code"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "merge_attention, d_v 512: _merge_attention_kernel" in done.stdout and "not run" in done.stdout
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["arch"] == 80 and row["registers"] > 0 and row["triton"] == triton.__version__
+    assert {path.suffix for path in (tmp_path / "code").iterdir()} == {".cubin", ".sass", ".ptx", ".ttgir"}
+
+
+def test_the_command_fails_when_a_kernel_got_worse(tmp_path, monkeypatch):
+    rich = pytest.importorskip("rich.console", reason="rich is in the demo extra")
+    spec = importlib.util.spec_from_file_location("kernels_report", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "BUDGETS", tmp_path)
+
+    def judge(row, update=False, everything=False):
+        with open(tmp_path / "said", "w") as file:
+            status = script.judge(rich.Console(file=file, width=200), [row], update, everything)
+        return status, (tmp_path / "said").read_text()
+
+    status, said = judge(ROW)
+    assert status == 0 and "no budget for Triton" in said
+    assert judge(ROW, update=True)[0] == 0
+    assert judge(ROW) == (0, "")
+    status, said = judge(dataclasses.replace(ROW, loop_spills=3))
+    assert status == 1 and "op | case | sm_90 | kernel: loop_spills: 3, budget 1" in said
+    status, said = judge(dataclasses.replace(ROW, case="new"), everything=True)
+    assert status == 1 and "new | sm_90 | kernel: has no budget" in said and "no longer compiled" in said
+    status, said = judge(dataclasses.replace(ROW, shared=999_999), update=True)
+    assert status == 1 and "shared memory" in said  # no budget allows what cannot run

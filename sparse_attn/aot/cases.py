@@ -1,0 +1,114 @@
+"""The shapes that the kernels are compiled for, and what one tile of each kernel has to multiply.
+
+A new operation: a function that gives the arguments of its op as meta tensors, and a line in ``CASES`` for
+each class of shapes that leads to other code. A new kernel with matrix products: a line in ``PRODUCTS``.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+S_Q, S_KV, TOPK = 64, 100_000, 2048
+
+
+class Case(NamedTuple):
+    op: str
+    label: str
+    arguments: tuple  # of the op's schema
+    quick: tuple[int, ...] = ()  # architectures that the tests compile it for
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def int32(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.int32)
+
+
+def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False) -> tuple:
+    return (
+        *(empty(s_q, h_q, d_qk, dtype=dtype), empty(s_kv, d_qk, dtype=dtype), int32(s_q, topk), 512, 0.1),
+        *(int32(s_q), empty(h_q, dtype=FP32)),
+        *((empty(999, d_qk, dtype=dtype), int32(s_q, 128), int32(s_q)) if extra else (None, None, None)),
+        *(empty(s_q, h_q, 512, dtype=dtype), empty(s_q, h_q, dtype=FP32)),
+    )
+
+
+def gqa(h_q, h_kv, d, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, per_head=False) -> tuple:
+    return (
+        *(empty(s_q, h_q, d, dtype=dtype), *(empty(s_kv, h_kv, d, dtype=dtype) for _ in "kv")),
+        *(int32(s_q, h_kv, topk) if per_head else int32(s_q, topk), 0.1, int32(s_q), empty(h_q, dtype=FP32)),
+        *(empty(s_q, h_q, d, dtype=dtype), empty(s_q, h_q, dtype=FP32)),
+    )
+
+
+def index(h, dtype=BF16, s_q=S_Q, s_kv=S_KV, paged_rows=0) -> tuple:
+    k, table, width = empty(s_kv, 128, dtype=dtype), None, s_kv
+    if paged_rows:
+        pages = s_kv // 64
+        k, table, width = empty(pages, 64, 128, dtype=dtype), int32(paged_rows, pages), 64 * pages
+    inputs = empty(s_q, h, 128, dtype=dtype), k, empty(s_q, h, dtype=FP32), int32(s_q), int32(s_q)
+    return *inputs, table, empty(s_q, width, dtype=FP32)
+
+
+def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> tuple:
+    return empty(s_q, s_kv, dtype=FP32), topk, int32(s_q), int32(s_q), int32(s_q, topk)
+
+
+def merge(n, s_q=S_Q, h=128, d_v=512, dtype=BF16) -> tuple:
+    lses = empty(n, s_q, h, dtype=FP32)
+    return empty(n, s_q, h, d_v, dtype=dtype), lses, empty(s_q, h, d_v, dtype=dtype), lses[0]
+
+
+ALL = (80, 86, 89, 90, 100, 120)
+CASES = [
+    Case("index_logits", "32 heads", index(32)),
+    Case("index_logits", "64 heads", index(64), quick=ALL),
+    Case("index_logits", "64 heads, paged", index(64, paged_rows=2)),
+    Case("index_logits", "128 heads, paged", index(128, paged_rows=2), quick=(80, 90)),
+    Case("index_logits", "64 heads, fp16", index(64, FP16)),
+    Case("index_logits", "64 heads, fp32", index(64, FP32), quick=(86, 90)),
+    Case("select_topk", "512 rows", select(), quick=(80, 90)),
+    Case("select_topk", "1 long row", select(1, 1 << 20)),
+    *(
+        Case("sparse_mla", f"{h} heads", mla(h), quick=ALL if h in (16, 128) else ())
+        for h in (8, 16, 32, 64, 128)
+    ),
+    Case("sparse_mla", "64 heads, d_qk 512, 2 segments", mla(64, 512, extra=True)),
+    Case("sparse_mla", "128 heads, d_qk 512, 2 segments", mla(128, 512, extra=True), quick=(80, 90, 100)),
+    Case("sparse_mla", "64 heads, fp16", mla(64, dtype=FP16)),
+    Case("sparse_mla", "64 heads, fp32", mla(64, dtype=FP32), quick=(86, 90)),
+    Case("sparse_gqa", "8 / 8 heads x 64", gqa(8, 8, 64)),
+    Case("sparse_gqa", "32 / 8 heads x 128", gqa(32, 8, 128)),
+    Case("sparse_gqa", "24 / 2 heads x 256", gqa(24, 2, 256), quick=ALL),
+    Case("sparse_gqa", "24 / 2 heads x 256, own indices", gqa(24, 2, 256, per_head=True)),
+    Case("sparse_gqa", "64 / 1 heads x 128", gqa(64, 1, 128), quick=(80, 90, 100)),
+    Case("sparse_gqa", "32 / 8 heads x 128, fp16", gqa(32, 8, 128, FP16)),
+    Case("sparse_gqa", "24 / 2 heads x 256, fp32", gqa(24, 2, 256, FP32), quick=(86, 90)),
+    Case("merge_attention", "d_v 512", merge(4), quick=(80, 90)),
+    Case("merge_attention", "d_v 128", merge(4, h=32, d_v=128)),
+]
+
+
+class Product(NamedTuple):
+    """[m, k] x [k, n], of elements of ``bits``."""
+
+    m: int
+    n: int
+    k: int
+
+
+def _attention(h: int, n: int, d_qk: int, d_v: int) -> list[Product]:
+    return [Product(h, n, d_qk), Product(h, d_v, n)]
+
+
+# kernel -> its constants -> the products of one round of its main loop
+PRODUCTS: dict[str, Any] = {
+    "_index_logits_kernel": lambda c: [Product(c["BLOCK_N"], c["QUERIES"] * c["BLOCK_H"], c["BLOCK_D"])],
+    "_sparse_mla_kernel": lambda c: _attention(
+        c["BLOCK_H"], c["BLOCK_N"], c["BLOCK_V"] + (c["BLOCK_TAIL"] if c["D_TAIL"] else 0), c["BLOCK_V"]
+    ),
+    "_sparse_gqa_kernel": lambda c: _attention(c["BLOCK_H"], c["BLOCK_N"], c["BLOCK_D"], c["BLOCK_V"]),
+}

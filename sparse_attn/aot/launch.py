@@ -1,0 +1,72 @@
+"""Compile for a GPU that is not there what an operation's launcher would launch."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from .. import ops
+from ..kernels import configs
+
+
+class Launch(NamedTuple):
+    name: str  # of the kernel
+    kernel: Any  # triton.compiler.CompiledKernel
+    constants: dict[str, Any]  # the values of its constexpr arguments
+
+    @property
+    def warps(self) -> int:
+        """Warps a block, those of every partition of a warp-specialised kernel included."""
+        return self.kernel.metadata.num_warps
+
+
+class _Driver:
+    """Stands for a GPU of one architecture, which is its device number too."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches(op: str, arch: int, arguments: tuple) -> list[Launch]:
+    """Every kernel that ``op`` launches on sm_``arch`` for ``arguments`` (of its schema), in order.
+
+    Tensors may be on the meta device: nothing runs, and launchers look at shapes and strides alone.
+    """
+    launches = []
+    run = JITFunction.run
+
+    def compile_only(function, *args, grid, warmup, **options):
+        kernel = run(function, *args, grid=grid, warmup=True, **options)
+        constants = {
+            function.arg_names[path[0]]: value
+            for path, value in kernel.src.constants.items()
+            if len(path) == 1
+        }
+        launches.append(Launch(kernel.metadata.name, kernel, constants))
+        return kernel
+
+    with _pretend(arch), mock.patch.object(JITFunction, "run", compile_only):
+        ops.implementation(op, "triton")(*arguments)
+    return launches
+
+
+@contextlib.contextmanager
+def _pretend(arch: int) -> Iterator[None]:
+    with (
+        mock.patch.object(configs, "architecture", lambda device: arch),
+        mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
+    ):
+        yield

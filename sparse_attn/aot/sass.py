@@ -1,0 +1,161 @@
+"""Read a compiled kernel's machine code (SASS): instructions, loops, registers."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+LEAVES = ("EXIT", "RET", "BRX", "JMP", "JMX")  # without a predicate: does not go on to the next instruction
+
+
+class Instruction(NamedTuple):
+    predicate: str | None
+    opcode: str  # with its suffixes: LDGSTS.E.BYPASS.128
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+
+class Code(NamedTuple):
+    instructions: list[Instruction]
+    labels: dict[str, int]  # label -> the number of the instruction behind it
+
+
+def disassemble(cubin: bytes) -> str:
+    return _tool("nvdisasm", "-c", cubin=cubin)
+
+
+def registers(cubin: bytes) -> int:
+    """Registers a thread, as the hardware allocates them at launch."""
+    usage = re.search(r"REG:(\d+)", _tool("cuobjdump", "-res-usage", cubin=cubin))
+    if usage is None:
+        raise ValueError("cuobjdump gives no register count")
+    return int(usage[1])
+
+
+def _tool(name: str, *options: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        done = subprocess.run([TOOLS / name, *options, path], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def parse(text: str) -> Code:
+    code = Code([], {})
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            code.labels[label[1]] = len(code.instructions)
+        elif found := INSTRUCTION.match(line):
+            code.instructions.append(Instruction(*found.groups()))
+    return code
+
+
+def loops(code: Code) -> list[list[int]]:
+    """The natural loops, outer before inner, as the numbers of their instructions.
+
+    A loop is every instruction that can reach a branch back to its header. Waits that the compiler moved
+    behind the final EXIT belong to the loop that they return to.
+    """
+    starts, following = _blocks(code)
+    before: list[list[int]] = [[] for _ in starts]
+    for block, nexts in enumerate(following):
+        for following_block in nexts:
+            before[following_block].append(block)
+    dominators = _dominators(following, before)
+    bodies: dict[int, set[int]] = {}
+    for block, nexts in enumerate(following):
+        for header in nexts:
+            if dominators[block] >> header & 1:
+                bodies.setdefault(header, set()).update(_body(header, block, before))
+    ends = [*starts[1:], len(code.instructions)]
+    return [
+        [place for block in sorted(body) for place in range(starts[block], ends[block])]
+        for _, body in sorted(bodies.items())
+    ]
+
+
+def _blocks(code: Code) -> tuple[list[int], list[list[int]]]:
+    """Where each straight piece of code starts, and which pieces can follow it."""
+    jumps = {}
+    for place, instruction in enumerate(code.instructions):
+        if instruction.name in ("BRA", "BRX", "JMP", "EXIT", "RET"):
+            named = re.findall(r"\.L_\w+", instruction.operands)
+            jumps[place] = [code.labels[name] for name in named if name in code.labels]
+    leaders = {
+        0,
+        *(place + 1 for place in jumps),
+        *(target for targets in jumps.values() for target in targets),
+    }
+    starts = sorted(place for place in leaders if place < len(code.instructions))
+    number = {start: block for block, start in enumerate(starts)}
+    following = []
+    for end in [*starts[1:], len(code.instructions)]:
+        nexts = {number[target] for target in jumps.get(end - 1, ()) if target in number}
+        if end in number and _falls_through(code.instructions[end - 1]):
+            nexts.add(number[end])
+        following.append(sorted(nexts))
+    return starts, following
+
+
+def _falls_through(last: Instruction) -> bool:
+    if last.name == "BRA":  # the condition may stand before it, among its operands, or in its suffix
+        return bool(last.predicate or re.match(r"!?U?P\d", last.operands) or ".DIV" in last.opcode)
+    return last.name not in LEAVES or last.predicate is not None
+
+
+def _dominators(following: list[list[int]], before: list[list[int]]) -> list[int]:
+    """For each block the set (as bits) that every way to it passes; 0 if nothing reaches it."""
+    reached, todo = {0}, [0]
+    while todo:
+        new = set(following[todo.pop()]) - reached
+        reached |= new
+        todo += new
+    everything = (1 << len(following)) - 1
+    dominators = [everything if block in reached else 0 for block in range(len(following))]
+    dominators[0] = 1
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(reached - {0}):
+            common = everything
+            for previous in before[block]:
+                if previous in reached:
+                    common &= dominators[previous]
+            common |= 1 << block
+            changed |= common != dominators[block]
+            dominators[block] = common
+    return dominators
+
+
+def _body(header: int, tail: int, before: list[list[int]]) -> set[int]:
+    body, todo = {header}, [tail]
+    while todo:
+        block = todo.pop()
+        if block not in body:
+            body.add(block)
+            todo += before[block]
+    return body
+
+
+def count(instructions: Iterable[Instruction], *names: str) -> int:
+    return sum(instruction.name in names for instruction in instructions)
+
+
+def bytes_a_lane(instruction: Instruction) -> int:
+    """What one lane of a load, store or copy moves: 16 for LDG.E.128, 4 where no width is named."""
+    parts = instruction.opcode.split(".")
+    if instruction.name in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits, 4 bytes a lane each
+        return 4 * next((int(part) for part in parts if part in ("2", "4")), 1)
+    for part in parts[1:]:
+        if width := re.fullmatch(r"[US]?(8|16|32|64|128|256)", part):
+            return int(width[1]) // 8
+    return 4
