@@ -50,7 +50,7 @@ def measure(context: int, rounds: int) -> list[dict]:
     logits, picked = torch.empty(1, context), torch.empty(1, TOPK, dtype=torch.int32)
     calls = {
         "attend": lambda: native.sparse_mla(q, kv, indices, D_V, SCALE, *[None] * 5, out, lse),
-        "index": lambda: native.index_logits(index_q, index_k, weights, *ranges, None, logits),
+        "index": lambda: native.index_logits(index_q, index_k, weights, *ranges, None, None, None, logits),
         "select": lambda: native.select_topk(logits, TOPK, *ranges, picked),
     }
     exact_out, *_ = reference.sparse_mla(q.double(), kv.double(), indices, D_V, SCALE)

@@ -3,8 +3,11 @@
     out[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])   for ks[t] <= s < ke[t], else -inf
 
 Keys are rows of k, or, with a block table, logical positions: position s of query t is row s % page_size
-of page block_table[t // (s_q / n), s // page_size]. A page that does not exist gives -inf. fp8 keys come in
-pages of 132 bytes a key; their scale multiplies the sum, so that e4m3 goes into the product as it is.
+of page block_table[t // (s_q / n), s // page_size]. A page that does not exist gives -inf.
+
+Quantised operands: the scale of an e4m3 key multiplies the sum, so that e4m3 goes into the product as it is,
+into one of e4m3 where both sides have it and the GPU knows it. e2m1 has a scale for 32 values: values times
+scales are made in registers, exactly, for a product in bf16.
 
 A program takes several neighbouring queries that share a row of the block table. All their heads are one side
 of the product, a tile of keys is the other, so that each key is read and decoded once for all of them.
@@ -16,9 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_attn.formats import index_k_views
-
-from .configs import for_device
+from .configs import for_device, has_native_fp8
+from .quantised import from_e2m1, from_e4m3
 
 KEYS_PER_PROGRAM = 1024  # q is loaded once for so many keys; few enough that one decode query fills a GPU
 
@@ -41,7 +43,7 @@ CONFIGS = {
 # Without e4m3 instructions decoding is most of the work, and of 8 warps four would decode the same keys.
 CONFIGS_FP8 = {80: Config(128, 128, 4, 3), 89: Config(128, 128, 8, 3)}
 CONFIGS_FP32 = {80: Config(64, 32, 8, 2)}  # IEEE products on the FMA units
-NATIVE_FP8 = {80: False, 89: True}  # whether there are instructions for e4m3
+FORMATS = {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}
 
 
 def index_logits(
@@ -50,11 +52,13 @@ def index_logits(
     weights: torch.Tensor,
     ks: torch.Tensor,
     ke: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
     block_table: torch.Tensor | None,
     out: torch.Tensor,
     clean: bool = True,
 ) -> None:
-    """Fill out [s_q, width] from q [s_q, h, d] and k [s_kv, d], or pages [pages, page_size, d or 132].
+    """Fill out [s_q, width] from q [s_q, h, d] and k [s_kv, d], or pages [pages, page_size, d].
 
     Without ``clean``, elements outside the range are left as they are.
     """
@@ -62,19 +66,20 @@ def index_logits(
     width = out.shape[1]
     if s_q == 0 or width == 0:
         return
-    scales, fp8_keys = None, k.dtype == torch.uint8
-    if fp8_keys:
-        k, scales = index_k_views(k)
-        k = k.view(torch.uint8)  # sm_80 has no name for e4m3
-    fp8_queries = q.dtype == torch.float8_e4m3fn
-    if fp8_queries:
-        q = q.view(torch.uint8)
+    q_format, k_format = FORMATS.get(q.dtype), FORMATS.get(k.dtype)
+    d = 2 * d if q_format == "e2m1" else d
+    # sm_80 has no name for e4m3.
+    q, k = (x if form is None else x.view(torch.uint8) for x, form in ((q, q_format), (k, k_format)))
+    q_scale_strides = (0, 0) if q_scale is None else q_scale.stride()[:2]
     if block_table is None:
         pages, page_size, stride_k_page, table_strides, queries_per_row = 0, 1, 0, (0, 0), s_q
     else:
         pages, page_size, stride_k_page = k.shape[0], k.shape[1], k.stride(0)
         table_strides, queries_per_row = block_table.stride(), s_q // block_table.shape[0]
-    table = CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS_FP8 if fp8_keys else CONFIGS
+    k_scale_strides = (0, 0)
+    if k_scale is not None:
+        k_scale_strides = (0, k_scale.stride(0)) if block_table is None else k_scale.stride()[:2]
+    table = CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS if k_format is None else CONFIGS_FP8
     config = for_device(table, q.device)
     block_h = max(16, triton.next_power_of_2(h))
     queries = max(1, config.MAX_HEADS // block_h) if queries_per_row > 1 else 1  # no third variant to compile
@@ -83,11 +88,13 @@ def index_logits(
         _index_logits_kernel[(groups * triton.cdiv(width, KEYS_PER_PROGRAM),)](
             q,
             *q.stride(),
+            q_scale,
+            *q_scale_strides,
             k,
             stride_k_page,
             *k.stride()[-2:],
-            scales,
-            *((0, 0) if scales is None else scales.stride()),
+            k_scale,
+            *k_scale_strides,
             weights,
             *weights.stride(),
             ks,
@@ -111,8 +118,9 @@ def index_logits(
             BLOCK_D=max(16, triton.next_power_of_2(d)),
             KEYS_PER_PROGRAM=KEYS_PER_PROGRAM,
             PADDED=block_h != h,
-            FP8_QUERIES=fp8_queries,
-            NATIVE_FP8=for_device(NATIVE_FP8, q.device),
+            Q_FORMAT=q_format,
+            K_FORMAT=k_format,
+            NATIVE_FP8=has_native_fp8(q.device),
             CLEAN=clean,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -124,17 +132,20 @@ def index_logits(
     do_not_specialize=["stride_table_row", "stride_out_t", "groups", "width", "pages", "queries_per_row", "h"]
 )
 def _index_logits_kernel(
-    q_ptr,  # [s_q, h, d]
+    q_ptr,  # [s_q, h, d], of e2m1 [s_q, h, d / 2]
     stride_q_t,
     stride_q_h,
     stride_q_d,
-    k_ptr,  # [s_kv, d], or [pages, page_size, d]
+    q_scale_ptr,  # [s_q, h, d / 32] of e2m1, or None
+    stride_q_scale_t,
+    stride_q_scale_h,
+    k_ptr,  # [s_kv, d], or [pages, page_size, d], of e2m1 d / 2
     stride_k_page,
     stride_k_n,
     stride_k_d,
-    scales_ptr,  # [pages, page_size] of fp8 keys, or None
-    stride_scales_page,
-    stride_scales_n,
+    k_scale_ptr,  # [s_kv] or [pages, page_size] of e4m3, [..., d / 32] of e2m1, or None
+    stride_k_scale_page,
+    stride_k_scale_n,
     weights_ptr,  # [s_q, h]
     stride_weights_t,
     stride_weights_h,
@@ -161,7 +172,8 @@ def _index_logits_kernel(
     BLOCK_D: tl.constexpr,
     KEYS_PER_PROGRAM: tl.constexpr,
     PADDED: tl.constexpr,  # heads: BLOCK_H > h
-    FP8_QUERIES: tl.constexpr,
+    Q_FORMAT: tl.constexpr,  # None, "e4m3" or "e2m1"
+    K_FORMAT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     CLEAN: tl.constexpr,
 ):
@@ -195,16 +207,17 @@ def _index_logits_kernel(
     query = group % groups_per_row * QUERIES + offs_r // BLOCK_H
     real = (query < queries_per_row) & (head < h)
     query = table_row * queries_per_row + query
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
-    q = tl.load(
-        q_ptr + query[:, None] * stride_q_t + head[:, None] * stride_q_h + offs_d[None, :] * stride_q_d,
-        mask=real[:, None] & (offs_d < D)[None, :],
-        other=0.0,
+    q_rows = q_ptr + (query[:, None] * stride_q_t + head[:, None] * stride_q_h)
+    q_scales = None
+    if Q_FORMAT == "e2m1":
+        q_scales = q_scale_ptr + (query[:, None] * stride_q_scale_t + head[:, None] * stride_q_scale_h)
+    # e4m3 stays e4m3 for a product of both.
+    FP8_PRODUCT: tl.constexpr = NATIVE_FP8 and Q_FORMAT == "e4m3" and K_FORMAT == "e4m3"
+    BF16: tl.constexpr = tl.bfloat16
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty if Q_FORMAT is None else BF16
+    q = _load_rows(
+        q_rows, stride_q_d, q_scales, real[:, None], D, BLOCK_D, DTYPE, Q_FORMAT, NATIVE_FP8, FP8_PRODUCT
     )  # [QUERIES * BLOCK_H, BLOCK_D]
-    if FP8_QUERIES and NATIVE_FP8:
-        q = q.to(tl.float8e4nv, bitcast=True)
-    elif FP8_QUERIES:
-        q = _from_e4m3(q, tl.bfloat16, False)
     weights = tl.load(
         weights_ptr + query * stride_weights_t + head * stride_weights_h, mask=real, other=0.0
     )  # [QUERIES * BLOCK_H]
@@ -227,16 +240,22 @@ def _index_logits_kernel(
             ).to(tl.int64)  # [BLOCK_N]
             exists = (page >= 0) & (page < pages)
             offset = (offs_n % page_size).to(tl.int64)
-        k = tl.load(
-            k_ptr + (page * stride_k_page + offset * stride_k_n)[:, None] + offs_d[None, :] * stride_k_d,
-            mask=exists[:, None] & (offs_d < D)[None, :],
-            other=0.0,
+        k_rows = k_ptr + (page * stride_k_page + offset * stride_k_n)[:, None]
+        k_scales = None
+        if K_FORMAT is not None:
+            k_scales = k_scale_ptr + (page * stride_k_scale_page + offset * stride_k_scale_n)[:, None]
+        k = _load_rows(
+            k_rows,
+            stride_k_d,
+            k_scales,
+            exists[:, None],
+            D,
+            BLOCK_D,
+            DTYPE,
+            K_FORMAT,
+            NATIVE_FP8,
+            FP8_PRODUCT,
         )  # [BLOCK_N, BLOCK_D]
-        if scales_ptr is not None:
-            scales = tl.load(
-                scales_ptr + page * stride_scales_page + offset * stride_scales_n, mask=exists, other=0.0
-            )  # [BLOCK_N]
-            k = _from_e4m3(k, q.dtype, NATIVE_FP8)
         if q.dtype == tl.float32:  # as the second factor, all of q would be held in registers
             score = tl.trans(tl.dot(q, tl.trans(k), input_precision="ieee"))
         else:
@@ -245,8 +264,8 @@ def _index_logits_kernel(
         if PADDED:  # a padded head scores 0 * inf = NaN against an infinite key: drop it after the product
             score = tl.where(real[None, :], score, 0.0)
         logits = tl.trans(tl.sum(tl.reshape(score, [BLOCK_N, QUERIES, BLOCK_H]), 2))  # [QUERIES, BLOCK_N]
-        if scales_ptr is not None:
-            logits *= scales[None, :]
+        if K_FORMAT == "e4m3":
+            logits *= tl.trans(tl.load(k_scales, mask=exists[:, None], other=0.0))
         logits = tl.where(exists[None, :], logits, float("-inf"))
         tl.store(
             out_rows + offs_n[None, :].to(tl.int64) * stride_out_n,
@@ -256,11 +275,30 @@ def _index_logits_kernel(
 
 
 @triton.jit
-def _from_e4m3(bits, dtype: tl.constexpr, NATIVE_FP8: tl.constexpr):
-    """The values of e4m3 bytes, in ``dtype``: exact, and NaN for the two codes that are NaN."""
-    if NATIVE_FP8:
-        return bits.to(tl.float8e4nv, bitcast=True).to(dtype)
-    # As fp32 the bits mean 2 ** -120 times as much, subnormals included.
-    word = ((bits.to(tl.int32) << 24) >> 4) & -0x78100000  # sign, 4 zeros, 7 bits
-    x = word.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
-    return tl.where(tl.abs(x) == 480.0, float("nan"), x).to(dtype)
+def _load_rows(
+    rows,  # [n, 1] pointers to the first value
+    stride_d,
+    scales,  # [n, 1] pointers to the first scale of e2m1, or None
+    mask,  # [n, 1]
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    FP8_PRODUCT: tl.constexpr,
+):
+    """[n, BLOCK_D] in DTYPE, or in e4m3 for FP8_PRODUCT; zeros outside the mask."""
+    if FORMAT == "e2m1":
+        offs = tl.arange(0, BLOCK_D // 2).to(tl.int64)[None, :]
+        groups = tl.arange(0, BLOCK_D // 32)[None, :]
+        code = tl.load(rows + offs * stride_d, mask=mask, other=0)  # [n, BLOCK_D / 2]
+        scale = tl.load(scales + groups, mask=mask, other=0)  # [n, BLOCK_D / 32]
+        x = from_e2m1(code, scale).to(DTYPE)
+    else:
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+        x = tl.load(rows + offs_d * stride_d, mask=mask & (offs_d < D), other=0)
+        if FP8_PRODUCT:
+            x = x.to(tl.float8e4nv, bitcast=True)
+        elif FORMAT == "e4m3":
+            x = from_e4m3(x, NATIVE_FP8).to(DTYPE)
+    return x

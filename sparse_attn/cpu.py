@@ -18,42 +18,58 @@ GATHER_BYTES = 16 << 20  # selected rows held at a time in attention
 
 
 def index_logits(
-    q: Tensor, k: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, block_table: Tensor | None, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    block_table: Tensor | None,
+    out: Tensor,
 ) -> None:
     if out.numel() == 0:
         return
+    dtype = compute_dtype(q.dtype)
     if block_table is None:
-        _index_logits(q, weights, ks, ke, out, lambda start, stop: (k[start:stop], None))
+
+        def read(start: int, stop: int):
+            return _decode(k, k_scale, slice(start, stop), dtype), None
+
+        _index_logits(q, q_scale, weights, ks, ke, out, read)
         return
     queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
-    dtype = compute_dtype(q.dtype)
     # Neighbouring queries of one sequence share their pages: score them together.
     tables, counts = block_table.unique_consecutive(dim=0, return_counts=True)
     start = 0
     for table, count in zip(tables, counts.tolist(), strict=True):
         t = slice(start, start + count * queries_per_row)
         start = t.stop
-        _index_logits(q[t], weights[t], ks[t], ke[t], out[t], _page_reader(k, table, dtype))
+        read = _page_reader(k, k_scale, table, dtype)
+        scale = None if q_scale is None else q_scale[t]
+        _index_logits(q[t], scale, weights[t], ks[t], ke[t], out[t], read)
 
 
-def _page_reader(k: Tensor, table: Tensor, dtype: torch.dtype):
+def _decode(x: Tensor, scales: Tensor | None, at, dtype: torch.dtype) -> Tensor:
+    return dequantise(x[at], None if scales is None else scales[at], dtype=dtype)
+
+
+def _page_reader(k: Tensor, k_scale: Tensor | None, table: Tensor, dtype: torch.dtype):
     """A function (start, stop) -> (keys, exists) over the logical positions that ``table`` maps to pages."""
     pages, page_size, _ = k.shape
-    parts = views(k) if k.dtype == torch.uint8 else None
 
     def read(start: int, stop: int):
         position = torch.arange(start, stop)
         page = table[position // page_size].long()
         exists = (page >= 0) & (page < pages)
         slot = torch.where(exists, page, 0), position % page_size
-        keys = k[slot] if parts is None else dequantise(*(part[slot] for part in parts), dtype=dtype)
-        return keys, exists
+        return _decode(k, k_scale, slot, dtype), exists
 
     return read
 
 
-def _index_logits(q, weights, ks, ke, out, read_keys) -> None:
-    s_q, heads, d = q.shape
+def _index_logits(q, q_scale, weights, ks, ke, out, read_keys) -> None:
+    s_q, heads, _ = q.shape
     width = out.shape[1]
     dtype = compute_dtype(q.dtype)
     out.fill_(-INF)
@@ -62,12 +78,12 @@ def _index_logits(q, weights, ks, ke, out, read_keys) -> None:
     for t0 in range(0, s_q, block):
         t = slice(t0, min(t0 + block, s_q))
         starts, stops = ks[t, None], ke[t, None]
-        queries = q[t].to(dtype).reshape(-1, d)  # [block * heads, d]
+        queries = _decode(q, q_scale, t, dtype).flatten(0, 1)  # [block * heads, d]
         head_weights = weights[t].to(dtype)[:, None]  # [block, 1, heads]
         for s0 in range(int(starts.min()), int(stops.max()), KEY_BLOCK):
             s1 = min(s0 + KEY_BLOCK, int(stops.max()))
             keys, exists = read_keys(s0, s1)
-            scores = (queries @ keys.to(dtype).mT).relu_().view(-1, heads, s1 - s0)
+            scores = (queries @ keys.mT).relu_().view(-1, heads, s1 - s0)
             logits = torch.bmm(head_weights, scores)[:, 0]  # [block, keys]
             position = torch.arange(s0, s1)
             hidden = (position < starts) | (position >= stops)

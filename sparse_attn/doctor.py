@@ -114,7 +114,7 @@ def _check_index(name: str, backend: str, device: torch.device) -> None:
     keys = i["q"], i["k"], i["weights"]
     ranges = i["ks"], i["ke"]
     logits = torch.empty(4, 300, device=device)
-    _run("index_logits", backend, device, (*keys, *ranges, None), (logits,))
+    _run("index_logits", backend, device, (*keys, *ranges, None, None, None), (logits,))
     if name == "index_logits":
         wide = tuple(x.double() for x in keys)
         return assert_close(logits.cpu(), exact.index_logits(*wide, *ranges))
@@ -122,7 +122,7 @@ def _check_index(name: str, backend: str, device: torch.device) -> None:
     if name == "select_topk":
         _run(name, backend, device, (logits, 32, *ranges), (out,))
     else:
-        _run(name, backend, device, (*keys, 32, *ranges, None, 1 << 20), (out,))
+        _run(name, backend, device, (*keys, 32, *ranges, None, None, None, 1 << 20), (out,))
     if not torch.equal(out.cpu(), exact.select_topk(logits.cpu(), 32, *ranges)):
         raise AssertionError("the selection differs from the reference's")
 

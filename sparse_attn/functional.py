@@ -10,6 +10,7 @@ choice is obeyed or refused, never replaced. fp64 runs on "cpu" and "reference".
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .reference import compute_dtype
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_WORKSPACE_BYTES = 256 << 20
 QUANTISED_D_V = 512  # of every latent format
+E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
 TRITON_KV_BYTES = (656, 584)  # a token, in the quantised caches that the Triton kernels read
 
 __all__ = [
@@ -41,6 +43,8 @@ def index_logits(
     ks: Tensor,
     ke: Tensor,
     *,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -48,14 +52,21 @@ def index_logits(
     """Lightning-indexer scores, ``sum_j weights[t, j] * relu(q[t, j] . k[s])``.
 
     Args:
-        q: ``[s_q, index_n_heads, index_head_dim]``, bf16, fp16, fp32 or fp64.
+        q: ``[s_q, index_n_heads, index_head_dim]``, bf16, fp16, fp32 or fp64. Or quantised, where k is too:
+            float8_e4m3fn, whose scales the caller multiplies into ``weights``; or e2m1, uint8
+            ``[s_q, index_n_heads, 64]`` of index_head_dim 128, two values in a byte, the even one low.
         k: ``[s_kv, index_head_dim]`` in q's dtype; with ``block_table`` a paged cache
-            ``[pages, page_size, index_head_dim]``. Or quantised keys, index_head_dim 128, uint8
-            ``[pages, page_size, bytes]`` with 132 bytes (fp8) or 68 (mxfp4) a key
-            (:mod:`sparse_attn.formats`); without ``block_table`` these are read in the order of the pages.
+            ``[pages, page_size, index_head_dim]``. Or quantised in the same shapes, beside ``k_scale``:
+            float8_e4m3fn, or e2m1 (uint8, 64 bytes a key). Or a packed cache that holds its scales,
+            uint8 ``[pages, page_size, bytes]`` with 132 bytes (fp8) or 68 (mxfp4) a key
+            (:mod:`sparse_attn.formats`); without ``block_table`` it is read in the order of the pages.
         weights: ``[s_q, index_n_heads]`` fp32 (fp64 with fp64 q); may be negative.
         ks, ke: ``[s_q]`` int32. Query t sees keys ``ks[t] <= s < ke[t]``, clamped to the keys that
             exist; a reversed range is empty.
+        q_scale: with e2m1 q, ``[s_q, index_n_heads]`` int32: four ue8m0 scales, one for 32 values, the
+            first in the low byte.
+        k_scale: with e4m3 k one fp32 scale a key, not negative; with e2m1 k int32 as in ``q_scale``.
+            ``[s_kv]``, or with ``block_table`` ``[pages, page_size]``.
         block_table: ``[n, max_pages]`` int32, s_q a multiple of n; consecutive queries share a row.
             Position s is found in page ``block_table[row, s // page_size]``; a page id outside
             ``[0, pages)`` holds nothing.
@@ -63,14 +74,14 @@ def index_logits(
 
     Returns:
         ``[s_q, width]`` fp32 (fp64 with fp64 q), -inf outside the range; width is s_kv, or
-        ``max_pages * page_size``, or for quantised keys without ``block_table`` ``pages * page_size``. This
+        ``max_pages * page_size``, or for a packed cache without ``block_table`` ``pages * page_size``. This
         is the one function whose memory grows with s_q * s_kv.
 
-    Source: DeepSeek-V3.2 report, equation 1.
+    Source: DeepSeek-V3.2 report, equation 1; quantised operands are DeepGEMM's.
     """
-    block_table, width = _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
+    keys, width = _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend)
     out = _output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
-    ops.call("index_logits", backend, (q, k, weights, ks, ke, block_table), (out,))
+    ops.call("index_logits", backend, (q, keys.k, weights, ks, ke, *keys[1:]), (out,))
     return out
 
 
@@ -109,6 +120,8 @@ def lightning_topk(
     ks: Tensor,
     ke: Tensor,
     *,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     out: Tensor | None = None,
@@ -126,11 +139,11 @@ def lightning_topk(
         ``[s_q, topk]`` int32 positions, ascending, -1 padded.
     """
     _check_topk(topk)
-    block_table, _ = _check_index_inputs(q, k, weights, ks, ke, block_table, backend)
+    keys, _ = _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
     out = _output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
-    inputs = (q, k, weights, topk, ks, ke, block_table, workspace_bytes)
+    inputs = (q, keys.k, weights, topk, ks, ke, *keys[1:], workspace_bytes)
     ops.call("lightning_topk", backend, inputs, (out,))
     return out
 
@@ -364,28 +377,82 @@ def _named(spec: str, dims: dict[str, int]) -> str:
     )
 
 
-def _check_index_inputs(q, k, weights, ks, ke, block_table, backend: str) -> tuple[Tensor | None, int]:
-    """The block table to read k with, and the width of a row of logits."""
+class _IndexKeys(NamedTuple):
+    """Where the keys are, and the scales of both operands, as the ops take them."""
+
+    k: Tensor  # values [s_kv, ...] or [pages, page_size, ...], whatever they came in
+    q_scale: Tensor | None  # [s_q, index_n_heads, 4] ue8m0 bytes
+    k_scale: Tensor | None  # [...] fp32, or [..., 4] ue8m0 bytes
+    block_table: Tensor | None
+
+
+def _check_index_inputs(
+    q, k, weights, ks, ke, q_scale, k_scale, block_table, backend: str
+) -> tuple[_IndexKeys, int]:
+    """The keys and scales for the op, and the width of a row of logits."""
     dims: dict[str, int] = {}
-    _check("q", q, "s_q index_n_heads index_head_dim", dims, FLOATS)
-    if isinstance(k, Tensor) and k.dtype == torch.uint8:
-        fmt = format_of("k", k, INDEX_K_FORMATS)
-        _check("k", k, f"pages page_size {fmt.bytes}", dims, (torch.uint8,), q.device)
-        _check_format("k", k, fmt, "index_head_dim", q)
-        if block_table is None:
-            block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[None]
-    else:
-        key_spec = "s_kv index_head_dim" if block_table is None else "pages page_size index_head_dim"
-        _check("k", k, key_spec, dims, (q.dtype,), q.device)
+    q_scale = _check_index_q(q, q_scale, dims)
+    k, k_scale, block_table = _check_index_k(k, k_scale, block_table, q, dims)
     _check("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
     _check_ranges(ks, ke, dims, q.device)
     _check_call(backend, q.device, q, k, weights)
-    if _runs_triton(backend, q.device) and k.dtype == torch.uint8:
-        raise TypeError("k: the triton backend does not read uint8 index keys; unpack them first")
-    if block_table is None:
-        return None, k.shape[0]
-    _check_block_table(block_table, dims, q.shape[0], q.device)
-    return block_table, block_table.shape[1] * k.shape[1]
+    if _runs_triton(backend, q.device) and q.dtype == torch.float16 and k.dtype == torch.uint8:
+        raise TypeError("q: expected bfloat16 or float32, as k is e2m1, got float16 (triton backend)")
+    width = k.shape[0]
+    if block_table is not None:
+        _check_block_table(block_table, dims, q.shape[0], q.device)
+        width = block_table.shape[1] * k.shape[1]
+    return _IndexKeys(k, q_scale, k_scale, block_table), width
+
+
+def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> Tensor | None:
+    """The scales of q, in bytes."""
+    if isinstance(q, Tensor) and q.dtype == torch.uint8:
+        _check("q", q, f"s_q index_n_heads {E2M1_WIDTH // 2}", dims, (torch.uint8,))
+        dims["index_head_dim"] = E2M1_WIDTH
+        _check("q_scale", q_scale, "s_q index_n_heads", dims, (torch.int32,), q.device)
+        return _ue8m0_bytes(q_scale)
+    _check("q", q, "s_q index_n_heads index_head_dim", dims, (*FLOATS, torch.float8_e4m3fn))
+    if q_scale is not None:
+        raise ValueError("q_scale: expected None, as q is not e2m1 (scales of e4m3 go into weights)")
+    return None
+
+
+def _check_index_k(k, k_scale, block_table, q: Tensor, dims: dict[str, int]):
+    """k, its scales and the block table as the ops take them; a packed cache becomes views of its parts."""
+    dtype = k.dtype if isinstance(k, Tensor) else None
+    if dtype == torch.uint8 and k_scale is None:
+        fmt = format_of("k", k, INDEX_K_FORMATS)
+        _check("k", k, f"pages page_size {fmt.bytes}", dims, (torch.uint8,), q.device)
+        _check_format("k", k, fmt, dims["index_head_dim"], "index_head_dim")
+        if block_table is None:
+            block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[None]
+        return *fmt.views(k), block_table
+    rows = "s_kv" if block_table is None else "pages page_size"
+    if dtype == torch.uint8:
+        if dims["index_head_dim"] != E2M1_WIDTH:
+            raise ValueError(
+                f"q: expected index_head_dim={E2M1_WIDTH}, as k is e2m1, got {dims['index_head_dim']}"
+            )
+        _check("k", k, f"{rows} {E2M1_WIDTH // 2}", dims, (torch.uint8,), q.device)
+        _check("k_scale", k_scale, rows, dims, (torch.int32,), q.device)
+        return k, _ue8m0_bytes(k_scale), block_table
+    if dtype == torch.float8_e4m3fn:
+        _check("k", k, f"{rows} index_head_dim", dims, (torch.float8_e4m3fn,), q.device)
+        _check("k_scale", k_scale, rows, dims, (torch.float32,), q.device)
+        return k, k_scale, block_table
+    if q.dtype not in FLOATS:
+        kind = type(k).__name__ if dtype is None else str(dtype).removeprefix("torch.")
+        raise TypeError(f"k: expected quantised keys (float8_e4m3fn or uint8), as q is quantised, got {kind}")
+    _check("k", k, f"{rows} index_head_dim", dims, (q.dtype,), q.device)
+    if k_scale is not None:
+        raise ValueError("k_scale: expected None, as k is not quantised")
+    return k, None, block_table
+
+
+def _ue8m0_bytes(scales: Tensor) -> Tensor:
+    """``[..., 4]`` uint8 of int32 scales, the low byte first; a view."""
+    return scales[..., None].view(torch.uint8)
 
 
 def _check_block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
@@ -395,10 +462,10 @@ def _check_block_table(block_table: Tensor, dims: dict[str, int], s_q: int, devi
         raise ValueError(f"block_table: expected a number of rows that divides s_q={s_q}, got {n}")
 
 
-def _check_format(name: str, cache: Tensor, fmt: Format, width_name: str, q: Tensor) -> None:
-    if q.shape[2] != fmt.width:
+def _check_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: str) -> None:
+    if width != fmt.width:
         raise ValueError(
-            f"q: expected {width_name}={fmt.width}, as {name} has {fmt.bytes} bytes a token, got {q.shape[2]}"
+            f"q: expected {width_name}={fmt.width}, as {name} has {fmt.bytes} bytes a token, got {width}"
         )
     fmt.check_in_place(name, cache)
 
@@ -517,7 +584,7 @@ def _check_quantised_latent(name: str, kv: Tensor, q: Tensor, d_v: int) -> Tenso
         kv = kv[:, None]  # pages of one token
     elif rank == 4:
         kv = kv.squeeze(2)
-    _check_format(name, kv, fmt, "d_qk", q)
+    _check_format(name, kv, fmt, q.shape[2], "d_qk")
     if d_v != QUANTISED_D_V:
         raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
     return kv

@@ -23,7 +23,8 @@ LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # Quantised caches: the library's number of a format, by the bytes of a token.
 ROW_FORMATS = {656: 1, 584: 2, 528: 3, 288: 4}
-KEY_FORMATS = {132: 1, 68: 2}
+# Index queries and keys, by their dtype.
+INDEX_FORMATS = {torch.float8_e4m3fn: 1, torch.uint8: 2}
 PEAK_KINDS = {"fp32": 0, "bf16": 1}
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -31,10 +32,12 @@ _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
 
 class _IndexArgs(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("q", "k", "weights", "ks", "ke", "block_table")),
+        *((name, _POINTER) for name in ("q", "k", "weights", "ks", "ke")),
+        *((name, _POINTER) for name in ("q_scale", "k_scale", "block_table")),
         *((name, _SIZE) for name in ("q_query", "q_head", "k_page", "k_row", "weights_query", "table_row")),
+        *((name, _SIZE) for name in ("q_scale_query", "q_scale_head", "k_scale_page", "k_scale_row")),
         *((name, _SIZE) for name in ("s_q", "heads", "d", "pages", "page_size", "tables", "width")),
-        *(("dtype", _INT), ("key_format", _INT)),
+        *((name, _INT) for name in ("dtype", "key_format", "query_format")),
     ]
 
 
@@ -170,51 +173,56 @@ def supports(name: str, *args) -> bool:
     if name == "select_topk":
         return args[0].dtype == torch.float32
     q, k = args[:2]
-    if q.dtype not in DTYPES or min(q.shape[1:]) == 0:
+    if min(q.shape[1:]) == 0:
         return False
-    return q.dtype == k.dtype or k.dtype == torch.uint8
+    if name in ("index_logits", "lightning_topk"):
+        # e4m3 keys are decoded a whole vector at a time.
+        plain = q.dtype == k.dtype and q.dtype in DTYPES
+        return plain or (k.dtype in INDEX_FORMATS and q.dtype != torch.float64 and k.shape[-1] % 16 == 0)
+    return q.dtype in DTYPES and (q.dtype == k.dtype or k.dtype == torch.uint8)
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _index_args(q, k, weights, ks, ke, block_table) -> _IndexArgs:
+def _index_args(q, k, weights, ks, ke, q_scale, k_scale, block_table) -> _IndexArgs:
     s_q, heads, d = q.shape
-    key_format, k_row = 0, k.stride(-2)
-    if k.dtype == torch.uint8:
-        key_format, k_row = KEY_FORMATS[k.shape[2]], k.shape[2] - 4  # scales lie behind all keys of a page
-    if block_table is None:
-        pages, page_size, tables, width, table_row = 1, k.shape[0], 1, k.shape[0], 0
-    else:
+    pages, page_size, tables, width, table_row = 1, k.shape[0], 1, k.shape[0], 0
+    if block_table is not None:
         pages, page_size, _ = k.shape
-        tables, width, table_row = (
-            block_table.shape[0],
-            block_table.shape[1] * page_size,
-            block_table.stride(0),
-        )
+        tables, max_pages = block_table.shape
+        width, table_row = max_pages * page_size, block_table.stride(0)
+    q_scale_query, q_scale_head = (0, 0) if q_scale is None else q_scale.stride()[:2]
+    k_scale_page, k_scale_row = 0, 0
+    if k_scale is not None:
+        strides = k_scale.stride()[:2] if block_table is not None else (0, k_scale.stride(0))
+        k_scale_page, k_scale_row = (stride * k_scale.element_size() for stride in strides)
     return _IndexArgs(
-        *(
-            q.data_ptr(),
-            k.data_ptr(),
-            weights.data_ptr(),
-            ks.data_ptr(),
-            ke.data_ptr(),
-            _address(block_table),
-        ),
-        *(q.stride(0), q.stride(1), k.stride(0), k_row, weights.stride(0), table_row),
-        *(s_q, heads, d, pages, page_size, tables, width, DTYPES[q.dtype]),
-        key_format,
+        *(_address(tensor) for tensor in (q, k, weights, ks, ke, q_scale, k_scale, block_table)),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(-2), weights.stride(0), table_row),
+        *(q_scale_query, q_scale_head, k_scale_page, k_scale_row),
+        *(s_q, heads, 2 * d if q.dtype == torch.uint8 else d, pages, page_size, tables, width),
+        DTYPES.get(q.dtype, DTYPES[torch.bfloat16]),  # bf16 holds every value of a quantised query
+        *(INDEX_FORMATS.get(x.dtype, 0) for x in (k, q)),
     )
 
 
 def index_logits(
-    q: Tensor, k: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, block_table: Tensor | None, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    block_table: Tensor | None,
+    out: Tensor,
 ) -> None:
     if out.numel() == 0:
         return
     library = _library()
-    args = _index_args(q, k, weights, ks, ke, block_table)
+    args = _index_args(q, k, weights, ks, ke, q_scale, k_scale, block_table)
     threads = torch.get_num_threads()
     library.index_logits(library.isa, threads, ctypes.byref(args), out.data_ptr(), out.stride(0))
 
@@ -235,12 +243,14 @@ def lightning_topk(
     topk: int,
     ks: Tensor,
     ke: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
     block_table: Tensor | None,
     workspace_bytes: int,
     out: Tensor,
 ) -> None:
     library = _library()
-    args = _index_args(q, k, weights, ks, ke, block_table)
+    args = _index_args(q, k, weights, ks, ke, q_scale, k_scale, block_table)
     library.lightning_topk(
         *(library.isa, torch.get_num_threads(), ctypes.byref(args), topk, workspace_bytes),
         *(out.data_ptr(), out.stride(0)),

@@ -20,13 +20,14 @@ SPARSE_MLA = (
     "Tensor? extra_topk_length, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) max_logits) -> ()"
 )
 # kv and extra_kv come as rows [slots, d_qk], or quantised (uint8) as [pages, page_size, bytes] with any
-# distance between pages; quantised index keys come with a block_table.
+# distance between pages. Quantised index queries and keys come as values, e4m3 or pairs of e2m1 (uint8), and
+# their scales: of e4m3 keys one fp32, of e2m1 bytes [..., d / 32] of ue8m0; e4m3 queries have none.
 SCHEMAS = {
-    "index_logits": "(Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, Tensor? block_table, "
-    "Tensor(a!) out) -> ()",
+    "index_logits": "(Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, Tensor? q_scale, "
+    "Tensor? k_scale, Tensor? block_table, Tensor(a!) out) -> ()",
     "select_topk": "(Tensor logits, int topk, Tensor ks, Tensor ke, Tensor(a!) out) -> ()",
     "lightning_topk": "(Tensor q, Tensor k, Tensor weights, int topk, Tensor ks, Tensor ke, "
-    "Tensor? block_table, int workspace_bytes, Tensor(a!) out) -> ()",
+    "Tensor? q_scale, Tensor? k_scale, Tensor? block_table, int workspace_bytes, Tensor(a!) out) -> ()",
     "physical_slots": "(Tensor indices, Tensor block_table, int page_size, Tensor(a!) out) -> ()",
     "sparse_mla": SPARSE_MLA,
     "sparse_mla_hopper": SPARSE_MLA,
@@ -112,6 +113,8 @@ def _lightning_topk_in_chunks(
     topk: int,
     ks: Tensor,
     ke: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
     block_table: Tensor | None,
     workspace_bytes: int,
     out: Tensor,
@@ -127,7 +130,8 @@ def _lightning_topk_in_chunks(
     for t in _chunks(s_q, queries, rows):
         table = None if block_table is None else block_table[t.start // queries : -(-t.stop // queries)]
         chunk = logits[: t.stop - t.start]
-        score(q[t], k, weights[t], ks[t], ke[t], table, chunk[:, :width])
+        scale = None if q_scale is None else q_scale[t]
+        score(q[t], k, weights[t], ks[t], ke[t], scale, k_scale, table, chunk[:, :width])
         select(chunk, topk, ks[t], ke[t], out[t])
 
 

@@ -22,25 +22,33 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def index_logits(
-    q: Tensor, k: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, block_table: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """``logits[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])`` for ``ks[t] <= s < ke[t]``, else -inf.
 
+    Quantised q and k are what :func:`sparse_attn.formats.dequantise` makes of values and scales.
+
     Source: the lightning indexer of the DeepSeek-V3.2 report, equation 1.
     """
+    dtype = compute_dtype(q.dtype)
+    q, k = dequantise(q, q_scale, dtype=dtype), dequantise(k, k_scale, dtype=dtype)
     if block_table is not None:
         return _paged_index_logits(q, k, weights, ks, ke, block_table)
-    dtype = compute_dtype(q.dtype)
     logits = torch.zeros(q.shape[0], k.shape[0], dtype=dtype, device=q.device)
-    keys = k.to(dtype).mT  # [d, s_kv]
+    keys = k.mT  # [d, s_kv]
     for head in range(q.shape[1]):  # one head at a time: never [s_q, h, s_kv]
-        logits += weights[:, head, None].to(dtype) * torch.relu(q[:, head].to(dtype) @ keys)
+        logits += weights[:, head, None].to(dtype) * torch.relu(q[:, head] @ keys)
     return logits.masked_fill(~_visible(k.shape[0], ks, ke), -INF)
 
 
 def _paged_index_logits(q, k, weights, ks, ke, block_table):
-    if k.dtype == torch.uint8:
-        k = dequantise(*views(k), dtype=compute_dtype(q.dtype))
     pages, page_size, d = k.shape
     queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
     rows = []
@@ -51,7 +59,7 @@ def _paged_index_logits(q, k, weights, ks, ke, block_table):
         logits = index_logits(q[t], keys, weights[t], ks[t], ke[t])
         rows.append(logits.masked_fill(~exists.repeat_interleave(page_size), -INF))
     width = block_table.shape[1] * page_size
-    return torch.cat(rows) if rows else weights.new_empty(0, width, dtype=compute_dtype(q.dtype))
+    return torch.cat(rows) if rows else weights.new_empty(0, width, dtype=q.dtype)
 
 
 def select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor) -> Tensor:
@@ -74,11 +82,14 @@ def lightning_topk(
     topk: int,
     ks: Tensor,
     ke: Tensor,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     workspace_bytes: int = 0,
 ) -> Tensor:
     """:func:`index_logits`, then :func:`select_topk`; all logits are held, whatever the workspace."""
-    return select_topk(index_logits(q, k, weights, ks, ke, block_table), topk, ks, ke)
+    logits = index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table)
+    return select_topk(logits, topk, ks, ke)
 
 
 def physical_slots(indices: Tensor, block_table: Tensor, page_size: int) -> Tensor:

@@ -13,6 +13,19 @@ def ints(*values):
 
 
 INDEX = index_inputs(3, 20, heads=2, d=16)
+FP8 = {
+    **INDEX,
+    "q": INDEX["q"].to(torch.float8_e4m3fn),
+    "k": torch.zeros(20, 16, dtype=torch.float8_e4m3fn),
+    "k_scale": torch.ones(20),
+}
+E2M1 = {
+    **INDEX,
+    "q": torch.zeros(3, 2, 64, dtype=torch.uint8),
+    "q_scale": torch.zeros(3, 2, dtype=torch.int32),
+    "k": torch.zeros(20, 64, dtype=torch.uint8),
+    "k_scale": torch.zeros(20, dtype=torch.int32),
+}
 MLA = {**mla_inputs(3, 20), "d_v": 32}
 GQA = gqa_inputs(3, 20)
 TABLE = torch.zeros(3, 2, dtype=torch.int32)
@@ -82,6 +95,41 @@ CASES = [
         {"backend": "triton"},
         ValueError,
         "backend: 'triton' needs cuda tensors, got .* cpu",
+    ),
+    (
+        "index_logits",
+        INDEX,
+        {"q": INDEX["q"].to(torch.float8_e4m3fn)},
+        TypeError,
+        "k: expected quantised keys .* as q is quantised, got float32",
+    ),
+    ("index_logits", FP8, {"k_scale": None}, TypeError, r"k_scale: expected a tensor \[s_kv=20\], got None"),
+    ("index_logits", FP8, {"k_scale": torch.ones(19)}, ValueError, r"k_scale: .*s_kv=20\], got \[19\]"),
+    ("index_logits", FP8, {"k_scale": ints(*range(20))}, TypeError, "k_scale: .* float32, got int32"),
+    ("index_logits", FP8, {"q_scale": ints(1, 2, 3)}, ValueError, "q_scale: expected None, as q is not e2m1"),
+    ("index_logits", INDEX, {"k_scale": torch.ones(20)}, ValueError, "k_scale: expected None, as k is not"),
+    (
+        "index_logits",
+        INDEX,
+        {"k": E2M1["k"], "k_scale": E2M1["k_scale"]},
+        ValueError,
+        "q: .*=128, as k is e2m1",
+    ),
+    ("index_logits", E2M1, {"q_scale": None}, TypeError, "q_scale: expected a tensor .*s_q=3.*, got None"),
+    (
+        "index_logits",
+        E2M1,
+        {"q": E2M1["q"][..., 1:]},
+        ValueError,
+        r"q: expected shape .* 64\], got \[3, 2, 63\]",
+    ),
+    ("index_logits", E2M1, {"k_scale": torch.ones(20)}, TypeError, "k_scale: .* int32, got float32"),
+    (
+        "lightning_topk",
+        {**E2M1, "topk": 4},
+        {"k": E2M1["k"][0]},
+        ValueError,
+        r"k: expected shape \[s_kv, 64\]",
     ),
     ("lightning_topk", {**INDEX, "topk": 4}, {"topk": 0}, ValueError, "topk: expected at least 1, got 0"),
     ("lightning_topk", {**INDEX, "topk": 4}, {"topk": 2.0}, TypeError, "topk: expected an int, got float"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import reference
+from sparse_attn import formats, reference
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
     INT_MAX,
@@ -109,6 +109,109 @@ def test_strided_inputs_and_out(backend, device):
     result = sparse_attn.index_logits(**strided, out=out, backend=backend)
     assert result is out
     assert_logits_close(out, **inputs)
+
+
+def quantised(x, form):
+    """x [..., d] as values and scales of a form, and both as the op takes them; NaN becomes NaN."""
+    if form == "e4m3":  # scales that are no powers of two
+        scales = x.float().abs().amax(-1) / 300
+        values = formats.to_e4m3(x.float() / scales[..., None])
+        return (values, scales), (values, scales)
+    values = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(*x.shape[:-1], 4, dtype=torch.uint8, device=x.device)
+    formats.quantise(x, values, scales, min_scale=1e-9)
+    return (values, scales.view(torch.int32)[..., 0]), (values, scales)
+
+
+def quantised_index_inputs(q_form, k_form, device, *size, d=128, seed=0):
+    """Arguments of the function with quantised operands, and of ``assert_logits_close``."""
+    inputs = index_inputs(*size, d, device=device, seed=seed)
+    inputs["q"] *= 10.0 ** torch.arange(-2, 2, device=device).repeat_interleave(d // 4)  # blocks differ
+    straight = dict(inputs)
+    if q_form == "e4m3":
+        inputs["q"] = straight["q"] = formats.to_e4m3(inputs["q"])
+    elif q_form == "e2m1":
+        (inputs["q"], inputs["q_scale"]), parts = quantised(inputs["q"], q_form)
+        straight["q"], straight["q_scale"] = parts
+    (inputs["k"], inputs["k_scale"]), parts = quantised(inputs["k"], k_form)
+    straight["k"], straight["k_scale"] = parts
+    return inputs, straight
+
+
+@pytest.mark.parametrize("q_form", ["fp32", "e4m3", "e2m1"])
+@pytest.mark.parametrize("k_form", ["e4m3", "e2m1"])
+@pytest.mark.parametrize("heads, page_size", [(3, 1), (64, 16), (17, 7)])
+def test_quantised_operands(backend, device, q_form, k_form, heads, page_size):
+    inputs, straight = quantised_index_inputs(q_form, k_form, device, 4, 70, heads)
+    logits = sparse_attn.index_logits(**inputs, backend=backend)
+    assert logits.dtype == torch.float32
+    assert_logits_close(logits, **straight)
+    bounds = inputs["ks"], inputs["ke"]
+    expected = sparse_attn.select_topk(logits, 9, *bounds, backend=backend)
+    small = {"topk": 9, "workspace_bytes": 1, "backend": backend}
+    assert torch.equal(sparse_attn.lightning_topk(**inputs, **small), expected)
+
+    # The same keys in shuffled pages: their parts, and packed.
+    pages = -(-70 // page_size)
+    order = torch.randperm(pages, device=device)
+    table = torch.cat([order, torch.tensor([INT_MIN, -1, pages, INT_MAX], device=device)])[None].int()
+    parts, packed = paged_keys(straight["k"], straight["k_scale"], order, page_size)
+    inputs["ke"].clamp_(max=70)
+    names = ("k", "k_scale")
+    in_pages = {**inputs, **dict(zip(names, parts, strict=True)), "block_table": table}
+    paged = sparse_attn.index_logits(**in_pages, backend=backend)
+    visible = torch.arange(70, device=device) < inputs["ke"][:, None]
+    assert torch.equal(paged[:, :70], torch.where(visible, logits, float("-inf")))
+    assert torch.isneginf(paged[:, 70:]).all()
+    in_pages.update(k=packed, k_scale=None)
+    assert torch.equal(sparse_attn.index_logits(**in_pages, backend=backend), paged)
+    assert torch.equal(sparse_attn.lightning_topk(**in_pages, **small), expected)
+
+
+def paged_keys(k, scales, order, page_size):
+    """Keys in pages, page i of the sequence at order[i]; what no key needs is 0xFF. (parts, packed)."""
+    size = 132 if k.dtype == torch.float8_e4m3fn else 68
+    packed = torch.full((len(order), page_size, size), 0xFF, dtype=torch.uint8, device=k.device)
+    parts = formats.views(packed)
+    slot = torch.arange(len(k), device=k.device)
+    where = order[slot // page_size], slot % page_size
+    for part, source in zip(parts, (k, scales), strict=True):
+        part.view(torch.uint8 if part.element_size() == 1 else part.dtype)[where] = source.view(
+            torch.uint8 if source.element_size() == 1 else source.dtype
+        )
+    values, scales = (part.contiguous() for part in parts)
+    return (values, scales if size == 132 else scales.view(torch.int32)[..., 0]), packed
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_e4m3_of_every_head_dim(backend, device, d):
+    inputs, straight = quantised_index_inputs("e4m3", "e4m3", device, 5, 40, 6, d=d)
+    assert_logits_close(sparse_attn.index_logits(**inputs, backend=backend), **straight)
+
+
+def test_every_code_of_quantised_operands(backend, device):
+    """One value in each key, one head that is its unit vector: what comes back is the value."""
+    for codes in (torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn), None):
+        k = torch.zeros(256, 128, dtype=torch.uint8)
+        scale = torch.linspace(0.5, 2, 256)
+        if codes is None:  # pairs of e2m1 under ue8m0 of many sizes
+            k = k[:, :64].contiguous()
+            k[:, 0] = torch.arange(256, dtype=torch.uint8)
+            scale = torch.tensor([100, 127, 150, 1], dtype=torch.uint8).repeat(64).view(256, 1)
+            straight = torch.cat([scale, torch.full((256, 3), 127, dtype=torch.uint8)], 1)
+            scale = straight.view(torch.int32)[:, 0]
+        else:
+            k[:, 0] = codes.view(torch.uint8)
+            k, straight = k.view(torch.float8_e4m3fn), scale
+        values = formats.dequantise(k, straight)
+        for sign, q_dtype in ((1, torch.float32), (-1, torch.bfloat16)):
+            q = torch.zeros(1, 1, 128, dtype=q_dtype)
+            q[0, 0, 0] = sign
+            expected = (sign * values[:, 0]).relu()[None]
+            ks, ke = torch.zeros(1, dtype=torch.int32), torch.full((1,), 256, dtype=torch.int32)
+            arguments = [x.to(device) for x in (q, k, torch.ones(1, 1), ks, ke)]
+            logits = sparse_attn.index_logits(*arguments, k_scale=scale.to(device), backend=backend).cpu()
+            torch.testing.assert_close(logits, expected, rtol=1e-7, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOGITS)

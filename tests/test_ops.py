@@ -25,9 +25,9 @@ def op_arguments():
     out, lse = torch.zeros(3, 4, 32), torch.zeros(3, 4)
     q, weights = index["q"], index["weights"]
     return {
-        "index_logits": (q, index["k"], weights, *ranges, None, logits),
+        "index_logits": (q, index["k"], weights, *ranges, None, None, None, logits),
         "select_topk": (torch.randn(3, 40), 6, *ranges, picked),
-        "lightning_topk": (q, pages, weights, 6, *ranges, table, 1 << 20, picked),
+        "lightning_topk": (q, pages, weights, 6, *ranges, None, None, table, 1 << 20, picked),
         "physical_slots": (picked, table, 8, torch.zeros_like(picked)),
         "sparse_mla": (
             *(mla["q"], mla["kv"], mla["indices"], 32, 0.1, length, torch.zeros(4)),

@@ -118,6 +118,7 @@ inline void score_tiles(const void* keys, int64_t key_bytes, const uint32_t* que
 // summed.
 class AmxScorer {
  public:
+  using QueryElement = bfloat16;
   using KeyElement = bfloat16;
   static constexpr int kKeys = 32;
 
@@ -133,10 +134,9 @@ class AmxScorer {
     for (auto& scores : scores_) scores = memory.template take<float>(kKeys * columns_);
   }
 
-  void prepare(int64_t t) {
-    weights_.prepare(args_.weights + t * args_.weights_query);
-    const bfloat16* q = static_cast<const bfloat16*>(args_.q) + t * args_.q_query;
-    pack_columns<Bf16Dot>(q, args_.q_head, args_.heads, args_.d, depth_, queries_, keys_);
+  void prepare(const bfloat16* heads, int64_t stride, const float* weights) {
+    weights_.prepare(weights);
+    pack_columns<Bf16Dot>(heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
   void run(const bfloat16* k, int64_t stride, int64_t n, float* out) const {

@@ -6,6 +6,7 @@
 
 // How the rows of a cache are stored; see sparse_attn/formats.
 enum RowFormat : int64_t { kPlain = 0, kV32Rows = 1, kV4Rows = 2, kV41Rows = 3, kV41Fp4Rows = 4 };
+// Of index keys, and of index queries.
 enum KeyFormat : int32_t { kPlainKeys = 0, kFp8Keys = 1, kMxfp4Keys = 2 };
 
 enum DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kDTypes = 3 };
@@ -26,11 +27,14 @@ struct IndexArgs {
   const float* weights;
   const int32_t* ks;  // query t sees positions ks[t] <= s < ke[t]
   const int32_t* ke;
+  const uint8_t* q_scale;      // [s_q, heads, d / 32] of kMxfp4Keys, else null
+  const uint8_t* k_scale;      // [pages, page_size] of kFp8Keys (float), [.., d / 32] of kMxfp4Keys, or null
   const int32_t* block_table;  // [tables, max_pages], or null: then k is one page of s_kv rows
   int64_t q_query, q_head, k_page, k_row, weights_query, block_table_row;
+  int64_t q_scale_query, q_scale_head, k_scale_page, k_scale_row;  // in bytes
   int64_t s_q, heads, d, pages, page_size, tables, width;
-  int32_t dtype;
-  KeyFormat key_format;  // of k; if not plain, a page holds its keys and then their scales
+  int32_t dtype;  // of q; of quantised queries, what they are decoded to: bfloat16
+  KeyFormat key_format, query_format;  // queries are quantised only where keys are
 };
 
 // One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v], indices [s_q, h_kv,

@@ -51,6 +51,7 @@ class TileScorer {
   using Word = typename Math::Word;
 
  public:
+  using QueryElement = Query;
   using KeyElement = Key;
   static constexpr int kKeys = 48;  // at a time: a multiple of kTileRows and of kWidth
 
@@ -64,10 +65,10 @@ class TileScorer {
         keys_(memory.template take<Word>(kKeys * depth_)),
         sums_(memory.template take<float>(kKeys * kWidth)) {}
 
-  void prepare(int64_t t) {
-    weights_.prepare(args_.weights + t * args_.weights_query);
-    const Query* q = static_cast<const Query*>(args_.q) + t * args_.q_query;
-    pack_columns<Math>(q, args_.q_head, args_.heads, args_.d, depth_, queries_, keys_);
+  // The query of these heads, which lie `stride` elements apart.
+  void prepare(const Query* heads, int64_t stride, const float* weights) {
+    weights_.prepare(weights);
+    pack_columns<Math>(heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
   // Scores of n keys that lie `stride` elements apart.
@@ -137,37 +138,57 @@ void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end,
 }
 
 template <class Scorer>
+void prepare_plain(const IndexArgs& args, int64_t t, Scorer& scorer) {
+  const auto* q = static_cast<const typename Scorer::QueryElement*>(args.q);
+  scorer.prepare(q + t * args.q_query, args.q_head, args.weights + t * args.weights_query);
+}
+
+template <class Scorer>
 void score_plain(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
   const auto* k = static_cast<const typename Scorer::KeyElement*>(args.k);
   with_workspace<Scorer>(args, [&](Scorer& scorer) {
-    scorer.prepare(t);
+    prepare_plain(args, t, scorer);
     for_each_page(args, t, begin, end, out, [&](int64_t page, int64_t offset, int64_t n, float* scores) {
       scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, scores);
     });
   });
 }
 
-// Quantised keys are decoded a few at a time; what they are to be multiplied with, to their scores.
+// Quantised keys are decoded a few at a time, and the factors of their scores kept beside them; a quantised
+// query once.
 template <class Scorer>
 class PackedScorer {
+  using Query = typename Scorer::QueryElement;
   using Key = typename Scorer::KeyElement;
 
  public:
   template <class Memory>
   PackedScorer(const IndexArgs& args, Memory& memory)
-      : args_(args), scorer_(args, memory), keys_(memory.template take<Key>(Scorer::kKeys * args.d)) {}
+      : args_(args),
+        scorer_(args, memory),
+        query_(memory.template take<Query>(args.query_format == kPlainKeys ? 0 : args.heads * args.d)),
+        keys_(memory.template take<Key>(Scorer::kKeys * args.d)) {}
 
-  void prepare(int64_t t) { scorer_.prepare(t); }
+  void prepare(int64_t t) {
+    if (args_.query_format == kPlainKeys) return prepare_plain(args_, t, scorer_);
+    for (int64_t head = 0; head < args_.heads; head++) {
+      const uint8_t* codes = static_cast<const uint8_t*>(args_.q) + t * args_.q_query + head * args_.q_head;
+      const uint8_t* scales = args_.q_scale + t * args_.q_scale_query + head * args_.q_scale_head;
+      decode_query(args_.query_format, codes, scales, args_.d, query_ + head * args_.d);
+    }
+    scorer_.prepare(query_, args_.d, args_.weights + t * args_.weights_query);
+  }
 
-  void run(const uint8_t* page, int64_t offset, int64_t n, float* out) const {
-    const uint8_t* scales = page + args_.page_size * args_.k_row;
+  void run(int64_t page, int64_t offset, int64_t n, float* out) const {
+    const uint8_t* codes = static_cast<const uint8_t*>(args_.k) + page * args_.k_page;
+    const uint8_t* scales = args_.k_scale + page * args_.k_scale_page;
     float factors[Scorer::kKeys];
     for (int64_t s = 0; s < n; s += Scorer::kKeys) {
       const int64_t m = n - s < Scorer::kKeys ? n - s : Scorer::kKeys;
       for (int64_t i = 0; i < m; i++) {
         const int64_t slot = offset + s + i;
-        factors[i] = decode_key(args_.key_format, page + slot * args_.k_row, scales + slot * 4, args_.d,
-                                keys_ + i * args_.d);
+        factors[i] = decode_key(args_.key_format, codes + slot * args_.k_row,
+                                scales + slot * args_.k_scale_row, args_.d, keys_ + i * args_.d);
       }
       scorer_.run(keys_, args_.d, m, out + s);
       for (int64_t i = 0; i < m; i++) out[s + i] *= factors[i];
@@ -177,16 +198,16 @@ class PackedScorer {
  private:
   const IndexArgs& args_;
   Scorer scorer_;
+  Query* query_;  // [heads, d]
   Key* keys_;
 };
 
 template <class Scorer>
 void score_packed(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
-  const auto* k = static_cast<const uint8_t*>(args.k);
   with_workspace<PackedScorer<Scorer>>(args, [&](PackedScorer<Scorer>& scorer) {
     scorer.prepare(t);
     for_each_page(args, t, begin, end, out, [&](int64_t page, int64_t offset, int64_t n, float* scores) {
-      scorer.run(k + page * args.k_page, offset, n, scores);
+      scorer.run(page, offset, n, scores);
     });
   });
 }

@@ -137,4 +137,13 @@ inline float decode_key(KeyFormat format, const uint8_t* codes, const uint8_t* s
   return 1.0f;
 }
 
+// The values of one head of a quantised index query; e4m3 ones have no scales here.
+template <class T>
+inline void decode_query(KeyFormat format, const uint8_t* codes, const uint8_t* scales, int64_t d, T* out) {
+  if (format == kFp8Keys)
+    decode_e4m3(codes, d, 1.0f, out);
+  else
+    decode_key(format, codes, scales, d, out);
+}
+
 }  // namespace

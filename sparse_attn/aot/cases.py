@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+from ..formats import index_k_views
+
+BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 64, 100_000, 2048
 
 
@@ -44,13 +46,24 @@ def gqa(h_q, h_kv, d, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, per_head=False)
     )
 
 
-def index(h, dtype=BF16, s_q=S_Q, s_kv=S_KV, paged_rows=0) -> tuple:
-    k, table, width = empty(s_kv, 128, dtype=dtype), None, s_kv
-    if paged_rows:
-        pages = s_kv // 64
-        k, table, width = empty(pages, 64, 128, dtype=dtype), int32(paged_rows, pages), 64 * pages
-    inputs = empty(s_q, h, 128, dtype=dtype), k, empty(s_q, h, dtype=FP32), int32(s_q), int32(s_q)
-    return *inputs, table, empty(s_q, width, dtype=FP32)
+def index(h, q=BF16, k=None, d=128, s_q=S_Q, s_kv=S_KV, paged_rows=0, page_size=64) -> tuple:
+    """q and k by dtype, k like q by default; uint8 is e2m1."""
+    k = q if k is None else k
+    pages = s_kv // page_size
+    keys = (pages, page_size) if paged_rows else (s_kv,)
+    width, table = (page_size * pages, int32(paged_rows, pages)) if paged_rows else (s_kv, None)
+
+    def operand(dtype, *rows):
+        if dtype == UINT8:
+            return empty(*rows, d // 2, dtype=dtype), empty(*rows, d // 32, dtype=UINT8)
+        return empty(*rows, d, dtype=dtype), empty(*rows, dtype=FP32) if dtype == E4M3 else None
+
+    (q, q_scale), (k, k_scale) = operand(q, s_q, h), operand(k, *keys)
+    q_scale = None if q.dtype == E4M3 else q_scale
+    if paged_rows and k.dtype == E4M3 and d == 128:
+        k, k_scale = index_k_views(empty(pages, page_size, 132, dtype=UINT8))
+    inputs = q, k, empty(s_q, h, dtype=FP32), int32(s_q), int32(s_q), q_scale, k_scale, table
+    return *inputs, empty(s_q, width, dtype=FP32)
 
 
 def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> tuple:
@@ -70,6 +83,12 @@ CASES = [
     Case("index_logits", "128 heads, paged", index(128, paged_rows=2), quick=(80, 90)),
     Case("index_logits", "64 heads, fp16", index(64, FP16)),
     Case("index_logits", "64 heads, fp32", index(64, FP32), quick=(86, 90)),
+    Case("index_logits", "64 heads, fp8", index(64, E4M3), quick=ALL),
+    Case("index_logits", "64 heads, fp8, paged", index(64, E4M3, paged_rows=2), quick=(80, 90)),
+    Case("index_logits", "64 heads, bf16 x fp8, paged", index(64, BF16, E4M3, paged_rows=2), quick=(80, 90)),
+    Case("index_logits", "64 heads, mxfp4", index(64, UINT8), quick=(80, 90)),
+    Case("index_logits", "8 heads, fp8, paged", index(8, E4M3, paged_rows=2)),
+    Case("index_logits", "4 heads x 64", index(4, d=64)),
     Case("select_topk", "512 rows", select(), quick=(80, 90)),
     Case("select_topk", "1 long row", select(1, 1 << 20)),
     *(

@@ -116,13 +116,15 @@ def quantise(
 
 
 def dequantise(
-    values: Tensor, scales: Tensor, rope: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    values: Tensor, scales: Tensor | None, rope: Tensor | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """What the parts of tokens mean: values times their scales, then ``rope``, ``[..., width]`` in ``dtype``.
 
-    Products are made in fp32 (fp64 for fp64), where all but those with an arbitrary fp32 scale are exact,
-    and rounded to ``dtype`` once.
+    Without scales the values mean themselves. Products are made in fp32 (fp64 for fp64), where all but
+    those with an arbitrary fp32 scale are exact, and rounded to ``dtype`` once.
     """
+    if scales is None:
+        return values.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     scales = scales if scales.dim() == values.dim() else scales[..., None]
     scales = from_ue8m0(scales) if scales.dtype == torch.uint8 else scales

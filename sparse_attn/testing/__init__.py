@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..formats import dequantise
 from ..reference import compute_dtype
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -58,13 +59,22 @@ def assert_logits_close(
     weights: Tensor,
     ks: Tensor,
     ke: Tensor,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> None:
-    """``actual`` is :func:`sparse_attn.index_logits` of the rest, by :func:`assert_close`."""
-    q, k, weights = (x.cpu().double() for x in (q, k, weights))
-    where = [None if x is None else x.cpu() for x in (ks, ke, block_table)]
-    expected = reference.index_logits(q, k, weights, *where)
-    terms = reference.index_logits(q.abs(), k.abs(), weights.abs(), *where)
+    """``actual`` is :func:`sparse_attn.index_logits` of the rest, by :func:`assert_close`.
+
+    Quantised operands come as the op takes them: values, and scales in fp32 or bytes of ue8m0.
+    """
+    q, k = (
+        dequantise(x.cpu(), None if scale is None else scale.cpu(), dtype=torch.float64)
+        for x, scale in ((q, q_scale), (k, k_scale))
+    )
+    weights, ks, ke = weights.cpu().double(), ks.cpu(), ke.cpu()
+    table = None if block_table is None else block_table.cpu()
+    expected = reference.index_logits(q, k, weights, ks, ke, block_table=table)
+    terms = reference.index_logits(q.abs(), k.abs(), weights.abs(), ks, ke, block_table=table)
     assert_close(actual.cpu(), expected, terms=terms)
 
 

@@ -81,7 +81,8 @@ def run_index(inputs, block_table=None, out=None):
     k = inputs["k"]
     width = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
     out = torch.full((len(inputs["q"]), width), NAN) if out is None else out
-    index_logits(*(inputs[n] for n in ("q", "k", "weights", "ks", "ke")), block_table, out)
+    scales = inputs.get("q_scale"), inputs.get("k_scale")
+    index_logits(*(inputs[n] for n in ("q", "k", "weights", "ks", "ke")), *scales, block_table, out)
     assert_logits_close(out, **inputs, block_table=block_table)
     return out
 
@@ -353,7 +354,7 @@ def test_an_infinite_key_meets_padded_heads():
     q, k = torch.ones(1, 3, 8), torch.ones(5, 8)
     k[2] = INF
     out = torch.full((1, 5), NAN)
-    index_logits(q, k, torch.ones(1, 3), int32(0), int32(5), None, out)
+    index_logits(q, k, torch.ones(1, 3), int32(0), int32(5), None, None, None, out)
     assert out.tolist() == [[24.0, 24.0, INF, 24.0, 24.0]]
 
 

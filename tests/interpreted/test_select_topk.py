@@ -116,7 +116,15 @@ def test_one_chunk_keeps_to_the_workspace(paged):
         table = table.repeat(12, 1)
     out = torch.empty(12, 9, dtype=torch.int32)
     lightning_topk = ops.implementation("lightning_topk", "triton")
-    arguments = (*(inputs[n] for n in ("q", "k", "weights")), 9, inputs["ks"], inputs["ke"], table)
+    arguments = (
+        *(inputs[n] for n in ("q", "k", "weights")),
+        9,
+        inputs["ks"],
+        inputs["ke"],
+        None,
+        None,
+        table,
+    )
     with Allocations() as made:
         lightning_topk(*arguments, 1 << 30, out)
     used = made.bytes

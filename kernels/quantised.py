@@ -1,0 +1,35 @@
+"""What the bytes of quantised values mean, exactly, in fp32: e4m3, e2m1, and their ue8m0 scales."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def from_e4m3(code, NATIVE_FP8: tl.constexpr):
+    """fp32 of e4m3 bytes, NaN for the two codes that are NaN; NATIVE_FP8 is configs.has_native_fp8."""
+    if NATIVE_FP8:
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    # As fp32 the bits mean 2 ** -120 times as much, subnormals included.
+    word = ((code.to(tl.int32) << 24) >> 4) & -0x78100000  # sign, 4 zeros, 7 bits
+    x = word.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    return tl.where(tl.abs(x) == 480.0, float("nan"), x)
+
+
+@triton.jit
+def from_ue8m0(exponent):
+    """fp32 2 ** (exponent - 127) of bytes; 0 is a subnormal number, 255 is NaN."""
+    bits = exponent.to(tl.uint32) << 23
+    return tl.where((exponent == 0) | (exponent == 255), bits | (1 << 22), bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def from_e2m1(code, scale):
+    """[n, d] fp32: e2m1 pairs [n, d / 2], the even one in the low nibble, times ue8m0 scales [n, d / 32]."""
+    n: tl.constexpr = code.shape[0]
+    d: tl.constexpr = 2 * code.shape[1]
+    nibble = tl.join(code & 0xF, code >> 4).to(tl.uint32)  # [n, d / 2, 2]
+    # As fp32 the bits mean 2 ** -126 times as much, the subnormal 0.5 included.
+    x = ((nibble & 8) << 28 | (nibble & 7) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37
+    groups: tl.constexpr = scale.shape[1]
+    x = tl.reshape(x, [n, groups, d // groups]) * from_ue8m0(scale)[:, :, None]
+    return tl.reshape(x, [n, d])
