@@ -53,7 +53,7 @@ def measure(context: int, rounds: int) -> list[dict]:
         "index": lambda: native.index_logits(index_q, index_k, weights, *ranges, None, None, None, logits),
         "select": lambda: native.select_topk(logits, TOPK, *ranges, picked),
     }
-    exact_out, _ = reference.sparse_mla(q.double(), kv.double(), indices, D_V, SCALE)
+    exact_out, *_ = reference.sparse_mla(q.double(), kv.double(), indices, D_V, SCALE)
     exact_logits = reference.index_logits(index_q.double(), index_k.double(), weights.double(), *ranges)
     isas = native.instruction_sets()
     seconds = {isa: {name: [] for name in ("peak", *calls)} for isa in isas}

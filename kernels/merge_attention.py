@@ -4,6 +4,7 @@
     out[t, h] = sum_i exp(lses[i, t, h]) * outs[i, t, h] / (exp(lse[t, h]) + exp(attn_sink[h]))
 
 summed in fp32 in the order of i. A part with lse = -inf counts for nothing; if all do, out = 0, lse = -inf.
+Where parts carry their highest score, its maximum goes the same way.
 """
 
 import torch
@@ -21,8 +22,13 @@ def merge_attention(
     out: torch.Tensor,
     lse: torch.Tensor,
     attn_sink: torch.Tensor | None = None,
+    maxima: torch.Tensor | None = None,
+    max_logits: torch.Tensor | None = None,
 ) -> None:
-    """Fill out [s_q, h, d_v] and lse [s_q, h] from outs [n, s_q, h, d_v] and lses [n, s_q, h]."""
+    """Fill out [s_q, h, d_v] and lse [s_q, h] from outs [n, s_q, h, d_v] and lses [n, s_q, h].
+
+    Fill max_logits [s_q, h] too, if given with maxima [n, s_q, h].
+    """
     n, s_q, h, d_v = outs.shape
     if lse.numel() == 0:
         return
@@ -38,6 +44,10 @@ def merge_attention(
             *out.stride(),
             lse,
             *lse.stride(),
+            maxima,
+            *((0, 0, 0) if maxima is None else maxima.stride()),
+            max_logits,
+            *((0, 0) if max_logits is None else max_logits.stride()),
             n,
             h,
             D_V=d_v,
@@ -48,7 +58,7 @@ def merge_attention(
         )
 
 
-@triton.jit(do_not_specialize=["stride_lses_i", "n", "h"])
+@triton.jit(do_not_specialize=["stride_lses_i", "stride_maxima_i", "n", "h"])
 def _merge_attention_kernel(
     outs_ptr,  # [n, s_q, h, d_v]
     stride_outs_i,
@@ -68,6 +78,13 @@ def _merge_attention_kernel(
     lse_ptr,  # [s_q, h]
     stride_lse_t,
     stride_lse_h,
+    maxima_ptr,  # [n, s_q, h] or None
+    stride_maxima_i,
+    stride_maxima_t,
+    stride_maxima_h,
+    max_ptr,  # [s_q, h] or None
+    stride_max_t,
+    stride_max_h,
     n,
     h,
     D_V: tl.constexpr,
@@ -88,6 +105,7 @@ def _merge_attention_kernel(
     acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_H], LOWEST, tl.float32)  # finite, as all that follow: never inf - inf
     total = tl.zeros([BLOCK_H], tl.float32)
+    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     for i in tl.range(n, num_stages=4):  # so that the parts are prefetched
         part_lse = tl.load(lse_rows + tl.cast(i, tl.int64) * stride_lses_i, mask=head_ok, other=float("-inf"))
         part = tl.load(
@@ -101,6 +119,10 @@ def _merge_attention_kernel(
         total = total * alpha + weight
         acc = acc * alpha[:, None] + weight[:, None] * part
         top = new_top
+        if maxima_ptr is not None:
+            maxima = maxima_ptr + tl.cast(i, tl.int64) * stride_maxima_i + t * stride_maxima_t
+            part_max = tl.load(maxima + offs_h * stride_maxima_h, mask=head_ok, other=float("-inf"))
+            highest = tl.maximum(highest, part_max)  # [BLOCK_H]
 
     denominator = total
     if attn_sink_ptr is not None:
@@ -113,3 +135,5 @@ def _merge_attention_kernel(
         mask=head_ok[:, None] & (offs_v < D_V)[None, :],
     )
     tl.store(lse_ptr + t * stride_lse_t + offs_h * stride_lse_h, top + tl.log2(total) * LN_2, mask=head_ok)
+    if max_ptr is not None:
+        tl.store(max_ptr + t * stride_max_t + offs_h * stride_max_h, highest, mask=head_ok)

@@ -78,10 +78,13 @@ def _product(q, key, KEYS_ON_M: tl.constexpr):
 
 @triton.jit
 def result(acc, row_max, row_sum, seen, sink):
-    """out [BLOCK_H, BLOCK_V] and lse [BLOCK_H] (natural, without the sink); ``sink`` is [BLOCK_H] or None."""
+    """out [BLOCK_H, BLOCK_V]; lse and the highest score, [BLOCK_H], natural and without the sink, which is
+    [BLOCK_H] or None.
+    """
     denominator = row_sum
     if sink is not None:
         denominator += tl.exp2(sink * LOG2_E - row_max)
     empty = tl.max(seen.to(tl.int32), 0) == 0
     out = tl.where(empty, 0.0, acc / denominator[:, None])
-    return out, (row_max + tl.log2(row_sum)) * LN_2  # log2(0) = -inf is the empty row
+    lse = (row_max + tl.log2(row_sum)) * LN_2  # log2(0) = -inf is the empty row
+    return out, lse, tl.where(row_sum == 0.0, float("-inf"), row_max * LN_2)

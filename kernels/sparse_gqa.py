@@ -208,7 +208,7 @@ def _sparse_gqa_kernel(
     sink = None
     if attn_sink_ptr is not None:
         sink = tl.load(attn_sink_ptr + offs_h * stride_attn_sink, mask=head_ok, other=0.0)  # [BLOCK_H]
-    out, lse = result(acc, row_max, row_sum, seen, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H]
+    out, lse, _ = result(acc, row_max, row_sum, seen, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H]
     out_ptr += split.to(tl.int64) * stride_out_i + t * stride_out_t
     lse_ptr += split.to(tl.int64) * stride_lse_i + t * stride_lse_t
     tl.store(

@@ -1,6 +1,7 @@
 """Sparse MLA: every head of a query attends to the selected rows of one latent cache.
 
     score[h, n] = softmax_scale * q[t, h] . kv[indices[t, n]]
+    max[t, h]   = max_n score[h, n]
     lse[t, h]   = log(sum_n exp(score[h, n]))
     out[t, h]   = sum_n exp(score[h, n]) * kv[indices[t, n], :d_v] / (exp(lse[t, h]) + exp(attn_sink[h]))
 
@@ -74,8 +75,9 @@ def sparse_mla(
     extra_topk_length: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    max_logits: torch.Tensor,
 ) -> None:
-    """Fill out [s_q, h_q, d_v] and lse [s_q, h_q] from q [s_q, h_q, d_qk] and the rows of kv.
+    """Fill out [s_q, h_q, d_v], lse and max_logits [s_q, h_q] from q [s_q, h_q, d_qk] and the rows of kv.
 
     kv and extra_kv are [s_kv, d_qk], packed [s_kv, 656] uint8, or packed [pages, page_size, 584] uint8.
     """
@@ -90,10 +92,10 @@ def sparse_mla(
     programs = s_q * triton.cdiv(h_q, block_h)
     topks = [i.shape[1] for i in (indices, extra_indices) if i is not None]
     splits = split_count(programs, sum(triton.cdiv(topk, config.BLOCK_N) for topk in topks), q.device)
-    parts, part_lses = out[None], lse[None]
+    parts, part_lses, part_maxima = out[None], lse[None], max_logits[None]
     if splits > 1:
         parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-        part_lses = torch.empty(splits, *lse.shape, dtype=torch.float32, device=out.device)
+        part_lses, part_maxima = torch.empty(2, splits, *lse.shape, dtype=torch.float32, device=out.device)
     sink = attn_sink if splits == 1 else None  # else it enters where the parts are merged
     with torch.cuda.device_of(q):
         _sparse_mla_kernel[(programs, splits)](
@@ -107,6 +109,8 @@ def sparse_mla(
             *parts.stride(),
             part_lses,
             *part_lses.stride(),
+            part_maxima,
+            *part_maxima.stride(),
             h_q,
             softmax_scale * LOG2_E.value,
             D_V=d_v,
@@ -127,7 +131,7 @@ def sparse_mla(
             enable_fp_fusion=True,
         )
         if splits > 1:
-            merge_attention(parts, part_lses, out, lse, attn_sink)
+            merge_attention(parts, part_lses, out, lse, attn_sink, part_maxima, max_logits)
 
 
 def _segment(kv, indices, topk_length) -> tuple:
@@ -158,10 +162,11 @@ def _page_size(kv) -> int:
 @triton.jit(
     do_not_specialize=[
         *("s_kv", "stride_indices_t", "topk", "extra_s_kv", "stride_extra_indices_t", "extra_topk", "h_q"),
-        "stride_lse_i",
+        *("stride_lse_i", "stride_max_i"),
     ],
     do_not_specialize_on_alignment=[
-        *("indices_ptr", "topk_length_ptr", "extra_indices_ptr", "extra_topk_length_ptr", "lse_ptr"),
+        *("indices_ptr", "topk_length_ptr", "extra_indices_ptr", "extra_topk_length_ptr"),
+        *("lse_ptr", "max_ptr"),
     ],
 )
 def _sparse_mla_kernel(
@@ -202,6 +207,10 @@ def _sparse_mla_kernel(
     stride_lse_i,
     stride_lse_t,
     stride_lse_h,
+    max_ptr,  # [splits, s_q, h_q]
+    stride_max_i,
+    stride_max_t,
+    stride_max_h,
     h_q,
     scale_log2,  # softmax_scale * log2(e)
     D_V: tl.constexpr,
@@ -272,15 +281,17 @@ def _sparse_mla_kernel(
     sink = None
     if attn_sink_ptr is not None:
         sink = tl.load(attn_sink_ptr + heads * stride_attn_sink, mask=head_ok, other=0.0)  # [BLOCK_H]
-    out, lse = result(acc, row_max, row_sum, seen, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H]
+    out, lse, highest = result(acc, row_max, row_sum, seen, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H], [BLOCK_H]
     out_ptr += split.to(tl.int64) * stride_out_i + t * stride_out_t
     lse_ptr += split.to(tl.int64) * stride_lse_i + t * stride_lse_t
+    max_ptr += split.to(tl.int64) * stride_max_i + t * stride_max_t
     tl.store(
         out_ptr + heads[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
         out.to(out_ptr.dtype.element_ty),
         mask=head_ok[:, None] & (offs_v < D_V)[None, :],
     )
     tl.store(lse_ptr + heads * stride_lse_h, lse, mask=head_ok)
+    tl.store(max_ptr + heads * stride_max_h, highest, mask=head_ok)
 
 
 @triton.jit

@@ -65,6 +65,7 @@ def sparse_mla_hopper(
     extra_topk_length: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    max_logits: torch.Tensor,
 ) -> None:
     """As sparse_mla, of what functional.py lets through: aligned rows, a positive scale."""
     s_q, h_q, _ = q.shape
@@ -83,6 +84,8 @@ def sparse_mla_hopper(
             *out.stride()[:2],
             lse,
             *lse.stride(),
+            max_logits,
+            *max_logits.stride(),
             h_q,
             softmax_scale * LOG2_E.value,
             num_warps=4,
@@ -127,7 +130,7 @@ class Shared:
     do_not_specialize=[
         *("s_kv", "stride_indices_t", "topk", "stride_topk_length", "extra_s_kv", "stride_extra_indices_t"),
         *("extra_topk", "stride_extra_topk_length", "stride_lse_t", "stride_lse_h", "h_q"),
-        *("units_kv_n", "units_extra_kv_n"),
+        *("units_kv_n", "units_extra_kv_n", "stride_max_t", "stride_max_h"),
     ]
 )
 def _sparse_mla_hopper_kernel(
@@ -160,6 +163,9 @@ def _sparse_mla_hopper_kernel(
     lse_ptr,  # [s_q, h_q]
     stride_lse_t,
     stride_lse_h,
+    max_ptr,  # [s_q, h_q]
+    stride_max_t,
+    stride_max_h,
     h_q,
     scale_log2,  # softmax_scale * log2(e), positive
 ):
@@ -215,6 +221,7 @@ def _sparse_mla_hopper_kernel(
     output = (
         h_q, attn_sink_ptr, stride_attn_sink,
         out_ptr, stride_out_t, stride_out_h, lse_ptr, stride_lse_t, stride_lse_h,
+        max_ptr, stride_max_t, stride_max_h,
     )  # fmt: skip
     # Registers a thread: the block starts with 3 x 168, and the first partition keeps 224 of them.
     gl.warp_specialize(
@@ -361,16 +368,19 @@ def _exchange(sm, value, phase, OWN: gl.constexpr):
 
 @gluon.jit
 def _store(sm, acc, row_max, row_sum, output, OWN: gl.constexpr):
-    """Divide by the denominator; write half OWN of out, and consumer 0 lse."""
+    """Divide by the denominator; write half OWN of out, and consumer 0 lse and max_logits."""
     (
         h_q, attn_sink_ptr, stride_attn_sink,
         out_ptr, stride_out_t, stride_out_h, lse_ptr, stride_lse_t, stride_lse_h,
+        max_ptr, stride_max_t, stride_max_h,
     ) = output  # fmt: skip
     t, first_head = _query_and_head(h_q)
     heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, SCORE))
     if OWN == 0:
         lse = (row_max + gl.log2(row_sum)) * LN_2  # [64]; log2(0) = -inf is the empty row
         gl.store(lse_ptr + t * stride_lse_t + heads * stride_lse_h, lse)
+        highest = gl.where(row_sum == 0.0, float("-inf"), row_max * LN_2)  # [64]
+        gl.store(max_ptr + t * stride_max_t + heads * stride_max_h, highest)
     if attn_sink_ptr is not None:
         sink = gl.load(attn_sink_ptr + heads * stride_attn_sink)  # [64]
         row_sum += gl.exp2(sink * LOG2_E - row_max)

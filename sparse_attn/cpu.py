@@ -150,6 +150,7 @@ def sparse_mla(
     extra_topk_length: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    max_logits: Tensor,
 ) -> None:
     segments = [(_one_head(kv), indices, topk_length)]
     if extra_kv is not None:
@@ -164,7 +165,9 @@ def sparse_mla(
         rows, valid = (
             gathered[0] if len(gathered) == 1 else (torch.cat(p, 2) for p in zip(*gathered, strict=True))
         )
-        _attend(q[t, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale, attn_sink, out[t], lse[t])
+        max_logits[t] = _attend(
+            q[t, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale, attn_sink, out[t], lse[t]
+        )
 
 
 def sparse_gqa(
@@ -245,15 +248,17 @@ def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: t
     return rows, valid
 
 
-def _attend(q, k, v, valid, softmax_scale, attn_sink, out, lse) -> None:
-    """q [n, h_kv, group, d], k and v [n, h_kv, topk, d]; fills out [n, h_q, d_v] and lse [n, h_q]."""
+def _attend(q, k, v, valid, softmax_scale, attn_sink, out, lse) -> Tensor:
+    """q [n, h_kv, group, d], k and v [n, h_kv, topk, d]; fills out [n, h_q, d_v] and lse [n, h_q].
+
+    Returns the highest scores, ``[n, h_q]``.
+    """
     scores = (q @ k.mT).mul_(softmax_scale)  # [n, h_kv, group, topk]
     if not valid.all():
         scores.masked_fill_(~valid[:, :, None], -INF)
     if scores.shape[-1] == 0:
         out.zero_()
-        lse.fill_(-INF)
-        return
+        return lse.fill_(-INF)
     top = scores.amax(-1, keepdim=True)
     empty = ~valid.any(-1)[:, :, None, None]
     scores.sub_(top.masked_fill(empty, 0.0)).exp_()
@@ -265,3 +270,4 @@ def _attend(q, k, v, valid, softmax_scale, attn_sink, out, lse) -> None:
         result = torch.where(row_lse == -INF, 0.0, result * kept)
     out.copy_(result)
     lse.copy_(row_lse[..., 0])
+    return top.flatten(1, 2)[..., 0]

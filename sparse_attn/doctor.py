@@ -135,12 +135,13 @@ def _check_attention(name: str, backend: str, device: torch.device) -> None:
         i = gqa_inputs(3, 40, 8, 2, 16, 64, 64, dtype=torch.bfloat16)
         tensors, d_v, options = (i["q"], i["k"], i["v"], i["indices"]), (), (None,) * 2
     out = torch.empty(3, i["q"].shape[1], d_v[0] if d_v else 64, dtype=torch.bfloat16, device=device)
-    lse = torch.empty(out.shape[:2], device=device)
-    _run(name, backend, device, (*tensors, *d_v, 0.1, *options), (out, lse))
     wide = tuple(x.double() if x.is_floating_point() else x for x in tensors)
-    expected, expected_lse = getattr(exact, name)(*wide, *d_v, 0.1, *options)
+    expected, *expected_logits = getattr(exact, name)(*wide, *d_v, 0.1, *options)
+    logits = [torch.empty(out.shape[:2], device=device) for _ in expected_logits]
+    _run(name, backend, device, (*tensors, *d_v, 0.1, *options), (out, *logits))
     assert_close(out.cpu(), expected)
-    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=1e-5)
+    for actual, right in zip(logits, expected_logits, strict=True):  # lse, and of sparse_mla max_logits
+        torch.testing.assert_close(actual.cpu().double(), right, rtol=1e-5, atol=1e-5)
 
 
 CHECKS: dict[str, Check] = {

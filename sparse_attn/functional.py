@@ -353,10 +353,11 @@ def sparse_mla(
     extra_indices: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
     return_lse: bool = False,
-    out: Tensor | tuple[Tensor, Tensor] | None = None,
+    return_max_logits: bool = False,
+    out: Tensor | tuple[Tensor, ...] | None = None,
     backend: str = "auto",
     variant: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Multi-head latent attention in absorbed form over the selected tokens of each query.
 
     Every head reads the same latent row; its first ``d_v`` values are the value. Rows that are not
@@ -378,16 +379,17 @@ def sparse_mla(
         extra_kv, extra_indices, extra_topk_length: a second segment in the same softmax, of the same d_qk;
             it may be quantised otherwise than kv, or not at all.
         return_lse: also return the log of the softmax's denominator.
-        out: the tensor to fill; with ``return_lse`` the pair (out, lse).
+        return_max_logits: also return the highest logit, ``softmax_scale * q . kv``.
+        out: the tensor to fill, or the tuple of those that are returned.
         variant: None, or "warp_specialized" for the triton kernel written for sm_90 (Hopper). **That one
             has never run on a GPU**, so it is never chosen by itself. It takes bf16, d_qk = 576,
             d_v = 512, h_q a multiple of 64, a positive scale, and rows of q, kv and out that are
             contiguous and begin at multiples of 32 bytes; the rest is refused.
 
     Returns:
-        out ``[s_q, h_q, d_v]`` in q's dtype, and with ``return_lse`` lse ``[s_q, h_q]`` fp32 (fp64
-        with fp64 q): natural log, without the sink. A query with nothing to attend to has out = 0
-        and lse = -inf.
+        out ``[s_q, h_q, d_v]`` in q's dtype, then what was asked for, ``[s_q, h_q]`` fp32 (fp64 with
+        fp64 q): lse, natural log, and max_logits, both without the sink. A query with nothing to attend
+        to has out = 0 and both -inf.
 
     Source: DeepSeek-V2 report, section 2.1; the argument names are FlashMLA's.
     """
@@ -418,15 +420,18 @@ def sparse_mla(
     if _runs_triton(backend, q.device):
         _check_triton_latent("kv", kv, q)
         _check_triton_latent("extra_kv", extra_kv, q)
-    out, lse = _attention_outputs(out, q, d_v, return_lse)
+    asked = {"lse": return_lse, "max_logits": return_max_logits}
+    outputs = _attention_outputs(out, q, d_v, asked)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     inputs = (q, kv, indices, d_v, scale, topk_length, attn_sink)
     name = "sparse_mla"
     if variant is not None:
-        _check_warp_specialized(variant, backend, q, kv, extra_kv, d_v, scale, out)
+        _check_warp_specialized(variant, backend, q, kv, extra_kv, d_v, scale, outputs[0])
         name, backend = "sparse_mla_hopper", "triton"
-    ops.call(name, backend, (*inputs, extra_kv, extra_indices, extra_topk_length), (out, lse))
-    return (out, lse) if return_lse else out
+    ops.call(name, backend, (*inputs, extra_kv, extra_indices, extra_topk_length), outputs)
+    if not (return_lse or return_max_logits):
+        return outputs[0]
+    return outputs[0], *(tensor for tensor, wanted in zip(outputs[1:], asked.values(), strict=True) if wanted)
 
 
 def sparse_gqa(
@@ -465,7 +470,7 @@ def sparse_gqa(
     _check_selection("indices", indices, spec, "topk_length", topk_length, dims, q.device)
     _check_sink(attn_sink, dims, q.device)
     _check_call(backend, q.device, q, k, v, attn_sink)
-    out, lse = _attention_outputs(out, q, v.shape[2], return_lse)
+    out, lse = _attention_outputs(out, q, v.shape[2], {"lse": return_lse})
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     ops.call("sparse_gqa", backend, (q, k, v, indices, scale, topk_length, attn_sink), (out, lse))
     return (out, lse) if return_lse else out
@@ -494,7 +499,7 @@ def merge_attention(
     _check("outs", outs, "n s_q h d_v", dims, FLOATS)
     _check("lses", lses, "n s_q h", dims, (compute_dtype(outs.dtype),), outs.device)
     _check_call(backend, outs.device, outs, lses)
-    merged, lse = _attention_outputs(out, outs, outs.shape[3], True)
+    merged, lse = _attention_outputs(out, outs, outs.shape[3], {"lse": True})
     ops.call("merge_attention", backend, (outs, lses), (merged, lse))
     return merged, lse
 
@@ -795,12 +800,19 @@ def _output(
     return out
 
 
-def _attention_outputs(out, q: Tensor, d_v: int, return_lse: bool) -> tuple[Tensor, Tensor]:
-    lse = None
-    if return_lse and out is not None:
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise TypeError(f"out: expected the pair (out, lse) with return_lse, got {type(out).__name__}")
-        out, lse = out
+def _attention_outputs(out, q: Tensor, d_v: int, asked: dict[str, bool]) -> tuple[Tensor, ...]:
+    """What the op fills: out ``[s_q, h_q, d_v]``, and one ``[s_q, h_q]`` for each name of ``asked``.
+
+    The caller may own those that it asked for: ``out`` is then the first of them, or the tuple of all.
+    """
+    returned = ["out", *(name for name, wanted in asked.items() if wanted)]
+    if out is None or len(returned) == 1:
+        out = (out,)
+    elif not isinstance(out, tuple) or len(out) != len(returned):
+        got = f"{len(out)} of them" if isinstance(out, tuple) else type(out).__name__
+        raise TypeError(f"out: expected the tuple ({', '.join(returned)}), as these are returned, got {got}")
+    given = dict(zip(returned, out, strict=False))
     dims = {"s_q": q.shape[-3], "h_q": q.shape[-2]}
-    result = _output("out", out, {**dims, "d_v": d_v}, q.dtype, q.device)
-    return result, _output("lse", lse, dims, compute_dtype(q.dtype), q.device)
+    result = _output("out", given.get("out"), {**dims, "d_v": d_v}, q.dtype, q.device)
+    dtype = compute_dtype(q.dtype)
+    return result, *(_output(name, given.get(name), dims, dtype, q.device) for name in asked)

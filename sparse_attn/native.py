@@ -52,8 +52,9 @@ class _Segment(ctypes.Structure):
 class _AttentionArgs(ctypes.Structure):
     _fields_ = [
         ("segments", _Segment * 2),
-        *((name, _POINTER) for name in ("q", "attn_sink", "out", "lse")),
+        *((name, _POINTER) for name in ("q", "attn_sink", "out", "lse", "max_logits")),
         *((name, _SIZE) for name in ("q_query", "q_head", "out_query", "out_head", "lse_query")),
+        ("max_logits_query", _SIZE),
         *((name, _SIZE) for name in ("s_q", "h_q", "h_kv", "d_qk", "d_v")),
         *(("n_segments", _INT), ("dtype", _INT), ("softmax_scale", _FLOAT)),
     ]
@@ -267,13 +268,14 @@ def _mla_segment(kv: Tensor, indices: Tensor, topk_length: Tensor | None) -> _Se
     )
 
 
-def _attend(segments, q, h_kv, d_v, softmax_scale, attn_sink, out, lse) -> None:
+def _attend(segments, q, h_kv, d_v, softmax_scale, attn_sink, out, lse, max_logits=None) -> None:
     library = _library()
     s_q, h_q, d_qk = q.shape
     args = _AttentionArgs(
         (_Segment * 2)(*segments),
-        *(q.data_ptr(), _address(attn_sink), out.data_ptr(), lse.data_ptr()),
+        *(q.data_ptr(), _address(attn_sink), out.data_ptr(), lse.data_ptr(), _address(max_logits)),
         *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), lse.stride(0)),
+        0 if max_logits is None else max_logits.stride(0),
         *(s_q, h_q, h_kv, d_qk, d_v, len(segments), DTYPES[q.dtype], softmax_scale),
     )
     library.attend(library.isa, torch.get_num_threads(), ctypes.byref(args))
@@ -292,11 +294,12 @@ def sparse_mla(
     extra_topk_length: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    max_logits: Tensor,
 ) -> None:
     segments = [_mla_segment(kv, indices, topk_length)]
     if extra_kv is not None:
         segments.append(_mla_segment(extra_kv, extra_indices, extra_topk_length))
-    _attend(segments, q, 1, d_v, softmax_scale, attn_sink, out, lse)
+    _attend(segments, q, 1, d_v, softmax_scale, attn_sink, out, lse, max_logits)
 
 
 def sparse_gqa(

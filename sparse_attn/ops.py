@@ -17,7 +17,7 @@ from . import native, reference
 SPARSE_MLA = (
     "(Tensor q, Tensor kv, Tensor indices, int d_v, float softmax_scale, "
     "Tensor? topk_length, Tensor? attn_sink, Tensor? extra_kv, Tensor? extra_indices, "
-    "Tensor? extra_topk_length, Tensor(a!) out, Tensor(b!) lse) -> ()"
+    "Tensor? extra_topk_length, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) max_logits) -> ()"
 )
 # kv and extra_kv come as rows [slots, d_qk], or quantised (uint8) as [pages, page_size, bytes] with any
 # distance between pages. Quantised index queries and keys come as values, e4m3 or pairs of e2m1 (uint8), and

@@ -135,9 +135,9 @@ def sparse_mla(
         extra_kv = _latent(extra_kv, dtype)
         extra_rows, extra_valid = _gather(extra_kv, extra_indices[:, None], extra_topk_length, dtype)
         rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
-    out, lse = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
+    out, lse, max_logits = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
     out = _apply_sink(out[:, 0], lse[:, 0], attn_sink)
-    return out.to(q.dtype), lse[:, 0]
+    return out.to(q.dtype), lse[:, 0], max_logits[:, 0]
 
 
 def sparse_gqa(
@@ -156,7 +156,7 @@ def sparse_gqa(
     keys, valid = _gather(k, indices, topk_length, dtype)
     values, _ = _gather(v, indices, topk_length, dtype)
     grouped = q.to(dtype).unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # [s_q, h_kv, group, d]
-    out, lse = _attend(grouped, keys, values, valid, softmax_scale)
+    out, lse, _ = _attend(grouped, keys, values, valid, softmax_scale)
     out, lse = out.flatten(1, 2), lse.flatten(1, 2)
     return _apply_sink(out, lse, attn_sink).to(q.dtype), lse
 
@@ -289,12 +289,15 @@ def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: t
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float):
-    """q [s_q, h_kv, group, d], k and v [s_q, h_kv, n, d], valid [s_q, h_kv, n] -> out, lse by query head."""
+    """q [s_q, h_kv, group, d], k and v [s_q, h_kv, n, d], valid [s_q, h_kv, n] -> out, lse and the highest
+    score, by query head.
+    """
     scores = (q @ k.mT * softmax_scale).masked_fill(~valid[:, :, None], -INF)  # [s_q, h_kv, group, n]
     lse = torch.logsumexp(scores, -1)
     empty = ~valid.any(-1)[:, :, None, None]  # [s_q, h_kv, 1, 1]
     probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0)
-    return probabilities @ v, lse
+    highest = torch.nn.functional.pad(scores, (0, 1), value=-INF).amax(-1)  # n may be 0
+    return probabilities @ v, lse, highest
 
 
 def _apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor | None) -> Tensor:

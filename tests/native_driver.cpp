@@ -76,7 +76,7 @@ void attend(int isa, int threads, DType dtype, int s_q, int s_kv, int h_q, int h
   for (int32_t& i : indices) i = pick(-1, s_kv);
   for (int32_t& n : length) n = pick(-1, topk + 1);
   std::vector<T> out(size_t(s_q) * h_q * d_v);
-  std::vector<float> lse(size_t(s_q) * h_q, NAN);
+  std::vector<float> lse(size_t(s_q) * h_q, NAN), max_logits(lse);
 
   AttentionArgs args = {};
   for (Segment& s : args.segments) {
@@ -86,10 +86,14 @@ void attend(int isa, int threads, DType dtype, int s_q, int s_kv, int h_q, int h
   }
   args.q = q.data(), args.attn_sink = sink.data(), args.out = out.data(), args.lse = lse.data();
   args.q_query = h_q * d_qk, args.q_head = d_qk, args.out_query = h_q * d_v, args.out_head = d_v;
-  args.lse_query = h_q, args.s_q = s_q, args.h_q = h_q, args.h_kv = h_kv, args.d_qk = d_qk, args.d_v = d_v;
+  args.max_logits = pick(0, 1) ? max_logits.data() : nullptr;
+  args.lse_query = args.max_logits_query = h_q, args.s_q = s_q, args.h_q = h_q, args.h_kv = h_kv;
+  args.d_qk = d_qk, args.d_v = d_v;
   args.n_segments = pick(1, 2), args.dtype = dtype, args.softmax_scale = 0.1f;
   sparse_attn_attend(isa, threads, &args);
   for (float x : lse) check(!std::isnan(x), "an lse is NaN or was not written");
+  for (float x : max_logits)
+    check(std::isnan(x) == !args.max_logits, "max_logits are not written where asked for");
 }
 
 template <class T>

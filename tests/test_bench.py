@@ -30,7 +30,7 @@ SMALL = DSAConfig.deepseek_v32(
 def test_dense_decode_forms_are_attention_over_everything(form):
     q, kv = torch.randn(8, 72, dtype=torch.bfloat16), torch.randn(300, 72, dtype=torch.bfloat16)
     everything = torch.arange(300, dtype=torch.int32)[None]
-    exact, _ = sparse_mla(q[None].double(), kv.double(), everything, 64, 0.1)
+    exact, *_ = sparse_mla(q[None].double(), kv.double(), everything, 64, 0.1)
     options = {"chunk": 128} if form is dense.gemm_chunked else {}
     assert relative_error(form(q, kv, 0.1, d_v=64, **options), exact[0]) < 1e-2
 

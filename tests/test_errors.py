@@ -204,7 +204,14 @@ CASES = [
         {**MLA, "return_lse": True},
         {"out": torch.zeros(3, 4, 32)},
         TypeError,
-        "out: expected the pair",
+        r"out: expected the tuple \(out, lse\), as these are returned, got Tensor",
+    ),
+    (
+        "sparse_mla",
+        {**MLA, "return_lse": True, "return_max_logits": True},
+        {"out": (torch.zeros(3, 4, 32), torch.zeros(3, 4))},
+        TypeError,
+        r"out: expected the tuple \(out, lse, max_logits\), .* got 2 of them",
     ),
     ("sparse_mla", MLA, {"q": MLA["q"].clone().requires_grad_()}, ValueError, "gradients: .*no_grad"),
     (

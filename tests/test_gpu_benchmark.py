@@ -158,8 +158,9 @@ def test_flash_mla_is_called_as_documented(monkeypatch):
         s_q, s_kv = q.shape[0], kv.shape[0]
         assert q.shape == (s_q, 4, 576) and kv.shape == (s_kv, 1, 576) and indices.shape == (s_q, 1, 16)
         assert indices.dtype == torch.int32 and q.dtype == kv.dtype == torch.bfloat16
-        out, lse = reference.sparse_mla(q.double(), kv[:, 0].double(), indices[:, 0], d_v, sm_scale)
-        return out, lse, lse
+        wide = q.double(), kv[:, 0].double()
+        out, lse, max_logits = reference.sparse_mla(*wide, indices[:, 0], d_v, sm_scale)
+        return out, max_logits, lse
 
     install(monkeypatch, flash_mla={"flash_mla_sparse_fwd": flash_mla_sparse_fwd})
     for group, case in cases().items():

@@ -81,12 +81,14 @@ def test_mla_at_model_shapes(isa, h_q, d_qk, spread):
     inputs["q"] *= spread
     inputs["kv"] = torch.randn(3000, d_qk).bfloat16()
     inputs["indices"] = torch.stack([torch.randperm(3000)[:2048] for _ in range(2)]).int()
-    expected, expected_lse = exact(sparse_attn.sparse_mla, inputs, d_v=512)
-    out, lse = sparse_attn.sparse_mla(**inputs, d_v=512, return_lse=True)
+    options = {"d_v": 512, "return_max_logits": True}
+    expected, *expected_logits = exact(sparse_attn.sparse_mla, inputs, **options)
+    out, *logits = sparse_attn.sparse_mla(**inputs, **options, return_lse=True)
     # avx512bf16 rounds the probabilities of long rows to bf16: an error of the size of the output's own.
     factor = 1.45 if isa == "avx512bf16" and spread < 1 else 1.2
     assert_close(out, expected, factor)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    for actual, right in zip(logits, expected_logits, strict=True):  # lse, max_logits
+        torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -308,11 +310,11 @@ def test_what_torch_must_do():
     q, kv = torch.zeros(2, 4, 40), torch.zeros(9, 40)
     indices, out, lse = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, 4, 32), torch.zeros(2, 4)
     rest = (None, None, None, None, None)
-    assert native.supports("sparse_mla", q, kv, indices, 32, 1.0, *rest, out, lse)
-    assert not native.supports("sparse_mla", q, kv.T.contiguous().T, indices, 32, 1.0, *rest, out, lse)
-    assert not native.supports("sparse_mla", q.double(), kv.double(), indices, 32, 1.0, *rest, out, lse)
+    assert native.supports("sparse_mla", q, kv, indices, 32, 1.0, *rest, out, lse, lse)
+    assert not native.supports("sparse_mla", q, kv.T.contiguous().T, indices, 32, 1.0, *rest, out, lse, lse)
+    assert not native.supports("sparse_mla", q.double(), kv.double(), indices, 32, 1.0, *rest, out, lse, lse)
     with native.use(None):
-        assert not native.supports("sparse_mla", q, kv, indices, 32, 1.0, *rest, out, lse)
+        assert not native.supports("sparse_mla", q, kv, indices, 32, 1.0, *rest, out, lse, lse)
 
 
 # Memory

@@ -31,7 +31,7 @@ def op_arguments():
         "physical_slots": (picked, table, 8, torch.zeros_like(picked)),
         "sparse_mla": (
             *(mla["q"], mla["kv"], mla["indices"], 32, 0.1, length, torch.zeros(4)),
-            *(extra_kv, extra_indices, None, out, lse),
+            *(extra_kv, extra_indices, None, out, lse, torch.zeros(3, 4)),
         ),
         "sparse_gqa": (*gqa.values(), 0.1, length, None, out, lse),
         "merge_attention": (torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4), out, lse),

@@ -22,9 +22,10 @@ FACTOR = {"reference": 1.2, "cpu": 1.2, "triton": 2.5}
 
 
 def run(function, backend, inputs, **options):
-    """The function's (out, lse) and those of the fp64 reference, on the CPU."""
+    """All that the function returns and the same of the fp64 reference, on the CPU."""
     name = function.__name__
-    actual = function(**inputs, **options, return_lse=True, backend=backend)
+    returns = {"return_lse": True} | ({"return_max_logits": True} if name == "sparse_mla" else {})
+    actual = function(**inputs, **options, **returns, backend=backend)
     wide = {}
     for key, value in {**inputs, **options}.items():
         if isinstance(value, torch.Tensor):
@@ -32,16 +33,17 @@ def run(function, backend, inputs, **options):
             if value.is_floating_point() and key != "attn_sink":
                 value = value.double()
         wide[key] = value
-    expected = getattr(sparse_attn, name)(**wide, return_lse=True, backend="reference")
+    expected = getattr(sparse_attn, name)(**wide, **returns, backend="reference")
     return [t.cpu() for t in actual], expected
 
 
 def check(backend, actual, expected):
-    (out, lse), (expected_out, expected_lse) = actual, expected
+    (out, *logits), (expected_out, *expected_logits) = actual, expected
     assert_close(out, expected_out, FACTOR[backend])
-    assert lse.dtype == torch.float32
     tolerance = 1e-5 if backend != "triton" else 1e-4
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=tolerance, atol=tolerance)
+    for tensor, right in zip(logits, expected_logits, strict=True):  # lse, max_logits
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor.double(), right, rtol=tolerance, atol=tolerance)
 
 
 def mla(backend, inputs, d_v=32, **options):
@@ -183,11 +185,27 @@ def test_strided_inputs_and_outputs(backend, device):
         inputs[name] = spread[..., 1:81:2]
     inputs["indices"] = inputs["indices"].T.contiguous().T
     out = torch.full((32, 4, 3), float("nan"), device=device).permute(2, 1, 0)
-    lse = torch.full((4, 3), float("nan"), device=device).T
-    result = sparse_attn.sparse_mla(**inputs, d_v=32, return_lse=True, out=(out, lse), backend=backend)
-    assert result[0] is out and result[1] is lse
+    lse, max_logits = (torch.full((4, 3), float("nan"), device=device).T for _ in range(2))
+    returns = {"return_lse": True, "return_max_logits": True, "out": (out, lse, max_logits)}
+    result = sparse_attn.sparse_mla(**inputs, d_v=32, **returns, backend=backend)
+    assert all(tensor is given for tensor, given in zip(result, returns["out"], strict=True))
     assert_close(out.cpu(), expected[0].cpu(), FACTOR[backend])
     torch.testing.assert_close(lse.double(), expected[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(max_logits.double(), expected[2], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_returned_is_what_was_asked_for(backend, device):
+    inputs = mla_inputs(3, 40, device=device)
+    returns = {"return_lse": True, "return_max_logits": True}
+    everything = sparse_attn.sparse_mla(**inputs, d_v=32, **returns, backend=backend)
+    out = sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend)
+    highest = torch.full((3, 8), float("nan"), device=device)[:, 4:]  # rows of another distance than lse's
+    pair = sparse_attn.sparse_mla(
+        **inputs, d_v=32, return_max_logits=True, out=(out, highest), backend=backend
+    )
+    assert pair[0] is out and pair[1] is highest
+    assert torch.equal(out, everything[0]) and torch.equal(highest, everything[2])
+    assert torch.isneginf(highest[-1]).all()  # of a query without a valid index
 
 
 def test_strided_gqa_caches(backend, device):
@@ -238,7 +256,7 @@ def test_merging_parts_gives_the_whole(backend, device, dtype):
         for i in indices.split([16, 30, 2], 1)
     ]
     out, lse = sparse_attn.merge_attention(*zip(*parts, strict=True), backend=backend)
-    whole, whole_lse = reference.sparse_mla(
+    whole, whole_lse, _ = reference.sparse_mla(
         inputs["q"].double(), inputs["kv"].double(), indices, d_v=32, softmax_scale=40**-0.5
     )
     assert out.dtype == dtype

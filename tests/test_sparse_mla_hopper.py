@@ -53,13 +53,15 @@ def run(inputs, seed=0, scale=0.05, module=None, results=None):
     """Launch in the emulator, into outputs of NaN, and compare with the fp64 reference."""
     module = module or emulator.load_module(SOURCE)
     q = inputs["q"]
-    out, lse = torch.full((*q.shape[:2], 512), NAN, dtype=BF16), torch.full(q.shape[:2], NAN)
+    out = torch.full((*q.shape[:2], 512), NAN, dtype=BF16)
+    logits = [torch.full(q.shape[:2], NAN) for _ in range(2)]  # lse, max_logits
     options = [inputs.get(name) for name in OPTIONS]
     with emulator.seed(seed):
-        module["sparse_mla_hopper"](q, inputs["kv"], inputs["indices"], 512, scale, *options, out, lse)
-    expected_out, expected_lse = results or expected(inputs, scale)
+        module["sparse_mla_hopper"](q, inputs["kv"], inputs["indices"], 512, scale, *options, out, *logits)
+    expected_out, *expected_logits = results or expected(inputs, scale)
     assert_close(out, expected_out, factor=2.5)  # probabilities are rounded to bf16 too
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
+    for actual, right in zip(logits, expected_logits, strict=True):
+        torch.testing.assert_close(actual.double(), right, rtol=1e-3, atol=1e-3)
 
 
 def inputs_of(topk, s_q=2, h_q=64, s_kv=500, seed=0, **more):
@@ -124,8 +126,8 @@ def test_scores_of_minus_infinity_are_not_an_empty_row():
     inputs["q"] = torch.full((1, 64, 576), 1e25, dtype=BF16)
     inputs["kv"] = torch.full((500, 576), -1e25, dtype=BF16)
     inputs["indices"][:] = torch.arange(100)
-    nothing = torch.full((1, 64, 512), NAN), torch.full((1, 64), float("-inf")).double()
-    run(inputs, results=nothing)
+    nothing = torch.full((1, 64), float("-inf")).double()
+    run(inputs, results=(torch.full((1, 64, 512), NAN), nothing, nothing))
 
 
 def test_strides():
@@ -293,7 +295,7 @@ def compiled():
             options = [lengths[0], meta(h_q, dtype=torch.float32), *extra, lengths[1]]
         module.sparse_mla_hopper(
             *(meta(s_q, h_q, 576), meta(s_kv, 576), meta(s_q, topk, dtype=torch.int32), 512, 0.1, *options),
-            *(meta(s_q, h_q, 512), meta(s_q, h_q, dtype=torch.float32)),
+            *(meta(s_q, h_q, 512), *(meta(s_q, h_q, dtype=torch.float32) for _ in range(2))),
         )
         return result[-1]
 

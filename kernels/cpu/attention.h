@@ -15,12 +15,15 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// Writes lse and returns the factor that turns the accumulated values into the output of a head: top is the
-// softmax's reference in units of log2, total the sum of 2^(score - top).
+// Writes lse and max_logits and returns the factor that turns the accumulated values into the output of a
+// head. In units of log2, top is the softmax's reference and highest the highest score; total is the sum of
+// 2^(score - top), and zero if all scores are -inf.
 inline float finish_head(const AttentionArgs& args, int64_t t, int64_t head, bool empty, float top,
-                         float total) {
+                         float highest, float total) {
   float& lse = args.lse[t * args.lse_query + head];
   lse = empty ? -INFINITY : top * kLn2 + std::log(total);
+  if (args.max_logits)
+    args.max_logits[t * args.max_logits_query + head] = empty || total == 0.0f ? -INFINITY : highest * kLn2;
   if (empty) return 0.0f;
   return (args.attn_sink ? 1.0f / (1.0f + std::exp(args.attn_sink[head] - lse)) : 1.0f) / total;
 }
@@ -304,6 +307,7 @@ class OnlineSoftmax {
         rows_(group.args, Engine::kBlock, memory),
         scores_(memory.template take<float>(Engine::kBlock * stride_)),
         top_(memory.template take<float>(columns_)),
+        highest_(memory.template take<float>(columns_)),
         total_(memory.template take<float>(columns_)),
         alpha_(memory.template take<float>(columns_)),
         probabilities_(Engine::kBlock, stride_, memory),
@@ -316,7 +320,7 @@ class OnlineSoftmax {
     const int64_t n = rows_.select(group_.t, kv_head);
     if (n > 0) engine_.prepare();
     probabilities_.prepare(scores_, n < Engine::kFineBelow);
-    for (int64_t h = 0; h < columns_; h++) top_[h] = -3e38f, total_[h] = 0.0f;
+    for (int64_t h = 0; h < columns_; h++) top_[h] = highest_[h] = -3e38f, total_[h] = 0.0f;
     for (int64_t i = 0; i < n; i += Engine::kBlock) {
       const int64_t tokens = n - i < Engine::kBlock ? n - i : Engine::kBlock;
       const int64_t padded = round_up(tokens, Engine::kGranule);
@@ -329,7 +333,8 @@ class OnlineSoftmax {
       engine_.accumulate(probabilities_, i ? alpha_ : nullptr, acc_);
     }
     for (int64_t h = 0; h < group_.heads; h++) {
-      const float factor = finish_head(args, group_.t, group_.head + h, n == 0, top_[h], total_[h]);
+      const float factor =
+          finish_head(args, group_.t, group_.head + h, n == 0, top_[h], highest_[h], total_[h]);
       float* row = acc_ + h * engine_.acc_columns();
       if constexpr (Engine::Math::kPerWord == 2)
         for (int64_t c = 0; c < engine_.acc_columns() && n; c += 2 * kWidth) Engine::Math::restore(row + c);
@@ -344,7 +349,7 @@ class OnlineSoftmax {
     const Float scale = splat(group_.args.softmax_scale * kLog2e);
     const float* s = scores_ + h;
     const Float before = load(top_ + h);
-    Float highest[2] = {before, before};
+    Float highest[2] = {load(highest_ + h), load(highest_ + h)};
     for (int64_t t = 0; t < tokens; t += 2)
       for (int j = 0; j < 2; j++) highest[j] = max(load(s + (t + j) * stride_) * scale, highest[j]);
     const Float highest_of_all = max(highest[0], highest[1]);
@@ -358,6 +363,7 @@ class OnlineSoftmax {
       probabilities_.put(t, h, a, b);
     }
     const Float alpha = exp2(before - top);
+    store(highest_ + h, highest_of_all);
     store(top_ + h, top);
     store(alpha_ + h, alpha);
     store(total_ + h, fma(load(total_ + h), alpha, sums[0] + sums[1]));
@@ -366,7 +372,7 @@ class OnlineSoftmax {
   const HeadGroup& group_;
   int64_t columns_, stride_;
   Rows rows_;
-  float *scores_, *top_, *total_, *alpha_;  // scores [tokens, stride], the others [columns]
+  float *scores_, *top_, *highest_, *total_, *alpha_;  // scores [tokens, stride], the others [columns]
   Probabilities<typename Engine::Math> probabilities_;
   Engine engine_;
   float* acc_;  // [columns, acc_columns]

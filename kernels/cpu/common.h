@@ -49,14 +49,16 @@ struct Segment {
   RowFormat format;
 };
 
-// q [s_q, h_q, d_qk] -> out [s_q, h_q, d_v], lse [s_q, h_q]; one softmax over both segments.
+// q [s_q, h_q, d_qk] -> out [s_q, h_q, d_v], lse and, if not null, max_logits [s_q, h_q]; one softmax over
+// both segments.
 struct AttentionArgs {
   Segment segments[2];
   const void* q;
   const float* attn_sink;  // [h_q] or null
   void* out;
   float* lse;
-  int64_t q_query, q_head, out_query, out_head, lse_query;
+  float* max_logits;
+  int64_t q_query, q_head, out_query, out_head, lse_query, max_logits_query;
   int64_t s_q, h_q, h_kv, d_qk, d_v;
   int32_t n_segments, dtype;
   float softmax_scale;

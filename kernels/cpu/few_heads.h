@@ -30,6 +30,7 @@ class FewHeads {
         q_(memory.template take<float>(unit.heads * depth_)),
         acc_(memory.template take<float>(unit.heads * columns_)),
         top_(memory.template take<float>(unit.heads)),
+        highest_(memory.template take<float>(unit.heads)),
         total_(memory.template take<float>(unit.heads)),
         sums_(memory.template take<float>((kBlock + kRows) * kMaxGroup * kWidth)),
         scores_(memory.template take<float>(kBlock * kMaxGroup)) {
@@ -42,7 +43,7 @@ class FewHeads {
     const Query* q = static_cast<const Query*>(args_.q) + unit_.t * args_.q_query + unit_.head * args_.q_head;
     for (int64_t h = 0; h < unit_.heads; h++) {
       to_words<Fp32>(q + h * args_.q_head, args_.d_qk, q_ + h * depth_, depth_);
-      top_[h] = -3e38f;
+      top_[h] = highest_[h] = -3e38f;
       total_[h] = 0.0f;
     }
     std::memset(acc_, 0, unit_.heads * columns_ * sizeof(float));
@@ -60,7 +61,8 @@ class FewHeads {
       }
     }
     for (int64_t h = 0; h < unit_.heads; h++) {
-      const float factor = finish_head(args_, unit_.t, unit_.head + h, n == 0, top_[h], total_[h]);
+      const float factor =
+          finish_head(args_, unit_.t, unit_.head + h, n == 0, top_[h], highest_[h], total_[h]);
       write_head<Query>(args_, unit_.t, unit_.head + h, acc_ + h * columns_, factor);
     }
   }
@@ -115,9 +117,10 @@ class FewHeads {
     float top[kPattern], sums[kPattern];
     for (int lane = 0; lane < group_; lane++) {
       float& before = top_[g * group_ + lane];
-      float highest = before;
+      float highest = highest_[g * group_ + lane];
       for (int i = lane; i < n; i += lanes_)
         highest = scores_[i] * scale > highest ? scores_[i] * scale : highest;
+      highest_[g * group_ + lane] = highest;
       if (highest > before + kSlack) {
         const float alpha = exp2(splat(before - highest))[0];
         total_[g * group_ + lane] *= alpha;
@@ -187,9 +190,9 @@ class FewHeads {
   int lanes_ = 1;  // the power of two that holds them
   int64_t depth_, columns_;
   Rows rows_;
-  float *q_, *acc_;        // [heads, depth], [heads, columns]
-  float *top_, *total_;    // [heads]
-  float *sums_, *scores_;  // of one block and kv head
+  float *q_, *acc_;                 // [heads, depth], [heads, columns]
+  float *top_, *highest_, *total_;  // [heads]
+  float *sums_, *scores_;           // of one block and kv head
 };
 
 template <class Query, class Rows>

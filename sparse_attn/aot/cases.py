@@ -34,7 +34,7 @@ def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False) -
         *(empty(s_q, h_q, d_qk, dtype=dtype), empty(s_kv, d_qk, dtype=dtype), int32(s_q, topk), 512, 0.1),
         *(int32(s_q), empty(h_q, dtype=FP32)),
         *((empty(999, d_qk, dtype=dtype), int32(s_q, 128), int32(s_q)) if extra else (None, None, None)),
-        *(empty(s_q, h_q, 512, dtype=dtype), empty(s_q, h_q, dtype=FP32)),
+        *(empty(s_q, h_q, 512, dtype=dtype), empty(s_q, h_q, dtype=FP32), empty(s_q, h_q, dtype=FP32)),
     )
 
 

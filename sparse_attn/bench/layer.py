@@ -129,7 +129,7 @@ def _errors(layer: SparseMLA, step: Step, indices: Tensor, queries: Sequence[int
     expected = reference.select_topk(logits, indices.shape[1], step.ks[t], step.ke[t])
     assert torch.equal(indices[t], expected), "the selection differs from the reference's"
     config = layer.config
-    exact, _ = reference.sparse_mla(
+    exact, *_ = reference.sparse_mla(
         step.q[t].double(), step.kv.double(), indices[t], config.kv_lora_rank, config.softmax_scale
     )
     return {

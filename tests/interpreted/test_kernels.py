@@ -43,10 +43,12 @@ def wide(inputs):
     return {n: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in inputs.items()}
 
 
-def check(out, lse, expected_out, expected_lse):
+def check(actual, expected):
+    (out, *logits), (expected_out, *expected_logits) = actual, expected
     assert_close(out, expected_out, factor=2.5)  # probabilities are rounded to the input dtype too
     tolerance = 1e-5 if out.dtype == torch.float32 else 1e-3
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=tolerance, atol=tolerance)
+    for tensor, right in zip(logits, expected_logits, strict=True):  # lse, and of sparse_mla max_logits
+        torch.testing.assert_close(tensor.double(), right, rtol=tolerance, atol=tolerance)
 
 
 MLA_OPTIONS = ("topk_length", "attn_sink", "extra_kv", "extra_indices", "extra_topk_length")
@@ -57,10 +59,11 @@ def run_mla(inputs, d_v, out=None, lse=None, unpacked=None):
     q, scale = inputs["q"], inputs["q"].shape[-1] ** -0.5
     out = q.new_full((*q.shape[:2], d_v), NAN) if out is None else out
     lse = torch.full(q.shape[:2], NAN) if lse is None else lse
+    max_logits = torch.full_like(lse, NAN)
     options = [inputs.get(name) for name in MLA_OPTIONS]
-    sparse_mla(q, inputs["kv"], inputs["indices"], d_v, scale, *options, out, lse)
+    sparse_mla(q, inputs["kv"], inputs["indices"], d_v, scale, *options, out, lse, max_logits)
     expected = wide({**inputs, **(unpacked or {})})
-    check(out, lse, *reference.sparse_mla(**expected, d_v=d_v, softmax_scale=scale))
+    check((out, lse, max_logits), reference.sparse_mla(**expected, d_v=d_v, softmax_scale=scale))
     return out, lse
 
 
@@ -70,7 +73,7 @@ def run_gqa(inputs, out=None, lse=None):
     lse = torch.full(q.shape[:2], NAN) if lse is None else lse
     options = [inputs.get(name) for name in ("topk_length", "attn_sink")]
     sparse_gqa(q, inputs["k"], inputs["v"], inputs["indices"], scale, *options, out, lse)
-    check(out, lse, *reference.sparse_gqa(**wide(inputs), softmax_scale=scale))
+    check((out, lse), reference.sparse_gqa(**wide(inputs), softmax_scale=scale))
     return out, lse
 
 
@@ -217,7 +220,7 @@ def test_every_code_and_scale(architecture, size, dtype):
     q = torch.zeros(12, 1, expected.shape[1], dtype=dtype)
     out, lse = torch.full((12, 1, 512), NAN, dtype=dtype), torch.full((12, 1), NAN)
     indices = torch.arange(12, dtype=torch.int32)[:, None]
-    sparse_mla(q, cache, indices, 512, 1.0, *[None] * 5, out, lse)
+    sparse_mla(q, cache, indices, 512, 1.0, *[None] * 5, out, lse, torch.empty_like(lse))
     assert torch.equal(out[:, 0], expected[:, :512].float().to(dtype))
     assert (lse == 0).all()
 
@@ -235,7 +238,8 @@ def test_nan_in_a_selected_token_shows(architecture, size, where):
     q = torch.randn(3, 2, 576 if size == 656 else 512).bfloat16()
     out, lse = torch.zeros(3, 2, 512).bfloat16(), torch.zeros(3, 2)
     indices = torch.tensor([[0, 2], [0, 1], [2, 2]], dtype=torch.int32)
-    sparse_mla(q, packed_cache(size, codes, scales, halves), indices, 512, 0.1, *[None] * 5, out, lse)
+    cache = packed_cache(size, codes, scales, halves)
+    sparse_mla(q, cache, indices, 512, 0.1, *[None] * 5, out, lse, torch.empty_like(lse))
     assert lse.isnan().any(1).tolist() == [False, True, False]
     assert not out[::2].isnan().any()
 
@@ -364,9 +368,11 @@ def test_huge_finite_scores(sign):
     kv = sign * torch.tensor([[1e17], [2e17], [3e17]]).expand(3, 16).contiguous()
     k, best = kv[:, None], 2 if sign > 0 else 0
     out, lse = torch.full((1, 1, 16), NAN), torch.full((1, 1), NAN)
-    sparse_mla(q, kv, int32(0, 1, 2)[None], 16, 1.0, None, None, None, None, None, out, lse)
+    max_logits = torch.full((1, 1), NAN)
+    sparse_mla(q, kv, int32(0, 1, 2)[None], 16, 1.0, None, None, None, None, None, out, lse, max_logits)
     assert torch.equal(out[0, 0], kv[best])
     assert lse.item() == pytest.approx(16 * 1e18 * kv[best, 0].item(), rel=1e-5)
+    assert torch.equal(max_logits, lse)
     out, lse = torch.full((1, 1, 16), NAN), torch.full((1, 1), NAN)
     sparse_gqa(q, k, k, int32(0, 1, 2)[None], 1.0, None, None, out, lse)
     assert torch.equal(out[0, 0], kv[best])
@@ -374,8 +380,9 @@ def test_huge_finite_scores(sign):
 
 def test_scores_of_minus_infinity_are_not_an_empty_row():
     q, kv = torch.full((1, 1, 16), 1e20), torch.full((3, 16), -1e20)
+    max_logits = torch.zeros(1, 1)
     for run in (
-        lambda out, lse: sparse_mla(q, kv, int32(0, 1)[None], 16, 1.0, *[None] * 5, out, lse),
+        lambda out, lse: sparse_mla(q, kv, int32(0, 1)[None], 16, 1.0, *[None] * 5, out, lse, max_logits),
         lambda out, lse: sparse_gqa(
             q, kv[:, None], kv[:, None], int32(0, 1)[None], 1.0, None, None, out, lse
         ),
@@ -383,6 +390,7 @@ def test_scores_of_minus_infinity_are_not_an_empty_row():
         out, lse = torch.zeros(1, 1, 16), torch.zeros(1, 1)
         run(out, lse)
         assert out.isnan().all() and torch.isneginf(lse).all()
+    assert torch.isneginf(max_logits).all()
 
 
 def test_nan_in_a_value_column_stays_there():
@@ -489,7 +497,7 @@ def test_strided_merge():
     outs, lses = torch.randn(2, 3, 9, 24), torch.randn(2, 3, 9)
     (out, lse), buffers = strided_outputs((3, 9, 24), (3, 9))
     merge_attention(strided(outs)[0], strided(lses)[0], out, lse)
-    check(out, lse, *reference.merge_attention(outs.double(), lses))
+    check((out, lse), reference.merge_attention(outs.double(), lses))
     for buffer in buffers:
         assert_gaps_untouched(buffer)
 
@@ -572,7 +580,7 @@ def test_far_merge(dim):
     out = far(torch.full((3, 4, 8), NAN), max(dim, 1) - 1)
     lse = far(torch.full((3, 4), NAN), dim % 2)
     merge_attention(far(outs, dim), far(lses, min(dim, 2)), out, lse)
-    check(out, lse, *reference.merge_attention(outs.double(), lses))
+    check((out, lse), reference.merge_attention(outs.double(), lses))
 
 
 def test_configurations_of_unknown_architectures(monkeypatch):

@@ -7,9 +7,9 @@ entries of every kind, tensors may be non-contiguous. Comparisons take the fp64 
 import torch
 from torch import Tensor
 
-from . import reference
-from .formats import dequantise
-from .reference import compute_dtype
+from .. import reference
+from ..formats import dequantise
+from ..reference import compute_dtype
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 # Relative error of arithmetic itself, for results that are hardly rounded on output.
