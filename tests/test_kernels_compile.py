@@ -97,6 +97,8 @@ def different_sizes():
     sizes = [{}, {"s_q": 1}, {"s_q": 33, "s_kv": 100_003}, {"s_kv": 1}]
     topks = [{"topk": 1}, {"topk": 33}]
     yield "sparse_mla", [cases.mla(16, **size) for size in sizes + topks]
+    yield "sparse_mla", [cases.mla(16, packed=656, **size) for size in sizes + topks]
+    yield "sparse_mla", [cases.mla(16, 512, packed=584, extra=True, **size) for size in sizes + topks]
     yield "sparse_gqa", [cases.gqa(24, 2, 128, per_head=True, **size) for size in sizes + topks]
     yield "index_logits", [cases.index(64, **size) for size in sizes]
     pages = [{"s_kv": 64}, {"s_kv": 6400}, {"s_q": 3, "s_kv": 64 * 333}]
