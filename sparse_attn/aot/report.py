@@ -71,7 +71,7 @@ def rows(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Row]:
     """Compile and read every wanted case, in a few processes; ``progress`` is told as they finish."""
-    jobs = [(n, arch, dump) for n, case in enumerate(CASES) for arch in ARCHITECTURES if wanted(case, arch)]
+    jobs = [(n, arch, dump) for n, case in enumerate(CASES) for arch in case.archs if wanted(case, arch)]
     found: list[Row] = []
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         for done, part in enumerate(pool.map(_rows_of, jobs), 1):
