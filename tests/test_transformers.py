@@ -33,6 +33,15 @@ YARN = {
     **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
     **{"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
+V4 = {  # windows of 16 tokens; entries of 4 tokens, of which 6 are selected, and of 8
+    **{"num_hidden_layers": 4, "head_dim": 64, "sliding_window": 16, "index_topk": 6},
+    **{"compress_rate_csa": 4, "compress_rate_hca": 8, "num_hash_layers": 1},
+    **{"o_groups": 2, "o_lora_rank": 24, "hc_mult": 2, "num_key_value_heads": 1},
+    "layer_types": [
+        f"{name}_attention"
+        for name in ("heavily_compressed", "compressed_sparse", "sliding", "compressed_sparse")
+    ],
+}
 KINDS = {
     "v32": (transformers.DeepseekV32Config, {}),
     "v32-yarn": (transformers.DeepseekV32Config, {"rope_parameters": YARN, "attention_bias": True}),
@@ -41,7 +50,9 @@ KINDS = {
         transformers.GlmMoeDsaConfig,
         {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]},
     ),
+    "v4": (transformers.DeepseekV4Config, V4),
 }
+CACHES = [(kind, static) for kind in KINDS for static in (False, True) if (kind, static) != ("v4", True)]
 
 
 def make(kind, **changes):
@@ -52,8 +63,10 @@ def make(kind, **changes):
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     for name, parameter in model.named_parameters():
-        if "attn" in name and parameter.dim() > 1:
+        if "attn." in name and parameter.dim() > 1:
             parameter.mul_(4)
+        if name.endswith((".sinks", ".position_bias")):  # zeros
+            parameter.normal_()
     model.model.embed_tokens.weight[0] = 0.02  # else a generated pad token scores 0 everywhere: all ties
     return model
 
@@ -202,7 +215,7 @@ def test_either_side_goes_on_from_the_others_cache(pair, ids, to_sparse):
 
 def test_queries_in_chunks_are_the_same(pair, ids, monkeypatch):
     whole = pair[1](ids).logits
-    monkeypatch.setattr(sa, "QUERY_BYTES", 2 * 7 * 4 * (40 + 16) * 4)  # seven tokens of two sequences
+    monkeypatch.setattr(sa.inputs, "QUERY_BYTES", 2 * 7 * 4 * (40 + 16) * 4)  # seven tokens of two sequences
     assert_same(pair[1](ids).logits, whole)
 
 
@@ -226,14 +239,14 @@ def test_selections_by_score(models, ids, kind, monkeypatch):
         layer.self_attn.indexer.register_forward_hook(lambda module, args, out: theirs.append(out))
         for layer in dense.model.layers
     ]
-    lightning_topk = sa.lightning_topk
+    lightning_topk = sa.deepseek_v32.lightning_topk
 
     def recording(q, k, weights, topk, ks, ke, **options):
         selected = lightning_topk(q, k, weights, topk, ks, ke, **options)
         ours.append((selected, index_logits(q, k, weights, ks, ke, **options)))
         return selected
 
-    monkeypatch.setattr(sa, "lightning_topk", recording)
+    monkeypatch.setattr(sa.deepseek_v32, "lightning_topk", recording)
     dense(ids), sparse(ids)
     for hook in hooks:
         hook.remove()
@@ -358,8 +371,8 @@ def test_accelerates_hooks_stay(ids):
     ran = []
     layer._hf_hook.pre_forward = lambda module, *args, **kwargs: (ran.append(type(module)), (args, kwargs))[1]
     model(ids)
-    assert ran == [sa.SparseDeepseekV32Attention]
-    assert layer._old_forward.__func__ is sa.SparseDeepseekV32Attention.forward
+    assert ran == [sa.deepseek_v32.SparseDeepseekV32Attention]
+    assert layer._old_forward.__func__ is sa.deepseek_v32.SparseDeepseekV32Attention.forward
     sa.disable(model)
     assert torch.equal(model(ids).logits, before)
 
@@ -390,7 +403,8 @@ def test_other_models_are_refused():
         )
     ).eval()
     message = (
-        r"DeepseekV32Attention or GlmMoeDsaAttention \(transformers 5.*LlamaForCausalLM with LlamaAttention"
+        r"DeepseekV32Attention or GlmMoeDsaAttention or DeepseekV4Attention \(transformers 5.*, tested with "
+        r"5\.20\.x to 5\.23\.x\), got LlamaForCausalLM with LlamaAttention"
     )
     with pytest.raises(TypeError, match=message):
         sa.enable(llama)
