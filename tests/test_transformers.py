@@ -5,6 +5,10 @@ Weights are random and made larger than usual, so that attention is far from uni
 """
 
 import copy
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -476,3 +480,17 @@ def test_other_releases_are_refused(version):
     with pytest.raises(ImportError, match=rf"is tested with 5\.20\.x to 5\.23\.x, got {version}"):
         sa._check_version(version)
     sa._check_version(transformers.__version__)
+
+
+def test_the_benchmark_compares_and_times(monkeypatch, tmp_path):
+    pytest.importorskip("rich", reason="rich is in the demo extra")
+    script = Path(__file__).parents[1] / "benchmarks" / "hugging_face.py"
+    record = tmp_path / "record.jsonl"
+    arguments = ["--contexts", "2100", "--prefill", "64", "--rounds", "1", "--json", str(record)]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--threads", str(torch.get_num_threads())])
+    runpy.run_path(str(script), run_name="__main__")
+    decode, prefill = map(json.loads, record.read_text().splitlines())
+    assert decode["case"] == "decode at 2,100 (dynamic)" and prefill["case"] == "prefill of 64"
+    for row in (decode, prefill):
+        assert 0 < row["difference"] < 1e-4
+        assert row["sparse_attn_seconds"]["median"] > 0
