@@ -11,6 +11,7 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
 from ...checkpoint import dequantize_blocks
 from ...functional import lightning_topk, sparse_mla
+from . import growth
 from .inputs import check, check_padding, check_slots, query_chunks, slots_of
 
 
@@ -70,9 +71,7 @@ class _SparseAttention:
             turned, _ = self._index_rope(turned, turned, cos, sin, unsqueeze_dim=2)
             index_k = torch.cat([turned[:, :, 0], index_k[..., rope:]], -1)
         if cache is not None:
-            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
-            if index_k is not None:
-                index_k = cache.update_indexer(index_k, self.layer_idx)
+            latent, k_rope, index_k = growth.update(cache, self.layer_idx, latent, k_rope, index_k)
         return latent[:, 0], k_rope[:, 0], index_k
 
     def _select(self, hidden_states, q_lora, position_embeddings, index_k, stop, padding):
@@ -108,12 +107,14 @@ class _SparseAttention:
     def _attend(self, q, latent, k_rope, kv, selected, kv_b):
         """``[B, s_q, heads * v_head_dim]``; ``kv`` ``[B * T, d]`` has both halves of all rows, or is None."""
         batch, rows, _ = latent.shape
-        indices = slots_of(selected, rows)
         if kv is None:
-            slots = indices.flatten().clamp_min(0)
-            kv = torch.cat([x.flatten(0, 1).index_select(0, slots) for x in (latent, k_rope)], -1)
-            order = torch.arange(slots.numel(), dtype=torch.int32, device=q.device).view_as(indices)
-            indices = torch.where(indices >= 0, order, -1)
+            taken = selected.flatten(1).clamp_min(0)  # [B, s_q * topk]
+            sequence = torch.arange(batch, device=q.device)[:, None]
+            kv = torch.cat([x[sequence, taken] for x in (latent, k_rope)], -1).flatten(0, 1)
+            order = torch.arange(taken.numel(), dtype=torch.int32, device=q.device).view_as(selected)
+            indices = torch.where(selected >= 0, order, -1).flatten(0, 1)
+        else:
+            indices = slots_of(selected, rows)
         out = sparse_mla(
             q.flatten(0, 1), kv, indices, d_v=self.kv_lora_rank, softmax_scale=self.scaling
         ).unflatten(0, (batch, -1))
