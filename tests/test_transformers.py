@@ -225,6 +225,30 @@ def test_either_side_goes_on_from_the_others_cache(pair, ids, to_sparse):
     assert_same(logits(then, ids[:, 50:], 4, cache), pair[0](ids).logits[:, 50:])
 
 
+def test_dynamic_caches_grow_in_place_and_branch(models, ids):
+    """A new token copies no row of the cache, and two continuations of one cache do not meet."""
+    model = models("v32")[1]
+    cache, branch = (transformers.DynamicCache(config=model.config) for _ in range(2))
+    with torch.inference_mode():
+        logits(model, ids[:, :40], 40, cache)
+    logits(model, ids[:, 40:44], 1, cache)  # what inference mode made cannot be written outside of it
+    layer = cache.layers[0]
+    before = [layer.keys, layer.values, layer.indexer_keys]
+    copies = [rows.clone() for rows in before]
+    logits(model, ids[:, 44:45], 1, cache)
+    after = [layer.keys, layer.values, layer.indexer_keys]
+    assert [rows.data_ptr() for rows in before] == [rows.data_ptr() for rows in after]
+    for ours, theirs in zip(branch.layers, cache.layers, strict=True):
+        ours.__dict__.update(theirs.__dict__)
+    logits(model, ids[:, 45:50], [2, 3], cache)
+    other = torch.cat([ids[:, :45], ids[:, 55:60]], 1)
+    assert_same(logits(model, other[:, 45:], [2, 3], branch), model(other).logits[:, 45:])
+    assert_same(logits(model, ids[:, 50:52], 1, cache), model(ids[:, :52]).logits[:, 50:])
+    cache.crop(-7)
+    assert_same(logits(model, other[:, 45:], [2, 3], cache), model(other).logits[:, 45:])
+    assert all(torch.equal(*pair) for pair in zip(before, copies, strict=True))
+
+
 def test_queries_in_chunks_are_the_same(pair, ids, monkeypatch):
     whole = pair[1](ids).logits
     monkeypatch.setattr(sa.inputs, "QUERY_BYTES", 2 * 7 * 4 * (40 + 16) * 4)  # seven tokens of two sequences
