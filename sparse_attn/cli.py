@@ -25,6 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     doctor = commands.add_parser("doctor", help="what runs on what here, why, and whether it is right")
     doctor.add_argument("--json", action="store_true", help="for other programs")
+    doctor.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        default=[],
+        help="list the Triton configurations of these too, e.g. 90",
+    )
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         raise SystemExit(_doctor(options))
@@ -60,6 +67,6 @@ def _demo(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
-    found = doctor.examine()
+    found = doctor.examine(tuple(options.arch))
     print(json.dumps(found, indent=1)) if options.json else doctor.show(found)
     return 1 if found["problems"] else 0
