@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from .bench import options as bench_options
 from .demo import INSTALL
 
 
@@ -32,13 +33,20 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         help="list the Triton configurations of these too, e.g. 90",
     )
+    bench = commands.add_parser("bench", help="every operation against dense attention, with plots")
+    bench.add_argument(
+        "operations", nargs="*", metavar="operation", help=f"of {', '.join(bench_options.NAMES)}; all"
+    )
+    bench_options.add_arguments(bench)
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         raise SystemExit(_doctor(options))
     try:
+        if options.command == "bench":
+            raise SystemExit(_bench(options, bench))
         _demo(options)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"sparse-attn demo needs {error.name}: {INSTALL}") from None
+        raise SystemExit(f"sparse-attn {options.command} needs {error.name}: {INSTALL}") from None
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -62,6 +70,17 @@ def _demo(options: argparse.Namespace) -> None:
         f"{time.perf_counter() - start:.0f} s. Plots and results.json are in {options.output}/. "
         "All of this ran on the CPU."
     )
+
+
+def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .bench import run
+
+    unknown = [name for name in options.operations if name not in bench_options.NAMES]
+    if unknown:
+        parser.error(
+            f"operation: expected some of {', '.join(bench_options.NAMES)}, got {', '.join(unknown)}"
+        )
+    return 0 if run.run(options, options.operations or list(bench_options.NAMES)) else 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

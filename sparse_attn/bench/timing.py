@@ -28,6 +28,14 @@ class Timing:
     median: float
     low: float
     high: float
+    p25: float
+    p75: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> "Timing":
+        several = len(samples) > 1
+        p25, median, p75 = statistics.quantiles(samples, n=4, method="inclusive") if several else 3 * samples
+        return cls(median, min(samples), max(samples), p25, p75)
 
 
 Clock = Callable[[Callable[[], object], int], float]  # a function, how often -> mean seconds a call
@@ -86,7 +94,7 @@ def interleaved(
             samples[name].append(clock(function, calls[name]))
             if progress:
                 progress()
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+    return {name: Timing.of(s) for name, s in samples.items()}
 
 
 def peak_memory(function: Callable[[], object]) -> int | None:
