@@ -104,15 +104,16 @@ def _write_kv_kernel(
     """One program: one token."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + t * stride_slots).to(tl.int64)
-    exists = (slot >= 0) & (slot < n_slots)
+    if (slot < 0) | (slot >= n_slots):
+        return
     page, offset = slot // page_size, slot % page_size
     row = kv_ptr + t * stride_kv_t
     offs = tl.arange(0, 512)  # [512]
-    x = tl.load(row + offs.to(tl.int64) * stride_kv_d, mask=exists, other=0.0).to(tl.float32)
+    x = tl.load(row + offs.to(tl.int64) * stride_kv_d).to(tl.float32)
     offs_r = tl.arange(0, 64)[None, :]  # [1, 64]: RoPE dimensions
     other_r = partner(offs_r, 64, PAIRING)
-    r = tl.load(row + (ROPE_START + offs_r).to(tl.int64) * stride_kv_d, mask=exists, other=0.0)
-    other = tl.load(row + (ROPE_START + other_r).to(tl.int64) * stride_kv_d, mask=exists, other=0.0)
+    r = tl.load(row + (ROPE_START + offs_r).to(tl.int64) * stride_kv_d)
+    other = tl.load(row + (ROPE_START + other_r).to(tl.int64) * stride_kv_d)
     r, other = r.to(tl.float32), other.to(tl.float32)
     if weight_ptr is not None:
         inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / 512 + eps))
@@ -124,7 +125,7 @@ def _write_kv_kernel(
             )
     if cos_ptr is not None:
         cos, sin = cos_ptr + t * stride_cos_t, sin_ptr + t * stride_sin_t
-        r = rope(r, other, offs_r, cos, sin, stride_cos_d, stride_sin_d, exists, 64, PAIRING)
+        r = rope(r, other, offs_r, cos, sin, stride_cos_d, stride_sin_d, offs_r < 64, 64, PAIRING)
 
     groups: tl.constexpr = 512 // GROUP
     offs_g = tl.arange(0, groups)  # [groups], of which ROPE_START / GROUP have a scale
@@ -132,9 +133,9 @@ def _write_kv_kernel(
     scale = e4m3_scale(largest(blocks, 1), min_scale, POWER_OF_TWO)  # [groups]
     codes = tl.reshape(to_e4m3(tl.div_rn(blocks, scale[:, None])), [512])
     place = values_ptr + page * stride_values_page + offset * stride_values_n
-    tl.store(place + offs, codes, mask=exists & (offs < ROPE_START))
+    tl.store(place + offs, codes, mask=offs < ROPE_START)
     place = scales_ptr + page * stride_scales_page + offset * stride_scales_n
     stored = (scale.to(tl.uint32, bitcast=True) >> 23).to(tl.uint8) if UE8M0 else scale
-    tl.store(place + offs_g, stored, mask=exists & (offs_g < ROPE_START // GROUP))
+    tl.store(place + offs_g, stored, mask=offs_g < ROPE_START // GROUP)
     place = halves_ptr + page * stride_halves_page + offset * stride_halves_n
-    tl.store(place + offs_r, r.to(tl.bfloat16), mask=exists)
+    tl.store(place + offs_r, r.to(tl.bfloat16))

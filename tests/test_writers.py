@@ -186,7 +186,7 @@ def test_index_keys_and_queries_keep_their_scores(backend, device, dtype, pairin
     ranges = torch.zeros(tokens, dtype=torch.int32), torch.full((tokens,), tokens, dtype=torch.int32)
     logits = sparse_attn.index_logits(codes.cpu(), cache, folded.cpu(), *ranges)[:, :tokens]
     exact = sparse_attn.index_logits(exact_q, exact_k, weights.double(), *ranges)
-    assert (logits - exact).norm() < 0.05 * exact.norm()
+    assert (logits - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("d", [16, 32, 128])

@@ -81,6 +81,31 @@ def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> tuple:
     return empty(s_q, s_kv, dtype=FP32), topk, int32(s_q), int32(s_q), int32(s_q, topk)
 
 
+def slots(page_size=64) -> tuple:
+    return int32(S_Q, TOPK), int32(S_Q, S_KV // page_size), page_size, int32(S_Q, TOPK)
+
+
+def written_kv(bytes_a_token, tokens=S_Q) -> tuple:
+    turn = empty(tokens, 32, dtype=FP32)
+    kv, cache = (
+        empty(tokens, 576 if bytes_a_token == 656 else 512),
+        empty(999, 64, bytes_a_token, dtype=UINT8),
+    )
+    return kv, int32(tokens), empty(512), 1e-6, turn, turn, "interleaved", True, 1e-6, cache
+
+
+def written_index_k(tokens=S_Q) -> tuple:
+    turn, norm = empty(tokens, 32, dtype=FP32), empty(128)
+    turned = turn, turn, "half", True, True, 1e-6
+    return empty(tokens, 128), int32(tokens), norm, norm, 1e-6, *turned, empty(999, 64, 132, dtype=UINT8)
+
+
+def quantised_index_q(h, tokens=S_Q) -> tuple:
+    turn, weights = empty(tokens, 32, dtype=FP32), empty(tokens, h, dtype=FP32)
+    turned = turn, turn, "half", True, True, 1e-6
+    return empty(tokens, h, 128), weights, *turned, empty(tokens, h, 128, dtype=E4M3), weights
+
+
 def merge(n, s_q=S_Q, h=128, d_v=512, dtype=BF16) -> tuple:
     lses = empty(n, s_q, h, dtype=FP32)
     return empty(n, s_q, h, d_v, dtype=dtype), lses, empty(s_q, h, d_v, dtype=dtype), lses[0]
@@ -101,6 +126,11 @@ CASES = [
     Case("index_logits", "4 heads x 64", index(4, d=64)),
     Case("select_topk", "512 rows", select(), quick=(80, 90)),
     Case("select_topk", "1 long row", select(1, 1 << 20)),
+    Case("physical_slots", "k 2048", slots(), quick=(80,)),
+    Case("write_kv", "656 bytes", written_kv(656), quick=(80, 90)),
+    Case("write_kv", "584 bytes", written_kv(584)),
+    Case("write_index_k", "132 bytes", written_index_k(), quick=(80, 90)),
+    Case("quantise_index_q", "64 heads", quantised_index_q(64), quick=(80, 90)),
     *(
         Case("sparse_mla", f"{h} heads", mla(h), quick=ALL if h in (16, 128) else ())
         for h in (8, 16, 32, 64, 128)
