@@ -29,11 +29,10 @@ def quantise_index_q(
     out: torch.Tensor,
     out_weights: torch.Tensor,
 ) -> None:
-    """Fill out [s_q, h, d] e4m3 and out_weights [s_q, h] from q [s_q, h, d]."""
+    """Fill out [s_q, h, d], bytes of e4m3, and out_weights [s_q, h] from q [s_q, h, d]."""
     s_q, h, d = q.shape
     if s_q == 0 or h == 0:
         return
-    out = out.view(torch.uint8)  # sm_80 has no name for e4m3
     with torch.cuda.device_of(q):
         _quantise_index_q_kernel[(s_q * triton.cdiv(h, ROWS),)](
             q,

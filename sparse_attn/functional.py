@@ -336,7 +336,7 @@ def quantise_index_q(
     out_weights = _output("out weights", out_weights, shape, torch.float32, q.device)
     out_q = _output("out q", out_q, {**shape, "index_head_dim": d}, torch.float8_e4m3fn, q.device)
     inputs = (q, weights, cos, sin, pairing, hadamard, power_of_two, min_scale)
-    ops.call("quantise_index_q", backend, inputs, (out_q, out_weights))
+    ops.call("quantise_index_q", backend, inputs, (out_q.view(torch.uint8), out_weights))
     return out_q, out_weights
 
 

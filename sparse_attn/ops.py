@@ -21,7 +21,8 @@ SPARSE_MLA = (
 )
 # kv and extra_kv come as rows [slots, d_qk], or quantised (uint8) as [pages, page_size, bytes] with any
 # distance between pages. Quantised index queries and keys come as values, e4m3 or pairs of e2m1 (uint8), and
-# their scales: of e4m3 keys one fp32, of e2m1 bytes [..., d / 32] of ue8m0; e4m3 queries have none.
+# their scales: of e4m3 keys one fp32, of e2m1 bytes [..., d / 32] of ue8m0; e4m3 queries have none. Where an
+# op writes e4m3, it writes bytes.
 SCHEMAS = {
     "index_logits": "(Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, Tensor? q_scale, "
     "Tensor? k_scale, Tensor? block_table, Tensor(a!) out) -> ()",

@@ -240,7 +240,7 @@ def quantise_index_q(
     """RoPE, the Hadamard matrix, e4m3 under one scale a head, and weights times that scale."""
     x = _rotate(q.float(), cos, sin, pairing, hadamard)
     scale = fp8_scale(x.abs().amax(-1), power_of_two, min_scale)
-    out.copy_(to_e4m3(x / scale[..., None]))
+    out.copy_(to_e4m3(x / scale[..., None]).view(torch.uint8))
     out_weights.copy_(weights * scale)
 
 

@@ -103,7 +103,7 @@ def written_index_k(tokens=S_Q) -> tuple:
 def quantised_index_q(h, tokens=S_Q) -> tuple:
     turn, weights = empty(tokens, 32, dtype=FP32), empty(tokens, h, dtype=FP32)
     turned = turn, turn, "half", True, True, 1e-6
-    return empty(tokens, h, 128), weights, *turned, empty(tokens, h, 128, dtype=E4M3), weights
+    return empty(tokens, h, 128), weights, *turned, empty(tokens, h, 128, dtype=UINT8), weights
 
 
 def merge(n, s_q=S_Q, h=128, d_v=512, dtype=BF16) -> tuple:
