@@ -305,7 +305,7 @@ def test_blocks_on_an_sm():
 
 ROW = report.Row(
     *("op", "case", 90, "kernel", {}, 8, 128, 99 * 1024, 0, {"regs": 2, "shared": 3}, 4, 1, 1000),
-    *({"HGMMA.64x32x16": 36}, 1.0, {"LDG 4": 2, "LDGSTS 16": 18}, {}),
+    *({"HGMMA.64x32x16": 36}, 1.0, {"LDG 4": 2, "LDGSTS 16": 18}, 1, {}),
 )
 
 
@@ -323,6 +323,7 @@ def test_every_kind_of_decline_is_noticed(tmp_path):
         "work": {"work": 1.5},
         "narrow": {"loads": {"LDG 4": 3, "LDGSTS 16": 18}},
         "blocks": {"blocks": {"regs": 1, "shared": 3}},
+        "ahead": {"ahead": 0},
     }
     assert declines.keys() == report.RULES.keys()
     for figure, change in declines.items():
