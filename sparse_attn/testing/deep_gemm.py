@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import formats, reference
 from . import INT_MAX, INT_MIN, relative_error
-from .flash_mla import _int32, _randn, _to
+from .arguments import int32, permutation, randint, randn, to_device
 
 INF = float("inf")
 HEADS, D, S_KV, PAGE_SIZE = 32, 128, 300, 64
@@ -35,8 +35,8 @@ def _fp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _uneven(*shape: int, seed: int = 0) -> Tensor:
     """Blocks of 32 values of very different size."""
-    blocks = _randn(*shape[:-1], shape[-1] // 32, 1, seed=seed + 100)
-    return (_randn(*shape, seed=seed).unflatten(-1, (-1, 32)) * (2 * blocks).exp2()).flatten(-2)
+    blocks = randn(*shape[:-1], shape[-1] // 32, 1, seed=seed + 100)
+    return (randn(*shape, seed=seed).unflatten(-1, (-1, 32)) * (2 * blocks).exp2()).flatten(-2)
 
 
 def _assert_logits(actual: Tensor, expected: Tensor, dtype: torch.dtype, cleaned: bool, seen: Tensor) -> None:
@@ -67,23 +67,23 @@ def _mqa(module: ModuleType, device: str, fp4: bool = False, s_q: int = 6, **cha
         )
     else:
         d = changes.pop("d", D)
-        q, q_scale, k = _fp8(_randn(s_q, heads, d)), None, changes.pop("k", None)
-        k = _fp8(_randn(S_KV, d, seed=1)) if k is None else k
-        k_scale = _randn(len(k), seed=2).exp().float()
+        q, q_scale, k = _fp8(randn(s_q, heads, d)), None, changes.pop("k", None)
+        k = _fp8(randn(S_KV, d, seed=1)) if k is None else k
+        k_scale = randn(len(k), seed=2).exp().float()
         q_meant, k_meant = q.double(), (k.double() * k_scale.double()[:, None]).nan_to_num()
     arguments = {
         "q": (q, q_scale),
         "kv": (k, k_scale),
-        "weights": _randn(s_q, heads, seed=3).float(),
-        "cu_seq_len_k_start": _int32(0, 0, 17, 250, 299, 40)[:s_q],
-        "cu_seq_len_k_end": _int32(S_KV, 1, 170, 300, 300, 40)[:s_q],
+        "weights": randn(s_q, heads, seed=3).float(),
+        "cu_seq_len_k_start": int32(0, 0, 17, 250, 299, 40)[:s_q],
+        "cu_seq_len_k_end": int32(S_KV, 1, 170, 300, 300, 40)[:s_q],
         "clean_logits": True,
         "max_seqlen_k": 0,
         **changes,
     }
     dtype = arguments.setdefault("logits_dtype", torch.float32)
     function = module.fp8_fp4_mqa_logits
-    sent = _to_device(device, arguments)
+    sent = to_device(arguments, device)
     if not fp4 and dtype == torch.float32:  # the older function is the same
         function, sent["q"] = module.fp8_mqa_logits, sent["q"][0]
         del sent["logits_dtype"]
@@ -97,15 +97,6 @@ def _mqa(module: ModuleType, device: str, fp4: bool = False, s_q: int = 6, **cha
         expected = expected.gather(1, position.clamp(max=len(k)))
     _assert_logits(logits, expected, dtype, arguments["clean_logits"], expected > -INF)
     return logits
-
-
-def _to_device(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    pairs = {
-        n: tuple(_to(device, dict(enumerate(v))).values())
-        for n, v in arguments.items()
-        if isinstance(v, tuple)
-    }
-    return {**_to(device, arguments), **pairs}
 
 
 def mqa_sums_weighted_relus(module, device):
@@ -128,7 +119,7 @@ def mqa_compresses_rows(module, device):
     """With ``max_seqlen_k`` row t begins at the first key of query t."""
     _mqa(
         *(module, device),
-        cu_seq_len_k_end=_int32(120, 1, 137, 300, 300, 40),
+        cu_seq_len_k_end=int32(120, 1, 137, 300, 300, 40),
         clean_logits=False,
         max_seqlen_k=120,
     )
@@ -142,7 +133,7 @@ def mqa_rounds_logits_to_bf16(module, device):
 
 def mqa_takes_bf16_weights(module, device):
     """For bf16 logits."""
-    weights = _randn(6, HEADS, seed=3).bfloat16()
+    weights = randn(6, HEADS, seed=3).bfloat16()
     _mqa(module, device, weights=weights, logits_dtype=torch.bfloat16)
 
 
@@ -153,13 +144,13 @@ def mqa_reads_fp4(module, device):
 
 def mqa_refuses_what_contradicts_itself(module, device):
     """Cleaning compressed rows; fp8 queries with fp4 keys; bf16 weights for fp32 logits."""
-    q, k, scale = _fp8(_randn(6, HEADS, D)), _fp8(_randn(S_KV, D)), torch.ones(S_KV)
+    q, k, scale = _fp8(randn(6, HEADS, D)), _fp8(randn(S_KV, D)), torch.ones(S_KV)
     packed, packed_scale, _ = _fp4(_uneven(S_KV, D))
     ends = torch.zeros(6).int(), torch.full((6,), S_KV).int()
     right = {
         "q": (q, None),
         "kv": (k, scale),
-        "weights": _randn(6, HEADS).float(),
+        "weights": randn(6, HEADS).float(),
         "cu_seq_len_k_start": ends[0],
         "cu_seq_len_k_end": ends[1],
         "clean_logits": False,
@@ -175,10 +166,10 @@ def mqa_refuses_what_contradicts_itself(module, device):
 
 
 def _assert_refused(function, device: str, right: dict[str, Any], calls: dict[str, dict[str, Any]]) -> None:
-    function(**_to_device(device, right))
+    function(**to_device(right, device))
     for what, changes in calls.items():
         try:
-            function(**_to_device(device, {**right, **changes}))
+            function(**to_device({**right, **changes}, device))
         except Exception:  # of whatever kind
             continue
         raise AssertionError(f"{what}: expected to be refused")
@@ -191,21 +182,21 @@ def mqa_takes_any_size(module, device):
             *(module, device),
             heads=heads,
             d=d,
-            cu_seq_len_k_start=_int32(0, 200, 5, -7, INT_MIN, 299),
-            cu_seq_len_k_end=_int32(INT_MAX, 100, 5, 9, 300, 1000),
+            cu_seq_len_k_start=int32(0, 200, 5, -7, INT_MIN, 299),
+            cu_seq_len_k_end=int32(INT_MAX, 100, 5, 9, 300, 1000),
         )
 
 
 def mqa_never_reads_what_nobody_sees(module, device):
     """NaN in keys outside every range reaches no result."""
-    k = _fp8(_randn(S_KV, D, seed=1))
+    k = _fp8(randn(S_KV, D, seed=1))
     k.view(torch.uint8)[170:250] = 0x7F
     for options in ({}, {"clean_logits": False, "max_seqlen_k": 200}):
         _mqa(
             *(module, device),
             k=k,
-            cu_seq_len_k_start=_int32(0, 0, 17, 250, 299, 40),
-            cu_seq_len_k_end=_int32(100, 1, 170, 300, 300, 40),
+            cu_seq_len_k_start=int32(0, 0, 17, 250, 299, 40),
+            cu_seq_len_k_end=int32(100, 1, 170, 300, 300, 40),
             **options,
         )
 
@@ -230,19 +221,17 @@ def _paged(
         q, q_scale, q_meant = _fp4(_uneven(batch, next_n, heads, D))
         cache = formats.pack_mxfp4_index_k(_uneven(pages, page_size, D, seed=1))
     else:
-        q, q_scale = _fp8(_randn(batch, next_n, heads, D)), None
+        q, q_scale = _fp8(randn(batch, next_n, heads, D)), None
         q_meant = q.double()
-        keys = _randn(pages, page_size, D, seed=1) * _randn(pages, page_size, 1, seed=2).exp()
+        keys = randn(pages, page_size, D, seed=1) * randn(pages, page_size, 1, seed=2).exp()
         cache = formats.pack_index_k(keys, power_of_two=False)
     cache = changes.pop("cache", cache)
-    table = torch.randperm(pages, generator=torch.Generator().manual_seed(4)).view(batch, 4).int()
-    lengths = torch.randint(
-        1, 4 * page_size, (batch, next_n), generator=torch.Generator().manual_seed(5)
-    ).int()
+    table = permutation(pages).view(batch, 4)
+    lengths = randint(1, 4 * page_size, (batch, next_n))
     arguments = {
         "q": (q, q_scale),
         "kv_cache": cache[:, :, None],
-        "weights": _randn(batch * next_n, heads, seed=3).float(),
+        "weights": randn(batch * next_n, heads, seed=3).float(),
         "context_lens": lengths,
         "block_table": table,
         "max_context_len": 4 * page_size,
@@ -250,7 +239,7 @@ def _paged(
         **changes,
     }
     dtype = arguments.setdefault("logits_dtype", torch.float32)
-    sent = _to_device(device, arguments)
+    sent = to_device(arguments, device)
     hints = {"indices": sent["indices"]} if "indices" in sent else {}
     sent["schedule_meta"] = _metadata(module, sent["context_lens"], page_size, **hints)
     function = module.fp8_fp4_paged_mqa_logits
@@ -289,7 +278,7 @@ def paged_follows_the_block_table(module, device):
 
 def paged_is_max_context_len_wide(module, device):
     """Also where that ends within a page."""
-    _paged(module, device, max_context_len=200, context_lens=_int32(200, 1, 64, 65, 199, 8).view(3, 2))
+    _paged(module, device, max_context_len=200, context_lens=int32(200, 1, 64, 65, 199, 8).view(3, 2))
 
 
 def paged_rounds_logits_to_bf16(module, device):
@@ -304,15 +293,15 @@ def paged_reads_fp4(module, device):
 
 def paged_takes_indices(module, device):
     """Which queries belong to one sequence: a help for scheduling that changes no result."""
-    lengths = _int32(64, 30, 200).view(3, 1)
-    _paged(module, device, next_n=1, indices=_int32(0, 1, 1), context_lens=lengths)
+    lengths = int32(64, 30, 200).view(3, 1)
+    _paged(module, device, next_n=1, indices=int32(0, 1, 1), context_lens=lengths)
 
 
 def paged_metadata_has_its_shape(module, device):
     """int32 [num_sms + 1, 2], on the device of the lengths."""
     sms = module.get_num_sms()
     assert isinstance(sms, int) and sms >= 1, f"get_num_sms: expected a positive int, got {sms!r}"
-    lengths = _to(device, {"lengths": torch.ones(3, 2).int()})["lengths"]
+    lengths = torch.ones(3, 2, dtype=torch.int32, device=device)
     metadata = _metadata(module, lengths, PAGE_SIZE)
     found = list(metadata.shape), metadata.dtype, metadata.device
     assert found == ([sms + 1, 2], torch.int32, lengths.device), f"metadata: got {found}"
@@ -320,27 +309,27 @@ def paged_metadata_has_its_shape(module, device):
 
 def paged_refuses_what_contradicts_itself(module, device):
     """Tables, lengths and weights of other sizes than q's; fp8 queries with an fp4 cache."""
-    q = _fp8(_randn(3, 2, HEADS, D))
-    cache = formats.pack_index_k(_randn(12, PAGE_SIZE, D))[:, :, None]
+    q = _fp8(randn(3, 2, HEADS, D))
+    cache = formats.pack_index_k(randn(12, PAGE_SIZE, D))[:, :, None]
     lengths = torch.full((3, 2), 9).int()
     right = {
         "q": (q, None),
         "kv_cache": cache,
-        "weights": _randn(6, HEADS).float(),
+        "weights": randn(6, HEADS).float(),
         "context_lens": lengths,
         "block_table": torch.zeros(3, 4).int(),
-        "schedule_meta": _metadata(module, _to(device, {"lengths": lengths})["lengths"], PAGE_SIZE),
+        "schedule_meta": _metadata(module, to_device(lengths, device), PAGE_SIZE),
         "max_context_len": 200,
     }
     calls = {
         "a block table of another batch": {"block_table": torch.zeros(2, 4).int()},
         "context_lens of another next_n": {"context_lens": torch.full((3, 1), 9).int()},
-        "weights [batch, next_n, heads]": {"weights": _randn(3, 2, HEADS).float()},
+        "weights [batch, next_n, heads]": {"weights": randn(3, 2, HEADS).float()},
         "fp8 queries with an fp4 cache": {
-            "kv_cache": formats.pack_mxfp4_index_k(_randn(12, 64, D))[:, :, None]
+            "kv_cache": formats.pack_mxfp4_index_k(randn(12, 64, D))[:, :, None]
         },
         "metadata of another shape": {"schedule_meta": torch.zeros(4).int()},
-        "indices with next_n of 2": {"indices": _int32(0, 1, 2)},
+        "indices with next_n of 2": {"indices": int32(0, 1, 2)},
     }
     _assert_refused(module.fp8_fp4_paged_mqa_logits, device, right, calls)
 
@@ -348,19 +337,19 @@ def paged_refuses_what_contradicts_itself(module, device):
 def paged_takes_lengths_of_sequences(module, device):
     """``context_lens`` [batch]: query j of next_n sees length - next_n + j + 1 tokens."""
     for next_n in (1, 3):
-        _paged(module, device, next_n=next_n, context_lens=_int32(150, 64, 2), clean_logits=True)
+        _paged(module, device, next_n=next_n, context_lens=int32(150, 64, 2), clean_logits=True)
 
 
 def paged_cleans_what_a_query_does_not_see(module, device):
     """``clean_logits=True``: -inf from a query's length on, also beyond the block table."""
     _paged(module, device, clean_logits=True)
-    _paged(module, device, clean_logits=True, max_context_len=300, context_lens=_int32(150, 64, 0))
+    _paged(module, device, clean_logits=True, max_context_len=300, context_lens=int32(150, 64, 0))
     _paged(module, device, clean_logits=True, logits_dtype=torch.bfloat16, max_context_len=300)
 
 
 def paged_takes_any_size(module, device):
     """Any page size and number of heads; pages that do not exist hold nothing."""
-    table = torch.randperm(12, generator=torch.Generator().manual_seed(4)).view(3, 4).int()
+    table = permutation(12).view(3, 4)
     table[0, 3], table[1, 1], table[2, 0] = INT_MAX, -1, 12
     for page_size, heads in ((1, 1), (5, 33), (256, 128)):
         _paged(
@@ -374,14 +363,22 @@ def paged_takes_any_size(module, device):
 
 def paged_never_reads_what_nobody_sees(module, device):
     """NaN in slots beyond the lengths and in pages of nobody reaches no result."""
-    cache = formats.pack_index_k(_randn(12, PAGE_SIZE, D, seed=1), power_of_two=False)
-    table = torch.randperm(12, generator=torch.Generator().manual_seed(4)).view(3, 4).int()
+    cache = formats.pack_index_k(randn(12, PAGE_SIZE, D, seed=1), power_of_two=False)
+    table = permutation(12).view(3, 4)
     unseen = torch.ones(12, PAGE_SIZE, dtype=torch.bool)
     unseen[table[:, 0].long(), :40] = False
     keys, scales = formats.index_k_views(cache)
     keys.view(torch.uint8)[unseen] = 0xFF
     scales[unseen] = float("nan")
-    _paged(module, device, cache=cache, context_lens=_int32(40, 3, 7, 40, 1, 1).view(3, 2))
+    _paged(module, device, cache=cache, context_lens=int32(40, 3, 7, 40, 1, 1).view(3, 2))
+
+
+def results_repeat_bit_for_bit(module, device):
+    """The same call gives the same bits."""
+    for call in (_mqa, _paged):
+        logits, again = (call(module, device, clean_logits=call is _mqa) for _ in range(2))
+        seen = logits.isfinite()
+        assert torch.equal(logits[seen], again[seen]), "logits: expected the same bits"
 
 
 CHECKS = (
@@ -399,6 +396,7 @@ CHECKS = (
     paged_reads_fp4,
     paged_takes_indices,
     paged_metadata_has_its_shape,
+    results_repeat_bit_for_bit,
     paged_refuses_what_contradicts_itself,
 )
 BEYOND = (

@@ -12,39 +12,12 @@ from torch import Tensor
 
 from .. import formats, reference
 from . import INT_MAX, INT_MIN, assert_close, poison_unused
+from .arguments import int32, permutation, randint, randn, to_device
 
 NAN, INF = float("nan"), float("inf")
 H_Q, TOPK, D_V = 64, 128, 512
 OUT_FACTOR = 3.0  # roundings to bf16: of the output, of the probabilities
 LOGITS_TOLERANCE = 1e-3
-
-
-def _randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _slots(*shape: int, below: int, seed: int = 0) -> Tensor:
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed)).int()
-
-
-def _int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def _to(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Moved to the device; a tensor that is not contiguous stays so."""
-    return {
-        name: _moved(value, device) if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-
-
-def _moved(tensor: Tensor, device: str) -> Tensor:
-    """With its strides, and with what lies between its elements."""
-    size = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    offset = tensor.storage_offset()
-    buffer = tensor.as_strided((offset + size,), (1,), 0).to(device)
-    return buffer.as_strided(tensor.shape, tensor.stride(), offset)
 
 
 def _attention(q: Tensor, segments: list, scale: float, attn_sink: Tensor | None, d_v: int = D_V):
@@ -72,13 +45,13 @@ def _assert_same(out: Tensor, expected: Tensor, **logits: tuple[Tensor, Tensor])
 def _prefill(module: ModuleType, device: str, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Call it with inputs that ``changes`` replace, and compare with the definition."""
     arguments = {
-        "q": _randn(4, H_Q, 576).bfloat16(),
-        "kv": _randn(300, 1, 576, seed=1).bfloat16(),
-        "indices": _slots(4, 1, TOPK, below=300),
+        "q": randn(4, H_Q, 576).bfloat16(),
+        "kv": randn(300, 1, 576, seed=1).bfloat16(),
+        "indices": randint(0, 300, (4, 1, TOPK)),
         "sm_scale": 0.07,
         **changes,
     }
-    out, max_logits, lse = module.flash_mla_sparse_fwd(**_to(device, arguments))
+    out, max_logits, lse = module.flash_mla_sparse_fwd(**to_device(arguments, device))
     segment = arguments["kv"][:, 0], arguments["indices"][:, 0], arguments.get("topk_length")
     options = arguments["sm_scale"], arguments.get("attn_sink"), arguments.get("d_v", D_V)
     right, right_lse, right_max = _attention(arguments["q"], [segment], *options)
@@ -93,7 +66,7 @@ def prefill_attends_to_what_is_selected(module, device):
 
 def prefill_takes_d_qk_512(module, device):
     """Keys of 512 values, all of which are the value."""
-    _prefill(module, device, q=_randn(4, H_Q, 512).bfloat16(), kv=_randn(300, 1, 512).bfloat16())
+    _prefill(module, device, q=randn(4, H_Q, 512).bfloat16(), kv=randn(300, 1, 512).bfloat16())
 
 
 def prefill_honours_sm_scale(module, device):
@@ -103,34 +76,34 @@ def prefill_honours_sm_scale(module, device):
 
 def prefill_counts_duplicates(module, device):
     """An index that is selected twice counts twice."""
-    indices = _slots(4, 1, TOPK, below=300)
+    indices = randint(0, 300, (4, 1, TOPK))
     indices[..., 1::2] = indices[..., :1]
     _prefill(module, device, indices=indices)
 
 
 def prefill_ignores_invalid_indices(module, device):
     """Negative indices and those from s_kv on are ignored, wherever they stand."""
-    indices = _slots(4, 1, TOPK, below=300)
-    indices[..., ::3] = _int32(-1, 300, 301, INT_MIN, INT_MAX, -300).repeat(8)[: len(range(0, TOPK, 3))]
+    indices = randint(0, 300, (4, 1, TOPK))
+    indices[..., ::3] = int32(-1, 300, 301, INT_MIN, INT_MAX, -300).repeat(8)[: len(range(0, TOPK, 3))]
     _prefill(module, device, indices=indices)
 
 
 def prefill_of_lonely_queries(module, device):
     """A query with nothing to attend to: out 0, max_logits -inf, lse +inf."""
-    indices = _slots(4, 1, TOPK, below=300)
+    indices = randint(0, 300, (4, 1, TOPK))
     indices[1], indices[3] = -1, 300
-    out, *_ = _prefill(module, device, indices=indices, attn_sink=_randn(H_Q).float())
+    out, *_ = _prefill(module, device, indices=indices, attn_sink=randn(H_Q).float())
     assert not out[1].any() and not out[3].any(), "out of a lonely query: expected zeros"
 
 
 def prefill_honours_topk_length(module, device):
     """Only the first topk_length indices of a query count; 0 leaves it lonely."""
-    _prefill(module, device, topk_length=_int32(1, 0, TOPK, 77))
+    _prefill(module, device, topk_length=int32(1, 0, TOPK, 77))
 
 
 def prefill_honours_attn_sink(module, device):
     """The sink scales out by exp(lse) / (exp(lse) + exp(sink)), and nothing else; it may be infinite."""
-    sink = 4 * _randn(H_Q).float()
+    sink = 4 * randn(H_Q).float()
     sink[:2] = torch.tensor([INF, -INF])
     out, *_ = _prefill(module, device, attn_sink=sink)
     assert not out[:, 0].any(), "out with a sink of +inf: expected zeros"
@@ -138,8 +111,8 @@ def prefill_honours_attn_sink(module, device):
 
 def prefill_reads_strided_inputs(module, device):
     """q and kv may be slices of wider tensors, with contiguous rows."""
-    q, kv = _randn(8, 2 * H_Q, 640).bfloat16(), _randn(300, 3, 640, seed=1).bfloat16()
-    indices = _slots(4, 2, 2 * TOPK, below=300)
+    q, kv = randn(8, 2 * H_Q, 640).bfloat16(), randn(300, 3, 640, seed=1).bfloat16()
+    indices = randint(0, 300, (4, 2, 2 * TOPK))
     _prefill(
         module, device, q=q[::2, :H_Q, 64:], kv=kv[:, 1:2, :576], indices=indices[:, 1:, TOPK:], sm_scale=0.05
     )
@@ -147,10 +120,10 @@ def prefill_reads_strided_inputs(module, device):
 
 def prefill_never_reads_what_nobody_selects(module, device):
     """NaN in rows that no valid index within topk_length names reaches no result."""
-    indices, length = _slots(4, 1, TOPK, below=300), _int32(100, 5, 0, 64)
-    indices[0, 0, :9] = _int32(-1, 300, INT_MIN).repeat(3)
+    indices, length = randint(0, 300, (4, 1, TOPK)), int32(100, 5, 0, 64)
+    indices[0, 0, :9] = int32(-1, 300, INT_MIN).repeat(3)
     cut = torch.where(torch.arange(TOPK) < length[:, None, None], indices, -1)
-    kv = poison_unused(_randn(300, 1, 576).bfloat16(), cut)
+    kv = poison_unused(randn(300, 1, 576).bfloat16(), cut)
     _prefill(module, device, kv=kv, indices=indices, topk_length=length)
 
 
@@ -159,10 +132,10 @@ def prefill_takes_any_size(module, device):
     for h_q, topk, d_v in ((1, 7, 512), (40, 65, 128)):
         _prefill(
             *(module, device),
-            q=_randn(3, h_q, 576).bfloat16(),
-            indices=_slots(3, 1, topk, below=300),
+            q=randn(3, h_q, 576).bfloat16(),
+            indices=randint(0, 300, (3, 1, topk)),
             d_v=d_v,
-            topk_length=_int32(-3, INT_MAX, 4),
+            topk_length=int32(-3, INT_MAX, 4),
         )
 
 
@@ -180,7 +153,7 @@ WIDTH = {656: 576, 584: 512, 528: 512, 288: 512}
 
 def _cache(size: int | None, pages: int = PAGES, page_size: int = PAGE_SIZE, seed: int = 0, d_qk: int = 576):
     """A cache of ``size`` bytes a token (None: bf16) as FlashMLA takes it, and its rows in fp64."""
-    values = _randn(pages, page_size, d_qk if size is None else WIDTH[size], seed=seed)
+    values = randn(pages, page_size, d_qk if size is None else WIDTH[size], seed=seed)
     cache = values.bfloat16() if size is None else PACK[size](values)
     return cache[:, :, None], _rows(cache)
 
@@ -195,7 +168,7 @@ def _decode(module: ModuleType, device: str, rows, extra_rows=None, metadata=Non
     """Sparse decode with inputs that ``changes`` replace, compared with the definition."""
     batch, s_q = changes["indices"].shape[:2]
     arguments = {
-        "q": _randn(batch, s_q, H_Q, rows.shape[1], seed=2).bfloat16(),
+        "q": randn(batch, s_q, H_Q, rows.shape[1], seed=2).bfloat16(),
         "block_table": None,
         "cache_seqlens": None,
         "head_dim_v": D_V,
@@ -204,7 +177,7 @@ def _decode(module: ModuleType, device: str, rows, extra_rows=None, metadata=Non
         **changes,
     }
     metadata = metadata or module.get_mla_metadata()[0]
-    out, lse = module.flash_mla_with_kvcache(**_to(device, arguments), tile_scheduler_metadata=metadata)
+    out, lse = module.flash_mla_with_kvcache(**to_device(arguments, device), tile_scheduler_metadata=metadata)
 
     def segment(rows, indices, length):
         length = None if length is None else length.repeat_interleave(s_q)
@@ -224,7 +197,7 @@ def _decode(module: ModuleType, device: str, rows, extra_rows=None, metadata=Non
 
 def _plain_decode(module, device, size, batch=2, s_q=1, **changes):
     cache, rows = _cache(size)
-    indices = _slots(batch, s_q, TOPK, below=len(rows))
+    indices = randint(0, len(rows), (batch, s_q, TOPK))
     return _decode(module, device, rows, **{"k_cache": cache, "indices": indices, **changes})
 
 
@@ -256,25 +229,25 @@ def decode_has_a_default_scale(module, device):
 
 def decode_several_queries_a_sequence(module, device):
     """s_q > 1: each query has its own indices; lse is [batch, h_q, s_q]; topk_length is a sequence's."""
-    _plain_decode(module, device, 656, batch=3, s_q=2, topk_length=_int32(1, TOPK, 64))
+    _plain_decode(module, device, 656, batch=3, s_q=2, topk_length=int32(1, TOPK, 64))
 
 
 def decode_of_lonely_queries(module, device):
     """out 0 and lse +inf, with a sink too; a topk_length of 0 counts."""
-    indices = _slots(3, 1, TOPK, below=PAGES * PAGE_SIZE)
+    indices = randint(0, PAGES * PAGE_SIZE, (3, 1, TOPK))
     indices[1] = -1
     out, _ = _plain_decode(
         *(module, device, 656),
         indices=indices,
-        topk_length=_int32(TOPK, TOPK, 0),
-        attn_sink=_randn(H_Q).float(),
+        topk_length=int32(TOPK, TOPK, 0),
+        attn_sink=randn(H_Q).float(),
     )
     assert not out[1:].any(), "out of a lonely query: expected zeros"
 
 
 def decode_honours_attn_sink(module, device):
     """As in the prefill; lse is without the sink."""
-    sink = 4 * _randn(H_Q).float()
+    sink = 4 * randn(H_Q).float()
     sink[:2] = torch.tensor([INF, -INF])
     _plain_decode(module, device, 656, attn_sink=sink)
 
@@ -286,12 +259,12 @@ def decode_joins_an_extra_cache(module, device):
     _decode(
         *(module, device, rows, extra_rows),
         k_cache=cache,
-        indices=_slots(3, 2, TOPK, below=len(rows)),
-        topk_length=_int32(TOPK, 3, 0),
+        indices=randint(0, len(rows), (3, 2, TOPK)),
+        topk_length=int32(TOPK, 3, 0),
         extra_k_cache=extra,
-        extra_indices_in_kvcache=_slots(3, 2, TOPK, below=len(extra_rows), seed=1),
-        extra_topk_length=_int32(60, TOPK, 0),
-        attn_sink=_randn(H_Q).float(),
+        extra_indices_in_kvcache=randint(0, len(extra_rows), (3, 2, TOPK), seed=1),
+        extra_topk_length=int32(60, TOPK, 0),
+        attn_sink=randn(H_Q).float(),
     )
 
 
@@ -299,7 +272,7 @@ def decode_reuses_its_metadata(module, device):
     """Calls of the same sizes and lengths may share the metadata."""
     metadata = module.get_mla_metadata()[0]
     for seed in range(2):
-        indices = _slots(2, 1, TOPK, below=PAGES * PAGE_SIZE, seed=seed)
+        indices = randint(0, PAGES * PAGE_SIZE, (2, 1, TOPK), seed=seed)
         _plain_decode(module, device, 656, indices=indices, metadata=metadata)
 
 
@@ -310,15 +283,15 @@ def decode_needs_no_block_table(module, device):
 
 def decode_ignores_invalid_indices(module, device):
     """Not only -1: every index outside the cache."""
-    indices = _slots(2, 1, TOPK, below=PAGES * PAGE_SIZE)
-    indices[..., ::3] = _int32(-1, PAGES * PAGE_SIZE, INT_MIN, INT_MAX).repeat(12)[: len(range(0, TOPK, 3))]
+    indices = randint(0, PAGES * PAGE_SIZE, (2, 1, TOPK))
+    indices[..., ::3] = int32(-1, PAGES * PAGE_SIZE, INT_MIN, INT_MAX).repeat(12)[: len(range(0, TOPK, 3))]
     for size in (656, 584):
         _plain_decode(module, device, size, indices=indices)
 
 
 def decode_never_reads_what_nobody_selects(module, device):
     """Codes, scales and RoPE values that are NaN, in slots that no valid index within topk_length names."""
-    length, indices = _int32(100, 5), _slots(2, 1, TOPK, below=PAGES * PAGE_SIZE)
+    length, indices = int32(100, 5), randint(0, PAGES * PAGE_SIZE, (2, 1, TOPK))
     cut = torch.where(torch.arange(TOPK) < length[:, None, None], indices, -1)
     used = poison_unused(torch.zeros(PAGES * PAGE_SIZE), cut).isfinite().view(PAGES, PAGE_SIZE)
     for size in (656, 584):
@@ -332,8 +305,8 @@ def decode_never_reads_what_nobody_selects(module, device):
 def decode_takes_any_size(module, device):
     """Any number of heads and indices, any page size, a strided q, and bytes of type uint8 as of fp8."""
     cache, rows = _cache(656, pages=7, page_size=5)
-    q = _randn(2, 3, 2 * 5, 700).bfloat16()[:, :, ::2, 3:579]
-    indices = _slots(2, 3, 9, below=35)
+    q = randn(2, 3, 2 * 5, 700).bfloat16()[:, :, ::2, 3:579]
+    indices = randint(0, 35, (2, 3, 9))
     out, _ = _decode(module, device, rows, q=q, k_cache=cache, indices=indices)
     same, _ = _decode(module, device, rows, q=q, k_cache=cache.view(torch.float8_e4m3fn), indices=indices)
     assert torch.equal(out, same), "out: expected the same whatever type the bytes have"
@@ -344,12 +317,12 @@ def decode_takes_any_size(module, device):
 
 def _dense(module: ModuleType, device: str, size: int | None, s_q: int, causal: bool):
     cache, rows = _cache(size, pages=9)
-    lengths, batch = _int32(150, 64, 3), 3
-    table = torch.randperm(9, generator=torch.Generator().manual_seed(3)).view(batch, 3).int()
-    q = _randn(batch, s_q, H_Q, 576, seed=2).bfloat16()
+    lengths, batch = int32(150, 64, 3), 3
+    table = permutation(9).view(batch, 3)
+    q = randn(batch, s_q, H_Q, 576, seed=2).bfloat16()
     arguments = {"q": q, "k_cache": cache, "block_table": table, "cache_seqlens": lengths, "head_dim_v": D_V}
     out, lse = module.flash_mla_with_kvcache(
-        **_to(device, arguments),
+        **to_device(arguments, device),
         tile_scheduler_metadata=module.get_mla_metadata()[0],
         causal=causal,
         is_fp8_kvcache=size is not None,
@@ -378,15 +351,23 @@ def dense_decode_reads_fp8(module, device):
     _dense(module, device, 656, s_q=4, causal=True)
 
 
-# What has to be refused
+# Of all functions
+
+
+def results_repeat_bit_for_bit(module, device):
+    """The same call gives the same bits."""
+    (out, *_), (again, *_) = (_prefill(module, device) for _ in range(2))
+    assert torch.equal(out, again), "out of the prefill: expected the same bits"
+    (out, _), (again, _) = (_plain_decode(module, device, 656) for _ in range(2))
+    assert torch.equal(out, again), "out of the decode: expected the same bits"
 
 
 def decode_refuses_what_contradicts_itself(module, device):
     """Causal with indices; a sink, lengths or an extra cache without; num_splits; other metadata."""
     cache, _ = _cache(656)
     bf16, _ = _cache(None)
-    table, lengths = _slots(2, 2, below=PAGES), _int32(9, 9)
-    indices = _slots(2, 1, TOPK, below=99)
+    table, lengths = randint(0, PAGES, (2, 2)), int32(9, 9)
+    indices = randint(0, 99, (2, 1, TOPK))
     sparse = {"k_cache": cache, "is_fp8_kvcache": True, "indices": indices}
     dense = {"k_cache": bf16, "block_table": table, "cache_seqlens": lengths}
     calls = {
@@ -400,7 +381,7 @@ def decode_refuses_what_contradicts_itself(module, device):
     }
     for what, changes in calls.items():
         arguments = {
-            "q": _randn(2, 1, H_Q, 576).bfloat16(),
+            "q": randn(2, 1, H_Q, 576).bfloat16(),
             "block_table": None,
             "cache_seqlens": None,
             "head_dim_v": D_V,
@@ -408,7 +389,7 @@ def decode_refuses_what_contradicts_itself(module, device):
             **changes,
         }
         try:
-            module.flash_mla_with_kvcache(**_to(device, arguments))
+            module.flash_mla_with_kvcache(**to_device(arguments, device))
         except Exception:  # of whatever kind
             continue
         raise AssertionError(f"{what}: expected to be refused")
@@ -435,6 +416,7 @@ CHECKS = (
     decode_needs_no_block_table,
     dense_decode_follows_the_block_table,
     dense_decode_may_be_causal,
+    results_repeat_bit_for_bit,
     decode_refuses_what_contradicts_itself,
 )
 BEYOND = (

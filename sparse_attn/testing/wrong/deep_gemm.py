@@ -101,6 +101,11 @@ MQA: list[tuple[str, Wrapper, str]] = [
         "mqa_refuses_what_contradicts_itself",
     ),
     (
+        "sums differ from run to run",
+        after(lambda a, r: r * (1 + 1e-6 * torch.randn_like(r))),
+        "results_repeat_bit_for_bit",
+    ),
+    (
         "only 32 or 64 heads",
         before(lambda a: refuse(a["weights"].shape[1] not in (32, 64))),
         "mqa_takes_any_size",

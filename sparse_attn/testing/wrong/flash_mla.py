@@ -135,6 +135,11 @@ PREFILL: list[tuple[str, Wrapper, str]] = [
         "prefill_never_reads_what_nobody_selects",
     ),
     (
+        "sums differ from run to run",
+        after(lambda a, r: (r[0] + 2**-10 * torch.randn_like(r[0]) * r[0], r[1], r[2])),
+        "results_repeat_bit_for_bit",
+    ),
+    (
         "only 64 or 128 heads",
         before(lambda a: refuse(a["q"].shape[-2] not in (64, 128))),
         "prefill_takes_any_size",
