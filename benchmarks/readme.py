@@ -74,11 +74,11 @@ def _introduction(line: dict[str, Any], name: str) -> str:
     return (
         "One token through a DeepSeek-V3.2-shaped layer (128 heads, 576 / 512, indexer 64 x 128, k = 2048, "
         f"bf16), {threads} of a machine with {machine['processor']} (bf16 instructions: "
-        f"{machine['bf16_instructions']}; {peak:.0f} GFLOP/s in registers and {bandwidth:.1f} GB/s, measured in the run), torch "
-        f"{machine['torch']}, medians of {line['rounds']} interleaved rounds: `{line['command']}`, "
-        f"{line['date']}, [record]({name}). Milliseconds; in brackets how many times longer dense takes. *Of "
-        "limit*: the least time that the machine could take (counted in `sparse_attn/bench/limits.py`) over "
-        "the time taken."
+        f"{machine['bf16_instructions']}; {peak:.0f} GFLOP/s in registers and {bandwidth:.1f} GB/s, measured "
+        f"in the run), torch {machine['torch']}, medians of {line['rounds']} interleaved rounds: "
+        f"`{line['command']}`, {line['date']}, [record]({name}). Milliseconds; in brackets how many times "
+        "longer dense takes. *Of limit*: the least time that the machine could take (counted in "
+        "`sparse_attn/bench/limits.py`) over the time taken."
     )
 
 
