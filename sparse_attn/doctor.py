@@ -275,9 +275,42 @@ def _check_merge(backend: str, device: torch.device) -> None:
     assert_close(lse.cpu(), expected_lse)
 
 
+def _check_writer(name: str, width: int, pack: Callable[[Tensor], Tensor], backend: str, device) -> None:
+    """Rows that are neither normalised nor turned must come out as the packer's bytes."""
+    rows = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
+    slots = torch.tensor([3, 0, 1, 2, -1, 7, 6, 4], dtype=torch.int32)
+    kept = slots >= 0
+    values = torch.zeros(8, width)
+    values[slots[kept].long()] = rows[kept]
+    expected = pack(values.view(2, 4, width))
+    cache = pack(torch.zeros(2, 4, width)).to(device)
+    norm = (None, 1e-6) if name == "write_kv" else (None, None, 1e-6)
+    hadamard = () if name == "write_kv" else (False,)
+    options = (None, None, None, *hadamard, True, formats.FP8_MIN_SCALE)
+    _run(name, backend, device, (rows, slots, *norm, *options), (cache,))
+    if not torch.equal(cache.cpu(), expected):
+        raise AssertionError("the bytes differ from the packer's")
+
+
+def _check_index_q(backend: str, device: torch.device) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, weights = torch.randn(3, 4, 128, generator=g), torch.randn(3, 4, generator=g)
+    out = torch.empty(q.shape, dtype=torch.uint8, device=device)
+    out_weights = torch.empty(3, 4, device=device)
+    options = (None, None, None, False, True, formats.FP8_MIN_SCALE)
+    _run("quantise_index_q", backend, device, (q, weights, *options), (out, out_weights))
+    keys, scales = formats.index_k_views(formats.pack_index_k(q))
+    if not torch.equal(out.cpu(), keys.view(torch.uint8)):
+        raise AssertionError("the bytes differ from the packer's")
+    torch.testing.assert_close(out_weights.cpu(), weights * scales)
+
+
 CHECKS: dict[str, Check] = {
     **{n: functools.partial(_check_index, n) for n in ("index_logits", "select_topk", "lightning_topk")},
     "physical_slots": _check_slots,
+    "write_kv": functools.partial(_check_writer, "write_kv", 576, formats.pack_v32_kv),
+    "write_index_k": functools.partial(_check_writer, "write_index_k", 128, formats.pack_index_k),
+    "quantise_index_q": _check_index_q,
     "sparse_mla": _check_mla,
     "sparse_gqa": _check_gqa,
     "merge_attention": _check_merge,
