@@ -8,7 +8,6 @@ all that belongs to it: masks, projections, cache. One new token after a context
 import argparse
 import copy
 import dataclasses
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -131,11 +130,10 @@ def measure(label: str, functions, models, rounds: int, tolerance: float, advanc
         for name, function in functions.items():
             samples[name].append(cpu_clock(function, 1))
             advance()
-    times = {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
     return {
         "case": label,
         "difference": error,
-        **{f"{name}_seconds": dataclasses.asdict(times[name]) for name in functions},
+        **{f"{name}_seconds": dataclasses.asdict(Timing.of(samples[name])) for name in functions},
         **{f"{name}_extra_bytes": memory[name] for name in functions},
     }
 
