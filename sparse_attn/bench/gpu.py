@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from .. import reference
+from ..formats import pack_v32_kv, unpack_v32_kv
 from ..functional import (
     index_logits,
     lightning_topk,
@@ -27,7 +28,6 @@ from ..functional import (
     sparse_mla,
 )
 from ..testing import assert_close
-from .compare import Case
 from .timing import Clock, interleaved
 
 PAGE_SIZE = 64
@@ -50,6 +50,13 @@ FULL = Sizes((8192, 32768, 131072), (1, 32), (1024, 32768), (1, 64, 1024), 2048,
 TINY = Sizes((128,), (2,), (5, 128), (3,), 16, 4, 4, (4, 2))
 
 Functions = dict[str, Callable[[], Tensor]]
+
+
+class Case(NamedTuple):
+    functions: Functions  # by name, ours first
+    check: Callable[[], None]  # raises if ours is wrong
+
+
 Cases = Iterator[tuple[str, Callable[[], Case]]]  # a name, and what makes the tensors
 
 
@@ -191,9 +198,22 @@ def _mla(
         return sparse_mla(q, kv, indices, softmax_scale=MLA_SCALE)
 
     logits, indices = score(), select()
+    packed = _packed(kv)
+    t = sorted({0, len(q) - 1})  # queries that are checked
+
+    def attend_fp8() -> Tensor:
+        return sparse_mla(q, packed, indices, softmax_scale=MLA_SCALE)
+
+    def exact(rows: Tensor, gathered: Tensor) -> Tensor:
+        return reference.sparse_mla(q[t].double(), gathered, rows, 512, MLA_SCALE)[0]
+
+    @cache
+    def warp_specialised() -> Callable[[], Tensor]:  # where it is wrong the others are timed nonetheless
+        function = partial(sparse_mla, q, kv, indices, softmax_scale=MLA_SCALE, variant="warp_specialized")
+        assert_close(function()[t], exact(*_rows(indices[t], kv)), FACTOR)
+        return function
 
     def check() -> None:
-        t = sorted({0, len(q) - 1})
         table, keys = (None, index[1]) if block_table is None else _pages(block_table[t], index[1])
         exact = reference.index_logits(
             index[0][t].double(), keys.double(), weights[t].double(), *(x[t] for x in ranges), table
@@ -203,24 +223,36 @@ def _mla(
         if first_row is not None:
             selected = torch.where(selected < 0, -1, selected + first_row)
         assert torch.equal(indices, selected), "the selection differs from the reference's"
-        rows, gathered = _rows(indices[t], kv)
-        exact, *_ = reference.sparse_mla(q[t].double(), gathered, rows, 512, MLA_SCALE)
-        assert_close(attend(indices)[t], exact, FACTOR)
+        assert_close(attend(indices)[t], exact(*_rows(indices[t], kv)), FACTOR)
+        rows, gathered = _rows(indices[t], packed.flatten(0, 1))
+        assert_close(attend_fp8()[t], exact(rows, unpack_v32_kv(gathered, torch.float64)), FACTOR)
 
     def flash_mla() -> Tensor:
         from flash_mla import flash_mla_sparse_fwd
 
         return flash_mla_sparse_fwd(q, kv[:, None], indices[:, None], MLA_SCALE)[0]
 
+    @cache
+    def flash_mla_fp8() -> Callable[[], Tensor]:
+        from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+        inputs = q[:, None], packed[:, :, None], None, None, 512, *get_mla_metadata(), MLA_SCALE, False, True
+        return lambda: flash_mla_with_kvcache(*inputs, indices[:, None])[0].flatten(0, 1)
+
     functions = {
         "indexer + top-k + attend": lambda: attend(select()),
         "indexer": score,
         "top-k": lambda: select_topk(logits, topk, *ranges),
         "attend": lambda: attend(indices),
-        **_if_installed("flash_mla", {"attend, FlashMLA": flash_mla}),
+        "attend, fp8 cache": attend_fp8,
+        **({"attend, warp-specialised": lambda: warp_specialised()()} if _is_hopper(q.device) else {}),
+        **_if_installed(
+            "flash_mla",
+            {"attend, FlashMLA": flash_mla, "attend, FlashMLA fp8 cache": lambda: flash_mla_fp8()()},
+        ),
         **peers,
     }
-    return Case("", functions, check)
+    return Case(functions, check)
 
 
 def gqa_decode(sizes: Sizes, device: torch.device) -> Cases:
@@ -282,7 +314,7 @@ def _gqa(topk: int, q: Tensor, k: Tensor, v: Tensor, ke: Tensor, first_row: Tens
         exact, _ = reference.sparse_gqa(q[t].double(), *gathered, rows, GQA_SCALE)
         assert_close(ours()[t], exact, FACTOR)
 
-    return Case("", {"sparse_gqa": ours, **peers}, check)
+    return Case({"sparse_gqa": ours, **peers}, check)
 
 
 def top_k(sizes: Sizes, device: torch.device) -> Cases:
@@ -304,7 +336,7 @@ def _top_k(topk: int, rows: int, context: int, device: torch.device) -> Case:
         assert torch.equal(ours(), expected), "the selection differs from the reference's"
 
     peers = {"torch.topk, unordered": lambda: logits.topk(topk, sorted=False).indices}
-    return Case("", {"select_topk": ours, **peers}, check)
+    return Case({"select_topk": ours, **peers}, check)
 
 
 def merge(sizes: Sizes, device: torch.device) -> Cases:
@@ -322,7 +354,7 @@ def _merge(heads: int, batch: int, device: torch.device) -> Case:
         assert_close(ours(), reference.merge_attention(outs.double(), lses.double())[0])
 
     peers = {"torch": lambda: (lses.softmax(0)[..., None] * outs).sum(0)}
-    return Case("", {"merge_attention": ours, **peers}, check)
+    return Case({"merge_attention": ours, **peers}, check)
 
 
 GROUPS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
@@ -343,7 +375,17 @@ def _rows(indices: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
     """Indices into the selected rows alone, and those rows in fp64: whole caches would not fit."""
     places = torch.arange(indices.numel(), dtype=torch.int32, device=indices.device).view_as(indices)
     slots = indices.clamp(min=0).flatten().long()
-    return torch.where(indices < 0, -1, places), *(cache[slots].double() for cache in caches)
+    rows = (cache[slots] for cache in caches)
+    return torch.where(indices < 0, -1, places), *(r if r.dtype == torch.uint8 else r.double() for r in rows)
+
+
+def _packed(kv: Tensor) -> Tensor:
+    """In pages of 656 bytes a token, made in parts: the fp32 copies of a whole cache would not fit."""
+    return torch.cat([pack_v32_kv(part) for part in kv.split(1 << 18)]).unflatten(0, (-1, PAGE_SIZE))
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _pages(table: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:

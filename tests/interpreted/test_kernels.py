@@ -258,20 +258,24 @@ def test_tokens_of_656_bytes_may_lie_in_any_pages():
 
 
 def test_number_of_splits():
-    def splits(programs, tiles, multiprocessors):
+    def splits(programs, tiles, multiprocessors, block_n=64, blocks=1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
-            return configs.split_count(programs, tiles, torch.device("cuda"))
+            return configs.split_count(programs, tiles, block_n, torch.device("cuda"), blocks)
 
     assert splits(1, 32, 108) == 16  # two tiles each
     assert splits(10, 32, 108) == 8  # ten were possible, but two of them would be idle
     assert splits(60, 32, 108) == 1
+    assert splits(1, 128, 108, block_n=16) == 16  # 128 keys each
+    assert splits(27, 32, 108, blocks=2) == 8 and splits(27, 32, 108) == 4
     assert splits(1, 3, 108) == splits(1, 0, 108) == splits(500, 32, 108) == 1
     for programs in range(1, 120, 7):
         for tiles in range(40):
             n = splits(programs, tiles, 108)
             share = -(-tiles // n)
-            assert n == 1 or (share >= configs.MIN_TILES and (n - 1) * share < tiles and programs * n <= 108)
+            assert n == 1 or (
+                share * 64 >= configs.MIN_KEYS and (n - 1) * share < tiles and programs * n <= 108
+            )
 
 
 @pytest.fixture(params=[1, 6, 24, 1000])
