@@ -216,7 +216,8 @@ def _mla(
     def check() -> None:
         table, keys = (None, index[1]) if block_table is None else _pages(block_table[t], index[1])
         exact = reference.index_logits(
-            index[0][t].double(), keys.double(), weights[t].double(), *(x[t] for x in ranges), table
+            *(index[0][t].double(), keys.double(), weights[t].double(), *(x[t] for x in ranges)),
+            block_table=table,
         )
         assert_close(logits[t], exact)
         selected = reference.select_topk(logits, topk, *ranges)
