@@ -18,16 +18,19 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from .. import reference
-from ..formats import pack_v32_kv, unpack_v32_kv
+from ..formats import index_k_views, pack_index_k, pack_v32_kv, unpack_v32_kv
 from ..functional import (
     index_logits,
     lightning_topk,
     merge_attention,
+    quantise_index_q,
     select_topk,
     sparse_gqa,
     sparse_mla,
+    write_index_k,
+    write_kv,
 )
-from ..testing import assert_close
+from ..testing import assert_close, assert_logits_close
 from .timing import Clock, interleaved
 
 PAGE_SIZE = 64
@@ -215,10 +218,8 @@ def _mla(
 
     def check() -> None:
         table, keys = (None, index[1]) if block_table is None else _pages(block_table[t], index[1])
-        exact = reference.index_logits(
-            index[0][t].double(), keys.double(), weights[t].double(), *(x[t] for x in ranges), table
-        )
-        assert_close(logits[t], exact)
+        scored = index[0][t].double(), keys.double(), weights[t].double(), *(x[t] for x in ranges)
+        assert_close(logits[t], reference.index_logits(*scored, block_table=table))
         selected = reference.select_topk(logits, topk, *ranges)
         if first_row is not None:
             selected = torch.where(selected < 0, -1, selected + first_row)
@@ -357,6 +358,84 @@ def _merge(heads: int, batch: int, device: torch.device) -> Case:
     return Case({"merge_attention": ours, **peers}, check)
 
 
+def fp8_indexer(sizes: Sizes, device: torch.device) -> Cases:
+    for batch in sizes.batches:
+        for context in sizes.contexts:
+            yield f"{batch} x {context:,}", partial(_fp8_indexer, sizes, device, batch, context)
+
+
+def _fp8_indexer(sizes: Sizes, device: torch.device, batch: int, context: int) -> Case:
+    """Decode over paged keys: fp8 queries and keys, bf16 queries and fp8 keys, and both in bf16."""
+    n = batch * context // PAGE_SIZE
+    q, weights = _normal(device, batch, sizes.index_heads, 128), torch.randn(batch, sizes.index_heads)
+    weights = weights.to(device)
+    k, table = _normal(device, n, PAGE_SIZE, 128), torch.randperm(n, device=device).int().view(batch, -1)
+    packed = pack_index_k(k)
+    codes, folded = quantise_index_q(q, weights, hadamard=False)
+    ke = torch.full((batch,), context, dtype=torch.int32, device=device)
+    ks = torch.zeros_like(ke)
+
+    def score(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+        return index_logits(q, k, weights, ks, ke, block_table=table)
+
+    def check() -> None:
+        t = sorted({0, batch - 1})
+        pages = table[t].flatten().long()
+        own = torch.arange(len(pages), dtype=torch.int32, device=device).view(len(t), -1)
+        values, scales = (part[pages] for part in index_k_views(packed))
+        scored = {"weights": folded[t], "ks": ks[t], "ke": ke[t], "block_table": own}
+        assert_logits_close(score(codes, packed, folded)[t], codes[t], values, k_scale=scales, **scored)
+
+    functions = {
+        "index_logits": lambda: score(codes, packed, folded),
+        "index_logits, bf16 queries": lambda: score(q, packed, weights),
+        "index_logits, bf16": lambda: score(q, k, weights),
+        "lightning_topk": lambda: lightning_topk(
+            codes, packed, folded, sizes.topk, ks, ke, block_table=table
+        ),
+    }
+    return Case(functions, check)
+
+
+def writers(sizes: Sizes, device: torch.device) -> Cases:
+    tokens, _ = sizes.prefill
+    yield f"{tokens:,} tokens", partial(_writers, sizes.index_heads, tokens, device)
+
+
+def _writers(heads: int, tokens: int, device: torch.device) -> Case:
+    """New tokens of one layer into its caches; a peer does the same in torch."""
+    kv, k, q = (_normal(device, tokens, *shape) for shape in ((576,), (128,), (heads, 128)))
+    norm, weights = _normal(device, 512), torch.randn(tokens, heads, device=device)
+    angle = torch.randn(tokens, 32, device=device)
+    turn = {"cos": angle.cos(), "sin": angle.sin()}
+    slots = torch.randperm(tokens, device=device)
+    n = -(-tokens // PAGE_SIZE)
+    caches = [torch.zeros(n, PAGE_SIZE, size, dtype=torch.uint8, device=device) for size in (656, 132)]
+
+    def latents(backend: str = "auto") -> Tensor:
+        write_kv(kv, caches[0], slots, norm_weight=norm, **turn, pairing="interleaved", backend=backend)
+        return caches[0]
+
+    def keys(backend: str = "auto") -> Tensor:
+        layer_norm = {"norm_weight": norm[:128], "norm_bias": norm[128:256]}
+        write_index_k(k, caches[1], slots, **layer_norm, **turn, pairing="half", backend=backend)
+        return caches[1]
+
+    def check() -> None:
+        for write in (latents, keys):  # sums of another order may round a few values to a neighbour
+            ours, expected = write().clone(), write("reference")
+            assert (ours != expected).float().mean() < 1e-2, "the bytes differ from the reference's"
+
+    functions = {
+        "write_kv": latents,
+        "write_index_k": keys,
+        "quantise_index_q": lambda: quantise_index_q(q, weights, **turn, pairing="half")[0],
+        "write_kv, torch": partial(latents, "reference"),
+        "write_index_k, torch": partial(keys, "reference"),
+    }
+    return Case(functions, check)
+
+
 GROUPS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "MLA decode": mla_decode,
     "MLA prefill": mla_prefill,
@@ -364,6 +443,8 @@ GROUPS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "GQA prefill": gqa_prefill,
     "select_topk": top_k,
     "merge_attention": merge,
+    "fp8 indexer": fp8_indexer,
+    "writers": writers,
 }
 
 
