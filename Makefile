@@ -3,12 +3,14 @@
 # Plain enough for make 3.81 (macOS).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench kernels-report gpu clean
+.PHONY: help demo test check format bench fuzz soak kernels-report gpu clean
 
 PYTHON ?=
 PYTEST_ARGS ?=
 ARGS ?=
 TRITON ?=
+SEED ?= $(shell date +%s)
+FUZZ_SECONDS ?= 600
 READY := .venv/.ready
 
 # Waiting threads sleep instead of spinning: on a machine that is busy with other work, two spinning
@@ -20,7 +22,9 @@ help:
 	@echo "make test     run the tests; pick some with PYTEST_ARGS='tests/test_packaging.py -x'"
 	@echo "make check    lint and check the formatting"
 	@echo "make format   repair both where that is mechanical"
-	@echo "make bench    time one layer against dense attention, quickly"
+	@echo "make bench    time everything against dense attention, quickly"
+	@echo "make fuzz     call every function with drawn arguments for ten minutes; FUZZ_SECONDS=60 SEED=1"
+	@echo "make soak     decode 100,000 steps: results stay right, memory constant"
 	@echo "make kernels-report    compile every GPU kernel for every architecture, without a GPU: registers, spills,"
 	@echo "              shared memory, instructions; ARGS='--quick --arch 90', TRITON=3.6.0 for another Triton"
 	@echo "make gpu      on a CUDA GPU: run all tests on it, time everything, write a record; ARGS=--dry-run without one"
@@ -42,7 +46,18 @@ format: $(READY)
 	.venv/bin/ruff format .
 
 bench: $(READY)
-	.venv/bin/python benchmarks/layer.py --quick
+	.venv/bin/sparse-attn bench --quick
+
+# One seed after another, each printed before it runs; the first failure ends it.
+fuzz: $(READY)
+	@seed=$(SEED); end=$$(($$(date +%s) + $(FUZZ_SECONDS))); \
+	while test $$(date +%s) -lt $$end; do \
+	  set -- tests/test_fuzz.py -q -x --hypothesis-profile=fuzz --hypothesis-seed=$$seed; \
+	  echo ".venv/bin/pytest $$*"; .venv/bin/pytest "$$@" || exit 1; seed=$$((seed + 1)); \
+	done
+
+soak: $(READY)
+	.venv/bin/python tests/soak.py $(ARGS)
 
 # Another Triton goes beside the pinned one and before it on the path; nothing else changes.
 OTHER_TRITON := .venv/triton-$(TRITON)
@@ -56,7 +71,7 @@ gpu: $(READY)
 	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache sparse-attn-demo
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis sparse-attn-demo sparse-attn-bench
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Prints why an interpreter cannot be used, and nothing when it can.

@@ -71,7 +71,17 @@ def main() -> None:
 
 
 COLUMNS = {  # heading -> least width, so that the tables align
-    **{"sm": 3, "tile": 9, "warps": 5, "regs": 4, "spills": 6, "shared KiB": 10, "TMEM": 4, "blocks": 8},
+    **{
+        "sm": 3,
+        "tile": 9,
+        "warps": 5,
+        "regs": 4,
+        "spills": 6,
+        "shared KiB": 10,
+        "TMEM": 4,
+        "blocks": 8,
+        "ahead": 5,
+    },
     **{"matrix instructions": 36, "work": 4, "loads x bytes": 13, "round": 5},
     **{"tensor": 6, "shared": 6, "issue": 5, "L2": 5},
 }
@@ -102,6 +112,7 @@ def cells(row: Row) -> list[str]:
         f"[red]{shared}[/red]" if row.shared > limit else shared,
         str(row.tensor_memory or ""),
         f"{row.blocks[tightest]} {tightest}",
+        str(row.ahead or ""),
         ", ".join(f"{n} {opcode}" for opcode, n in row.matrix.items()),
         f"[red]{work}[/red]" if row.work and row.work > 1.05 else work,
         " ".join(f"{n}x{width}" for width, n in widths(row).items()),

@@ -33,3 +33,37 @@ def from_e2m1(code, scale):
     groups: tl.constexpr = scale.shape[1]
     x = tl.reshape(x, [n, groups, d // groups]) * from_ue8m0(scale)[:, :, None]
     return tl.reshape(x, [n, d])
+
+
+@triton.jit
+def to_e4m3(x):
+    """Bytes of the nearest e4m3 to fp32 x, ties to even, saturating; NaN stays NaN. In integers, as not every
+    GPU has instructions for it, and so that all give the same bytes.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448, where NaN and infinities end too
+    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) >> 20) - (120 << 3)
+    # Below 2 ** -6, adding 2 ** 14 rounds to a multiple of 2 ** -9, which lands in the low bits.
+    shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
+    subnormal = shifted.to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
+    code = tl.where(x == x, code, 0x7F)
+    return (code | (bits >> 24) & 0x80).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_scale(amax, min_scale, POWER_OF_TWO: tl.constexpr):
+    """fp32 max(amax / 448, min_scale), rounded up to a power of two; NaN if amax is NaN or infinite."""
+    scale = tl.maximum(tl.div_rn(amax, 448.0), min_scale)
+    if POWER_OF_TWO:
+        bits = scale.to(tl.uint32, bitcast=True)
+        scale = (((bits + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
+    return tl.where(amax < float("inf"), scale, float("nan"))  # of NaN too
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    """The largest magnitude; NaN if there is one."""
+    magnitude = tl.abs(x)
+    amax = tl.max(magnitude, axis)
+    return tl.where(tl.sum((magnitude != magnitude).to(tl.int32), axis) > 0, float("nan"), amax)

@@ -9,9 +9,12 @@ from .functional import (
     lightning_topk,
     merge_attention,
     physical_slots,
+    quantise_index_q,
     select_topk,
     sparse_gqa,
     sparse_mla,
+    write_index_k,
+    write_kv,
 )
 from .indexer import LightningIndexer
 
@@ -27,7 +30,10 @@ __all__ = [
     "lightning_topk",
     "merge_attention",
     "physical_slots",
+    "quantise_index_q",
     "select_topk",
     "sparse_gqa",
     "sparse_mla",
+    "write_index_k",
+    "write_kv",
 ]

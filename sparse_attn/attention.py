@@ -46,8 +46,9 @@ class _SparseAttention(nn.Module):
             ``[tokens, hidden_size]``.
 
         Raises:
-            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. The cache
-                is then unchanged.
+            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. After these
+                and any other exception, also of a call that ran out of memory or was interrupted, the
+                cache holds what it held before, and the call may be made again.
         """
         self._check_inputs(hidden_states, cache)
         counts = _sequence_counts(hidden_states.shape[0], cache, cu_seqlens_q)
@@ -59,14 +60,17 @@ class _SparseAttention(nn.Module):
         q, rows, q_lora = self._project(hidden_states, placement.positions)
         rows["index_k"] = self.indexer.keys(hidden_states, placement.positions)
         if cache is not None:
-            cache.append(placement, **rows)
+            cache.write(placement, **rows)
             rows = {name: cache[name].flatten(0, 1) for name in rows}
         if placement.longest <= self.config.index_topk:
             indices = _all_visible(placement)
         else:
             index_q, weights = self.indexer.queries(hidden_states, q_lora, placement.positions)
             indices = self._select(index_q, rows["index_k"], weights, placement, cache)
-        return self._attend(q, rows, indices)
+        out = self._attend(q, rows, indices)
+        if cache is not None:
+            cache.commit(placement)
+        return out
 
     def _select(
         self, q: Tensor, k: Tensor, weights: Tensor, placement: Placement, cache: DSACache | None

@@ -126,10 +126,16 @@ class DSACache:
         first_rows = [b * self.max_tokens for b in range(self.batch_size)]
         return Placement.of(counts, self._lengths, first_rows, self.device)
 
-    def append(self, placement: Placement, **rows: Tensor) -> None:
-        """Write the new tokens' ``rows`` (one tensor ``[tokens, ...]`` for each tensor held)."""
+    def write(self, placement: Placement, **rows: Tensor) -> None:
+        """Write the new tokens' ``rows`` (one tensor ``[tokens, ...]`` for each tensor held).
+
+        The tokens count from :meth:`commit` on: a call that fails in between leaves the cache as it was.
+        """
         for name, tensor in self._tensors.items():
             tensor.flatten(0, 1)[placement.first_rows + placement.positions] = rows[name]
+
+    def commit(self, placement: Placement) -> None:
+        """Count the new tokens of each sequence as held."""
         self._lengths = [old + new for old, new in zip(self._lengths, placement.counts, strict=True)]
 
     def truncate(self, length: int, sequence: int = 0) -> None:

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from .bench import options as bench_options
 from .demo import INSTALL
 
 
@@ -25,13 +26,27 @@ def main(arguments: list[str] | None = None) -> None:
     )
     doctor = commands.add_parser("doctor", help="what runs on what here, why, and whether it is right")
     doctor.add_argument("--json", action="store_true", help="for other programs")
+    doctor.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        default=[],
+        help="list the Triton configurations of these too, e.g. 90",
+    )
+    bench = commands.add_parser("bench", help="every operation against dense attention, with plots")
+    bench.add_argument(
+        "operations", nargs="*", metavar="operation", help=f"of {', '.join(bench_options.NAMES)}; all"
+    )
+    bench_options.add_arguments(bench)
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         raise SystemExit(_doctor(options))
     try:
+        if options.command == "bench":
+            raise SystemExit(_bench(options, bench))
         _demo(options)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"sparse-attn demo needs {error.name}: {INSTALL}") from None
+        raise SystemExit(f"sparse-attn {options.command} needs {error.name}: {INSTALL}") from None
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -57,9 +72,20 @@ def _demo(options: argparse.Namespace) -> None:
     )
 
 
+def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .bench import run
+
+    unknown = [name for name in options.operations if name not in bench_options.NAMES]
+    if unknown:
+        parser.error(
+            f"operation: expected some of {', '.join(bench_options.NAMES)}, got {', '.join(unknown)}"
+        )
+    return 0 if run.run(options, options.operations or list(bench_options.NAMES)) else 1
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
-    found = doctor.examine()
+    found = doctor.examine(tuple(options.arch))
     print(json.dumps(found, indent=1)) if options.json else doctor.show(found)
     return 1 if found["problems"] else 0

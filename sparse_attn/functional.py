@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .formats import INDEX_K_FORMATS, KV_FORMATS, Format, format_of
+from .formats import FP8_MIN_SCALE, INDEX_K_FORMATS, KV_FORMATS, Format, format_of
 from .reference import compute_dtype
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WRITER_FLOATS = FLOATS[:3]
+PAIRINGS = ("half", "interleaved")
 DEFAULT_WORKSPACE_BYTES = 256 << 20
 QUANTISED_D_V = 512  # of every latent format
 E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
@@ -30,9 +32,12 @@ __all__ = [
     "lightning_topk",
     "merge_attention",
     "physical_slots",
+    "quantise_index_q",
     "select_topk",
     "sparse_gqa",
     "sparse_mla",
+    "write_index_k",
+    "write_kv",
 ]
 
 
@@ -175,6 +180,164 @@ def physical_slots(
     out = _output("out", out, dims, torch.int32, indices.device)
     ops.call("physical_slots", backend, (indices, block_table, page_size), (out,))
     return out
+
+
+def write_kv(
+    kv: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    pairing: str | None = None,
+    power_of_two: bool = True,
+    min_scale: float = FP8_MIN_SCALE,
+    backend: str = "auto",
+) -> None:
+    """Append new tokens to a quantised latent cache: RMSNorm, RoPE and packing in one pass.
+
+    ``RMSNorm(kv[:, :512]) = kv[:, :512] / sqrt(mean(kv[:, :512] ** 2) + eps) * norm_weight``; then the last
+    64 values are turned by RoPE; then the bytes are those of :func:`sparse_attn.formats.pack_v32_kv` or
+    :func:`sparse_attn.formats.pack_v4_kv`. All in fp32, rounded once.
+
+    Args:
+        kv: ``[tokens, 576]`` for 656 bytes a token (the latent, and the key's RoPE dimensions, which the
+            norm leaves out), ``[tokens, 512]`` for 584 (RoPE dimensions last); bf16, fp16 or fp32.
+        cache: uint8 with 656 or 584 bytes a token, in a shape that :func:`sparse_mla` reads; filled in place.
+        slots: ``[tokens]`` int32 or int64, ``page * page_size + offset``. A slot that does not exist (-1) is
+            skipped. Two tokens in one slot leave the bytes of either, or of both mixed.
+        norm_weight: ``[512]``; None leaves out the norm.
+        cos, sin: ``[tokens, 32]`` fp32, of each token's position; None leaves out the rotation.
+        pairing: with ``cos`` "interleaved" or "half", as in :func:`sparse_attn.rope.apply_rope`.
+        power_of_two, min_scale: of the scales, as in :func:`sparse_attn.formats.pack_v32_kv`; scales of 584
+            bytes are always powers of two.
+
+    Source: the attention of the DeepSeek-V2 report, section 2.1, and FlashMLA's cache formats.
+    """
+    if not isinstance(cache, Tensor):
+        raise TypeError(f"cache: expected a tensor [pages, page_size, bytes], got {type(cache).__name__}")
+    if cache.shape[-1:] not in ((656,), (584,)):
+        raise ValueError(
+            f"cache: expected 656 or 584 bytes a token as the last dimension, got {list(cache.shape)}"
+        )
+    fmt = KV_FORMATS[cache.shape[-1]]
+    dims: dict[str, int] = {}
+    _check("kv", kv, f"tokens {fmt.width}", dims, WRITER_FLOATS)
+    cache = _quantised_pages("cache", cache, fmt, kv.device)
+    fmt.check_in_place("cache", cache)
+    if fmt.bytes == 584 and not power_of_two:
+        raise ValueError("power_of_two: expected True, as cache has 584 bytes a token, got False")
+    if norm_weight is not None:
+        _check("norm_weight", norm_weight, "512", dims, WRITER_FLOATS, kv.device)
+    _check_slots(slots, dims, kv.device)
+    _check_rope(cos, sin, pairing, "32", 64, dims, kv.device)
+    _check_scale(min_scale)
+    _check_call(backend, kv.device, kv, norm_weight)
+    inputs = (kv, slots, norm_weight, eps, cos, sin, pairing, power_of_two, min_scale)
+    ops.call("write_kv", backend, inputs, (cache,))
+
+
+def write_index_k(
+    k: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    pairing: str | None = None,
+    hadamard: bool = True,
+    power_of_two: bool = True,
+    min_scale: float = FP8_MIN_SCALE,
+    backend: str = "auto",
+) -> None:
+    """Append new index keys to an fp8 cache: LayerNorm, RoPE, Hadamard and packing in one pass.
+
+    ``LayerNorm(k) = (k - mean) / sqrt(var + eps) * norm_weight + norm_bias``; then RoPE turns the leading
+    dimensions; then the key is multiplied by the orthonormal Hadamard matrix, which spreads outliers and must
+    be done to queries too (:func:`quantise_index_q`); then the bytes are those of
+    :func:`sparse_attn.formats.pack_index_k`. All in fp32, rounded once.
+
+    Args:
+        k: ``[tokens, 128]``, bf16, fp16 or fp32.
+        cache: ``[pages, page_size, 132]`` uint8, written in place.
+        slots: ``[tokens]`` int32 or int64, as in :func:`write_kv`.
+        norm_weight, norm_bias: ``[128]``; None, both, leaves out the norm.
+        cos, sin: ``[tokens, rope_dim / 2]`` fp32, of each token's position; None leaves out the rotation.
+        pairing: with ``cos`` "half" (DeepSeek-V3.2) or "interleaved" (GLM-5).
+        hadamard: multiply by the Hadamard matrix.
+        power_of_two, min_scale: of the scales, as in :func:`sparse_attn.formats.pack_v32_kv`.
+
+    Source: DeepSeek-V3.2's inference code.
+    """
+    dims: dict[str, int] = {}
+    _check("k", k, "tokens 128", dims, WRITER_FLOATS)
+    _check("cache", cache, "pages page_size 132", dims, (torch.uint8,), k.device)
+    INDEX_K_FORMATS[132].check_in_place("cache", cache)
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias: expected both or neither")
+    if norm_weight is not None:
+        _check("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)
+        _check("norm_bias", norm_bias, "128", dims, WRITER_FLOATS, k.device)
+    _check_slots(slots, dims, k.device)
+    _check_rope(cos, sin, pairing, "half_rope_dim", 128, dims, k.device)
+    _check_scale(min_scale)
+    _check_call(backend, k.device, k, norm_weight, norm_bias)
+    inputs = (k, slots, norm_weight, norm_bias, eps, cos, sin, pairing, hadamard, power_of_two, min_scale)
+    ops.call("write_index_k", backend, inputs, (cache,))
+
+
+def quantise_index_q(
+    q: Tensor,
+    weights: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    pairing: str | None = None,
+    hadamard: bool = True,
+    power_of_two: bool = True,
+    min_scale: float = FP8_MIN_SCALE,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """fp8 index queries: RoPE, Hadamard and e4m3 in one pass, their scales multiplied into the weights.
+
+    ``scale = max(amax / 448, min_scale)`` of each head; the results are ``q / scale`` in e4m3 and
+    ``weights * scale``: what :func:`lightning_topk` takes beside fp8 keys.
+
+    Args:
+        q: ``[s_q, index_n_heads, index_head_dim]``, bf16, fp16 or fp32; index_head_dim a power of two.
+        weights: ``[s_q, index_n_heads]`` fp32.
+        cos, sin, pairing, hadamard, power_of_two, min_scale: as in :func:`write_index_k`.
+        out: the pair to fill.
+
+    Returns:
+        q in float8_e4m3fn and weights in fp32, of the same shapes.
+
+    Source: DeepSeek-V3.2's inference code; folding the scale is DeepGEMM's convention.
+    """
+    dims: dict[str, int] = {}
+    _check("q", q, "tokens index_n_heads index_head_dim", dims, WRITER_FLOATS)
+    d = q.shape[2]
+    if d < 16 or d & (d - 1):
+        raise ValueError(f"q: expected a power of two from 16 on as index_head_dim, got {d}")
+    _check("weights", weights, "tokens index_n_heads", dims, (torch.float32,), q.device)
+    _check_rope(cos, sin, pairing, "half_rope_dim", d, dims, q.device)
+    _check_scale(min_scale)
+    _check_call(backend, q.device, q, weights)
+    if out is not None and (not isinstance(out, tuple) or len(out) != 2):
+        raise TypeError(f"out: expected the pair (q, weights), got {type(out).__name__}")
+    out_q, out_weights = out or (None, None)
+    shape = {"tokens": q.shape[0], "index_n_heads": q.shape[1]}
+    out_weights = _output("out weights", out_weights, shape, torch.float32, q.device)
+    out_q = _output("out q", out_q, {**shape, "index_head_dim": d}, torch.float8_e4m3fn, q.device)
+    inputs = (q, weights, cos, sin, pairing, hadamard, power_of_two, min_scale)
+    ops.call("quantise_index_q", backend, inputs, (out_q.view(torch.uint8), out_weights))
+    return out_q, out_weights
 
 
 def sparse_mla(
@@ -475,6 +638,29 @@ def _check_ranges(ks: Tensor, ke: Tensor, dims: dict[str, int], device: torch.de
     _check("ke", ke, "s_q", dims, (torch.int32,), device)
 
 
+def _check_slots(slots: Tensor, dims: dict[str, int], device: torch.device) -> None:
+    _check("slots", slots, "tokens", dims, (torch.int32, torch.int64), device)
+
+
+def _check_rope(cos, sin, pairing, columns: str, d: int, dims: dict[str, int], device) -> None:
+    """cos and sin of a rotation of at most d dimensions, or neither."""
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin: expected both or neither")
+    if cos is None:
+        return
+    _check("cos", cos, f"tokens {columns}", dims, (torch.float32,), device)
+    _check("sin", sin, f"tokens {columns}", dims, (torch.float32,), device)
+    if 2 * cos.shape[1] > d:
+        raise ValueError(f"cos: expected at most {d // 2} columns, got {cos.shape[1]}")
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing: expected 'half' or 'interleaved' with cos, got {pairing!r}")
+
+
+def _check_scale(min_scale: float) -> None:
+    if not min_scale > 0:
+        raise ValueError(f"min_scale: expected a positive number, got {min_scale}")
+
+
 def _check_topk(topk: int) -> None:
     if isinstance(topk, bool | Tensor | float):
         raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
@@ -577,17 +763,21 @@ def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: i
 
 def _check_quantised_latent(name: str, kv: Tensor, q: Tensor, d_v: int) -> Tensor:
     fmt = format_of(name, kv, KV_FORMATS)
-    specs = {2: f"s_kv {fmt.bytes}", 3: f"pages page_size {fmt.bytes}", 4: f"pages page_size 1 {fmt.bytes}"}
-    rank = kv.dim() if kv.dim() in specs and not (fmt.by_page and kv.dim() == 2) else 3
-    _check(name, kv, specs[rank], {}, (torch.uint8,), q.device)
-    if rank == 2:
-        kv = kv[:, None]  # pages of one token
-    elif rank == 4:
-        kv = kv.squeeze(2)
+    kv = _quantised_pages(name, kv, fmt, q.device)
     _check_format(name, kv, fmt, q.shape[2], "d_qk")
     if d_v != QUANTISED_D_V:
         raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
     return kv
+
+
+def _quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) -> Tensor:
+    """A view ``[pages, page_size, bytes]`` of a cache in any of its shapes."""
+    specs = {2: f"s_kv {fmt.bytes}", 3: f"pages page_size {fmt.bytes}", 4: f"pages page_size 1 {fmt.bytes}"}
+    rank = kv.dim() if kv.dim() in specs and not (fmt.by_page and kv.dim() == 2) else 3
+    _check(name, kv, specs[rank], {}, (torch.uint8,), device)
+    if rank == 2:
+        return kv[:, None]  # pages of one token
+    return kv.squeeze(2) if rank == 4 else kv
 
 
 def _stack(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .config import DSAConfig
 from .formats import fp8_scale, to_e4m3
-from .rope import apply_rope, rope_cos_sin
+from .rope import apply_rope, hadamard_transform, rope_cos_sin
 
 
 class LightningIndexer(nn.Module):
@@ -73,21 +73,6 @@ class LightningIndexer(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         weights = F.linear(hidden_states.to(dtype), self.weights_proj.weight.to(dtype))
         return weights * (self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5)
-
-
-def hadamard_transform(x: Tensor) -> Tensor:
-    """Multiply the last dimension, a power of two, by the orthonormal Sylvester-Hadamard matrix."""
-    d = x.shape[-1]
-    if d & (d - 1):
-        raise ValueError(f"x: expected a power of two as last dimension, got {d}")
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    step = 1
-    while step < d:
-        y = rearrange(y, "... (n two step) -> ... n two step", two=2, step=step)
-        first, second = y.unbind(-2)
-        y = rearrange(torch.stack([first + second, first - second], -2), "... n two step -> ... (n two step)")
-        step *= 2
-    return (y * d**-0.5).to(x.dtype)
 
 
 def simulate_fp8(x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ SPARSE_MLA = (
 )
 # kv and extra_kv come as rows [slots, d_qk], or quantised (uint8) as [pages, page_size, bytes] with any
 # distance between pages. Quantised index queries and keys come as values, e4m3 or pairs of e2m1 (uint8), and
-# their scales: of e4m3 keys one fp32, of e2m1 bytes [..., d / 32] of ue8m0; e4m3 queries have none.
+# their scales: of e4m3 keys one fp32, of e2m1 bytes [..., d / 32] of ue8m0; e4m3 queries have none. Where an
+# op writes e4m3, it writes bytes.
 SCHEMAS = {
     "index_logits": "(Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, Tensor? q_scale, "
     "Tensor? k_scale, Tensor? block_table, Tensor(a!) out) -> ()",
@@ -29,6 +30,13 @@ SCHEMAS = {
     "lightning_topk": "(Tensor q, Tensor k, Tensor weights, int topk, Tensor ks, Tensor ke, "
     "Tensor? q_scale, Tensor? k_scale, Tensor? block_table, int workspace_bytes, Tensor(a!) out) -> ()",
     "physical_slots": "(Tensor indices, Tensor block_table, int page_size, Tensor(a!) out) -> ()",
+    "write_kv": "(Tensor kv, Tensor slots, Tensor? norm_weight, float eps, Tensor? cos, Tensor? sin, "
+    "str? pairing, bool power_of_two, float min_scale, Tensor(a!) cache) -> ()",
+    "write_index_k": "(Tensor k, Tensor slots, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor? cos, Tensor? sin, str? pairing, bool hadamard, bool power_of_two, float min_scale, "
+    "Tensor(a!) cache) -> ()",
+    "quantise_index_q": "(Tensor q, Tensor weights, Tensor? cos, Tensor? sin, str? pairing, bool hadamard, "
+    "bool power_of_two, float min_scale, Tensor(a!) out, Tensor(b!) out_weights) -> ()",
     "sparse_mla": SPARSE_MLA,
     "sparse_mla_hopper": SPARSE_MLA,
     "sparse_gqa": "(Tensor q, Tensor k, Tensor v, Tensor indices, float softmax_scale, "
@@ -37,6 +45,8 @@ SCHEMAS = {
 }
 
 TRITON_ONLY = ("sparse_mla_hopper",)
+# Their definition fills the outputs, caches among them, and is what runs on the CPU.
+WRITERS = ("write_kv", "write_index_k", "quantise_index_q")
 DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
 BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 
@@ -63,13 +73,17 @@ def _torch_or_triton(name: str, backend: str) -> Callable[..., None]:
         if backend == "triton":
             score = functools.partial(score, clean=False)  # nobody reads what lies outside the ranges
         return functools.partial(_lightning_topk_in_chunks, score, select, BYTES_PER_LOGIT[backend])
+    if backend == "cpu" and name in WRITERS:
+        return getattr(reference, name)
     module = "sparse_attn.cpu" if backend == "cpu" else f"sparse_attn.kernels.{name}"
     return getattr(importlib.import_module(module), name)
 
 
 def call(name: str, backend: str, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
     """Run op ``name`` on ``backend``, filling ``outputs``."""
-    if backend == "reference":
+    if backend == "reference" and name in WRITERS:
+        getattr(reference, name)(*inputs, *outputs)
+    elif backend == "reference":
         results = getattr(reference, name)(*inputs)
         for out, result in zip(outputs, (results,) if len(outputs) == 1 else results, strict=True):
             out.copy_(result)

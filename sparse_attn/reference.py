@@ -9,9 +9,20 @@ them; these functions trust their arguments.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import dequantise, views
+from .formats import (
+    dequantise,
+    fp8_scale,
+    index_k_views,
+    pack_index_k,
+    pack_v4_kv,
+    pack_v32_kv,
+    to_e4m3,
+    views,
+)
+from .rope import apply_rope, hadamard_transform
 
 INF = float("inf")
 
@@ -158,6 +169,95 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     weights = (lses - lse).exp().masked_fill(lses == -INF, 0.0)[..., None]  # [n, s_q, h, 1]
     out = torch.where(lses[..., None] == -INF, 0.0, weights * outs.to(dtype)).sum(0)
     return out.to(outs.dtype), lse
+
+
+# Writers. They fill their last arguments, and serve the CPU as they are: each value is read and written once.
+
+
+def write_kv(
+    kv: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pairing: str | None,
+    power_of_two: bool,
+    min_scale: float,
+    cache: Tensor,
+) -> None:
+    """RMSNorm of the first 512 values, RoPE of the last 64, and the token's bytes into its slot."""
+    x = kv.float()
+    if norm_weight is not None:
+        x = torch.cat([F.rms_norm(x[:, :512], (512,), norm_weight.float(), eps), x[:, 512:]], -1)
+    if cos is not None:
+        x = torch.cat([x[:, :-64], apply_rope(x[:, None, -64:], cos, sin, pairing)[:, 0]], -1)
+    if cache.shape[2] == 656:
+        packed = pack_v32_kv(x[:, None], power_of_two=power_of_two, min_scale=min_scale)
+    else:
+        packed = pack_v4_kv(x[:, None], min_scale=min_scale)
+    _store(views(packed), slots, views(cache))
+
+
+def write_index_k(
+    k: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pairing: str | None,
+    hadamard: bool,
+    power_of_two: bool,
+    min_scale: float,
+    cache: Tensor,
+) -> None:
+    """LayerNorm, RoPE, the Hadamard matrix, and the key's bytes into its slot."""
+    x = k.float()
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight.float(), norm_bias.float(), eps)
+    x = _rotate(x[:, None], cos, sin, pairing, hadamard)
+    _store(
+        index_k_views(pack_index_k(x, power_of_two=power_of_two, min_scale=min_scale)),
+        slots,
+        index_k_views(cache),
+    )
+
+
+def quantise_index_q(
+    q: Tensor,
+    weights: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pairing: str | None,
+    hadamard: bool,
+    power_of_two: bool,
+    min_scale: float,
+    out: Tensor,
+    out_weights: Tensor,
+) -> None:
+    """RoPE, the Hadamard matrix, e4m3 under one scale a head, and weights times that scale."""
+    x = _rotate(q.float(), cos, sin, pairing, hadamard)
+    scale = fp8_scale(x.abs().amax(-1), power_of_two, min_scale)
+    out.copy_(to_e4m3(x / scale[..., None]).view(torch.uint8))
+    out_weights.copy_(weights * scale)
+
+
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, pairing: str | None, hadamard: bool) -> Tensor:
+    x = x if cos is None else apply_rope(x, cos, sin, pairing)
+    return hadamard_transform(x) if hadamard else x
+
+
+def _store(parts: tuple[Tensor, ...], slots: Tensor, cache: tuple[Tensor, ...]) -> None:
+    """Parts ``[tokens, 1, ...]`` of packed tokens into the slots that exist, the later token last."""
+    pages, page_size = cache[0].shape[:2]
+    tokens = ((slots >= 0) & (slots < pages * page_size)).nonzero()[:, 0]
+    slots = slots[tokens].long()
+    for part, place in zip(parts, cache, strict=True):
+        if part.dtype == torch.float8_e4m3fn:
+            part, place = part.view(torch.uint8), place.view(torch.uint8)
+        place[slots // max(page_size, 1), slots % max(page_size, 1)] = part[tokens, 0]
 
 
 def _visible(s_kv: int, ks: Tensor, ke: Tensor) -> Tensor:

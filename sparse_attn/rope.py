@@ -1,9 +1,10 @@
-"""Rotary position embedding in both pairings, with YaRN."""
+"""Rotations: position embedding in both pairings, with YaRN, and the Hadamard matrix before fp8."""
 
 import functools
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .config import DSAConfig, YaRN
@@ -38,6 +39,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
     parts = (first * cos - second * sin, first * sin + second * cos)
     turned = torch.stack(parts, -1).flatten(-2) if pairing == "interleaved" else torch.cat(parts, -1)
     return torch.cat([turned.to(x.dtype), x[..., dim:]], -1)
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Multiply the last dimension, a power of two, by the orthonormal Sylvester-Hadamard matrix."""
+    d = x.shape[-1]
+    if d & (d - 1):
+        raise ValueError(f"x: expected a power of two as last dimension, got {d}")
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    step = 1
+    while step < d:
+        y = rearrange(y, "... (n two step) -> ... n two step", two=2, step=step)
+        first, second = y.unbind(-2)
+        y = rearrange(torch.stack([first + second, first - second], -2), "... n two step -> ... (n two step)")
+        step *= 2
+    return (y * d**-0.5).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,10 +8,22 @@ alone, in Triton's interpreter.
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 from sparse_attn import native
+
+# The same few examples every time; `make fuzz` takes the other profile and a seed.
+COMMON = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [*hypothesis.HealthCheck],
+}
+hypothesis.settings.register_profile("slice", max_examples=20, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("fuzz", max_examples=300, **COMMON)
+hypothesis.settings.load_profile("slice")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

@@ -1,8 +1,11 @@
 """`sparse-attn doctor`: it tells the truth about this machine, and about ops that are broken."""
 
 import json
+import shutil
+from unittest import mock
 
 import pytest
+import torch
 
 from sparse_attn import cli, doctor, native, ops
 
@@ -12,10 +15,11 @@ def test_every_op_is_listed_and_right(capsys):
         cli.main(["doctor"])
     said = capsys.readouterr().out
     assert end.value.code == 0 and "No problems found." in said and "WRONG" not in said
-    for name in ("index_logits", "select_topk", "lightning_topk", "sparse_mla", "sparse_gqa"):
+    for name in set(ops.SCHEMAS) - set(ops.TRITON_ONLY):
         line = next(line for line in said.splitlines() if line.startswith(name + " "))
         assert line.endswith(" right")
-        assert (native.instruction_set() or "torch") in line
+        expected = native.instruction_set() if hasattr(native, name) else None
+        assert (expected or "torch") in line
 
 
 def test_json(capsys):
@@ -26,14 +30,14 @@ def test_json(capsys):
     assert found["ops"]["sparse_mla"]["cpu"]["right"] is True
 
 
-@pytest.mark.parametrize("name", ["select_topk", "sparse_mla", "index_logits"])
+@pytest.mark.parametrize("name", sorted(doctor.CHECKS))
 def test_a_wrong_op_is_reported(name, monkeypatch, capsys):
     run = ops.call
 
     def wrong(called, backend, inputs, outputs):
         run(called, backend, inputs, outputs)
         if called == name:
-            outputs[0].zero_()
+            outputs[0].add_(1)
 
     monkeypatch.setattr(ops, "call", wrong)
     with pytest.raises(SystemExit) as end:
@@ -51,9 +55,59 @@ def test_a_missing_library_is_a_problem_and_torch_is_named(monkeypatch, tmp_path
     finally:
         native._library.cache_clear()
     assert found["instruction_set"] is None
-    assert found["ops"]["sparse_mla"]["cpu"] | {"seconds": 0} == {
-        "runs_on": "torch",
-        "right": True,
-        "seconds": 0,
-    }
+    op = found["ops"]["sparse_mla"]["cpu"]
+    assert (op["runs_on"], op["right"]) == ("torch", True) and "C++ kernels are not in use" in op["why"]
     assert any("was not built" in problem and "C++17 compiler" in problem for problem in found["problems"])
+
+
+def test_an_op_that_raises_does_not_run(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(ops, "call", fail)
+    problems = doctor.examine()["problems"]
+    assert "sparse_gqa on cpu does not run: RuntimeError: no such instruction" in problems
+
+
+def test_what_is_wrong_with_the_machine_is_said(monkeypatch):
+    monkeypatch.setattr(doctor, "_cores", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: doctor.NEEDED["amx"] | doctor.NEEDED["avx2"])
+    monkeypatch.setattr(native, "instruction_sets", lambda: ["avx2", "portable"])
+    monkeypatch.setattr(native, "has_openmp", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    problems = "\n".join(doctor.examine()["problems"])
+    for words in (
+        *("8 threads on 1 cores", "OMP_NUM_THREADS=1", "has amx, but", "without OpenMP"),
+        "this torch was built without CUDA",
+    ):
+        assert words in problems
+
+
+def test_kernel_configurations_are_those_that_are_launched(capsys):
+    pytest.importorskip("triton")
+    from sparse_attn.kernels import configs, sparse_mla
+
+    for architecture in (80, 89, 90, 100, 120):
+        table = doctor.configurations(architecture)["sparse_mla"]["CONFIGS"]
+        with mock.patch.object(configs, "architecture", lambda device, arch=architecture: arch):
+            launched = configs.for_device(sparse_mla.CONFIGS, torch.device("cuda"))
+        assert table == {str(heads): config._asdict() for heads, config in launched.items()}
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--arch", "90"])
+    said = capsys.readouterr().out
+    assert "Triton kernels on sm_90" in said and "has never run on a GPU" in said
+
+
+def test_a_gpu_that_is_too_old_and_a_missing_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    found = doctor.examine()
+    assert found["devices"]["cuda:0"] == "an old card, sm_75"
+    assert list(found["ops"]["sparse_mla"]) == ["cpu"] and found["kernels"] == {}
+    problems = "\n".join(found["problems"])
+    assert "cuda:0 (an old card, sm_75) is older than sm_80" in problems
+    assert "Triton is not installed, so nothing runs on cuda:0" in problems

@@ -11,7 +11,9 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("tests", ["interpreted", "test_index.py", "test_sparse_attention.py"])
+@pytest.mark.parametrize(
+    "tests", ["interpreted", "test_index.py", "test_sparse_attention.py", "test_writers.py"]
+)
 def test_in_the_interpreter(tests):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "interpreter", "--tb=short", "-q", tests],

@@ -23,12 +23,24 @@ def op_arguments():
     length = torch.tensor([3, 0, 16], dtype=torch.int32)
     picked = torch.zeros(3, 6, dtype=torch.int32)
     out, lse = torch.zeros(3, 4, 32), torch.zeros(3, 4)
-    q, weights = index["q"], index["weights"]
+    q, weights, turn = index["q"], index["weights"], torch.randn(3, 32)
     return {
         "index_logits": (q, index["k"], weights, *ranges, None, None, None, logits),
         "select_topk": (torch.randn(3, 40), 6, *ranges, picked),
         "lightning_topk": (q, pages, weights, 6, *ranges, None, None, table, 1 << 20, picked),
         "physical_slots": (picked, table, 8, torch.zeros_like(picked)),
+        "write_kv": (
+            *(torch.randn(3, 576), torch.arange(3), None, 1e-6, None, None, None, True, 1e-6),
+            torch.zeros(2, 4, 656, dtype=torch.uint8),
+        ),
+        "write_index_k": (
+            *(torch.randn(3, 128), torch.arange(3), None, None, 1e-6, turn, turn, "half", True, True, 1e-6),
+            torch.zeros(2, 4, 132, dtype=torch.uint8),
+        ),
+        "quantise_index_q": (
+            *(torch.randn(3, 4, 128), weights, turn, turn, "interleaved", True, True, 1e-6),
+            *(torch.zeros(3, 4, 128, dtype=torch.uint8), torch.zeros(3, 4)),
+        ),
         "sparse_mla": (
             *(mla["q"], mla["kv"], mla["indices"], 32, 0.1, length, torch.zeros(4)),
             *(extra_kv, extra_indices, None, out, lse, torch.zeros(3, 4)),

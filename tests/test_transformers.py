@@ -5,6 +5,10 @@ Weights are random and made larger than usual, so that attention is far from uni
 """
 
 import copy
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +37,15 @@ YARN = {
     **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
     **{"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
+V4 = {  # windows of 16 tokens; entries of 4 tokens, of which 6 are selected, and of 8
+    **{"num_hidden_layers": 4, "head_dim": 64, "sliding_window": 16, "index_topk": 6},
+    **{"compress_rate_csa": 4, "compress_rate_hca": 8, "num_hash_layers": 1},
+    **{"o_groups": 2, "o_lora_rank": 24, "hc_mult": 2, "num_key_value_heads": 1},
+    "layer_types": [
+        f"{name}_attention"
+        for name in ("heavily_compressed", "compressed_sparse", "sliding", "compressed_sparse")
+    ],
+}
 KINDS = {
     "v32": (transformers.DeepseekV32Config, {}),
     "v32-yarn": (transformers.DeepseekV32Config, {"rope_parameters": YARN, "attention_bias": True}),
@@ -41,7 +54,9 @@ KINDS = {
         transformers.GlmMoeDsaConfig,
         {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]},
     ),
+    "v4": (transformers.DeepseekV4Config, V4),
 }
+CACHES = [(kind, static) for kind in KINDS for static in (False, True) if (kind, static) != ("v4", True)]
 
 
 def make(kind, **changes):
@@ -52,8 +67,10 @@ def make(kind, **changes):
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     for name, parameter in model.named_parameters():
-        if "attn" in name and parameter.dim() > 1:
+        if "attn." in name and parameter.dim() > 1:
             parameter.mul_(4)
+        if name.endswith((".sinks", ".position_bias")):  # zeros
+            parameter.normal_()
     model.model.embed_tokens.weight[0] = 0.02  # else a generated pad token scores 0 everywhere: all ties
     return model
 
@@ -119,18 +136,20 @@ def assert_same(ours, theirs):
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def empty_cache(model, static):
+    if static:
+        return transformers.StaticCache(model.config, 80)
+    return transformers.DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize(("kind", "static"), CACHES)
 @pytest.mark.parametrize(
     "chunks", [[60] + [1] * 10, [33, 27, 10], [20, 1, 1, 48]], ids=["decode", "chunks", "short-first"]
 )
-def test_logits_of_prefill_chunks_and_decode(pair, ids, chunks, static):
-    caches = [
-        transformers.StaticCache(m.config, 80) if static else transformers.DynamicCache(config=m.config)
-        for m in pair
-    ]
-    dense, sparse = (logits(m, ids, chunks, cache) for m, cache in zip(pair, caches, strict=True))
+def test_logits_of_prefill_chunks_and_decode(models, ids, kind, chunks, static):
+    dense, sparse = (logits(m, ids, chunks, empty_cache(m, static)) for m in models(kind))
     assert_same(sparse, dense)
-    assert_same(pair[1](ids, use_cache=False).logits, dense)
+    assert_same(models(kind)[1](ids, use_cache=False).logits, dense)
 
 
 def test_greedy_tokens_of_manual_decode(pair, ids):
@@ -154,40 +173,46 @@ GENERATION = {
 }
 
 
-@pytest.mark.parametrize("name", GENERATION)
-@pytest.mark.parametrize("lengths", [(70, 70), (70, 31)], ids=["equal", "left-padded"])
-def test_generate(pair, ids, name, lengths):
-    if name == "lookup":
-        ids, lengths = ids[:1].repeat(1, 2), (90,)
-    ids, mask = padded(ids, lengths, "left")
+LEFT_PADDED = [
+    (kind, name, (70, 31))
+    for kind in KINDS
+    for name in GENERATION
+    if name != "lookup" and (kind, name) != ("v4", "static")
+]
+OTHERS = [(kind, "greedy", (70, 70)) for kind in KINDS] + [
+    (kind, "lookup", (90,)) for kind in KINDS if kind != "v4"
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "lengths"), LEFT_PADDED + OTHERS)
+def test_generate(models, ids, kind, name, lengths):
+    ids, mask = padded(ids.repeat(1, 2), lengths, "left")
     tokens = []
-    for model in pair:
+    for model in models(kind):
         torch.manual_seed(5)
         tokens.append(generate(model, ids, attention_mask=mask, **GENERATION[name]))
     assert torch.equal(*tokens)
 
 
-def test_left_padding_changes_nothing(pair, ids):
-    """Each sequence of a padded batch gives the tokens that it gives alone."""
+@pytest.mark.parametrize("kind", ["v32", "glm-shared"])
+def test_left_padding_changes_nothing(models, ids, kind):
+    """Each sequence of a padded batch gives the tokens that it gives alone. (Not so with V4: transformers
+    compresses the padding, and its entries are part of what the model computes.)"""
+    model = models(kind)[1]
     batch, mask = padded(ids, (29, 61), "left")
-    together = generate(pair[1], batch, attention_mask=mask)
+    together = generate(model, batch, attention_mask=mask)
     for b, n in enumerate((29, 61)):
-        assert torch.equal(together[b : b + 1], generate(pair[1], ids[b : b + 1, :n]))
+        assert torch.equal(together[b : b + 1], generate(model, ids[b : b + 1, :n]))
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_padding_on_the_right_and_in_between(pair, ids, static):
+@pytest.mark.parametrize(("kind", "static"), CACHES)
+def test_padding_on_the_right_and_in_between(models, ids, kind, static):
     """A batch padded on its right goes on with new tokens: then the padding lies between real tokens."""
     batch, mask = padded(ids, (60, 37), "right")
     batch = torch.cat([batch, ids[:, -8:]], 1)
     mask = torch.cat([mask, torch.ones(2, 8).long()], 1)
-    caches = [
-        transformers.StaticCache(m.config, 80) if static else transformers.DynamicCache(config=m.config)
-        for m in pair
-    ]
     dense, sparse = (
-        logits(m, batch, [60, 5, 1, 1, 1], cache, attention_mask=mask)
-        for m, cache in zip(pair, caches, strict=True)
+        logits(m, batch, [60, 5, 1, 1, 1], empty_cache(m, static), attention_mask=mask) for m in models(kind)
     )
     assert_same(sparse[mask.bool()], dense[mask.bool()])
 
@@ -200,9 +225,34 @@ def test_either_side_goes_on_from_the_others_cache(pair, ids, to_sparse):
     assert_same(logits(then, ids[:, 50:], 4, cache), pair[0](ids).logits[:, 50:])
 
 
+def test_dynamic_caches_grow_in_place_and_branch(models, ids, monkeypatch):
+    """A new token copies no row of the cache, and two continuations of one cache do not meet."""
+    monkeypatch.setattr(sa.deepseek_v32.growth, "SPARE", 1)
+    model = models("v32")[1]
+    cache, branch = (transformers.DynamicCache(config=model.config) for _ in range(2))
+    with torch.inference_mode():
+        logits(model, ids[:, :40], [39, 1], cache)
+    logits(model, ids[:, 40:44], 1, cache)  # what inference mode made cannot be written outside of it
+    layer = cache.layers[0]
+    before = [layer.keys, layer.values, layer.indexer_keys]
+    copies = [rows.clone() for rows in before]
+    logits(model, ids[:, 44:45], 1, cache)
+    after = [layer.keys, layer.values, layer.indexer_keys]
+    assert [rows.data_ptr() for rows in before] == [rows.data_ptr() for rows in after]
+    for ours, theirs in zip(branch.layers, cache.layers, strict=True):
+        ours.__dict__.update(theirs.__dict__)
+    logits(model, ids[:, 45:50], [2, 3], cache)
+    other = torch.cat([ids[:, :45], ids[:, 55:60]], 1)
+    assert_same(logits(model, other[:, 45:], [2, 3], branch), model(other).logits[:, 45:])
+    assert_same(logits(model, ids[:, 50:52], 1, cache), model(ids[:, :52]).logits[:, 50:])
+    cache.crop(-7)
+    assert_same(logits(model, other[:, 45:], [2, 3], cache), model(other).logits[:, 45:])
+    assert all(torch.equal(*pair) for pair in zip(before, copies, strict=True))
+
+
 def test_queries_in_chunks_are_the_same(pair, ids, monkeypatch):
     whole = pair[1](ids).logits
-    monkeypatch.setattr(sa, "QUERY_BYTES", 2 * 7 * 4 * (40 + 16) * 4)  # seven tokens of two sequences
+    monkeypatch.setattr(sa.inputs, "QUERY_BYTES", 2 * 7 * 4 * (40 + 16) * 4)  # seven tokens of two sequences
     assert_same(pair[1](ids).logits, whole)
 
 
@@ -226,14 +276,14 @@ def test_selections_by_score(models, ids, kind, monkeypatch):
         layer.self_attn.indexer.register_forward_hook(lambda module, args, out: theirs.append(out))
         for layer in dense.model.layers
     ]
-    lightning_topk = sa.lightning_topk
+    lightning_topk = sa.deepseek_v32.lightning_topk
 
     def recording(q, k, weights, topk, ks, ke, **options):
         selected = lightning_topk(q, k, weights, topk, ks, ke, **options)
         ours.append((selected, index_logits(q, k, weights, ks, ke, **options)))
         return selected
 
-    monkeypatch.setattr(sa, "lightning_topk", recording)
+    monkeypatch.setattr(sa.deepseek_v32, "lightning_topk", recording)
     dense(ids), sparse(ids)
     for hook in hooks:
         hook.remove()
@@ -300,11 +350,12 @@ def test_no_mask_and_no_expanded_latent(models, ids):
     assert dense and not sparse
 
 
-@pytest.mark.parametrize(("kind", "lengths"), [("v32", (60, 60)), ("glm-shared", (60, 25))])
-def test_the_decode_step_compiles_in_one_graph(models, ids, kind, lengths):
+def test_the_decode_step_compiles_in_one_graph(ids):
     torch._dynamo.reset()
-    dense, sparse = models(kind)
-    batch, mask = padded(ids, lengths, "left")
+    dense = make("glm-shared", num_hidden_layers=2, indexer_types=["full", "shared"])
+    sparse = copy.deepcopy(dense)
+    sa.enable(sparse)
+    batch, mask = padded(ids, (60, 25), "left")
     models_and_steps = (
         (dense, dense.forward),
         (sparse, torch.compile(sparse.forward, fullgraph=True, backend="aot_eager")),
@@ -318,7 +369,6 @@ def test_the_decode_step_compiles_in_one_graph(models, ids, kind, lengths):
             now = torch.cat([mask, torch.ones(2, t + 1).long()], 1)
             full = torch.nn.functional.pad(now, (0, 70 - now.shape[1]))  # one shape for all steps
             outs.append(step(ids[:, 60 + t : 61 + t], past_key_values=cache, attention_mask=full).logits)
-        model.set_experts_implementation("eager")
         results.append(torch.cat(outs, 1))
     assert_same(results[1], results[0])
 
@@ -358,8 +408,8 @@ def test_accelerates_hooks_stay(ids):
     ran = []
     layer._hf_hook.pre_forward = lambda module, *args, **kwargs: (ran.append(type(module)), (args, kwargs))[1]
     model(ids)
-    assert ran == [sa.SparseDeepseekV32Attention]
-    assert layer._old_forward.__func__ is sa.SparseDeepseekV32Attention.forward
+    assert ran == [sa.deepseek_v32.SparseDeepseekV32Attention]
+    assert layer._old_forward.__func__ is sa.deepseek_v32.SparseDeepseekV32Attention.forward
     sa.disable(model)
     assert torch.equal(model(ids).logits, before)
 
@@ -390,7 +440,8 @@ def test_other_models_are_refused():
         )
     ).eval()
     message = (
-        r"DeepseekV32Attention or GlmMoeDsaAttention \(transformers 5.*LlamaForCausalLM with LlamaAttention"
+        r"DeepseekV32Attention or GlmMoeDsaAttention or DeepseekV4Attention \(transformers 5.*, tested with "
+        r"5\.20\.x to 5\.23\.x\), got LlamaForCausalLM with LlamaAttention"
     )
     with pytest.raises(TypeError, match=message):
         sa.enable(llama)
@@ -454,3 +505,17 @@ def test_other_releases_are_refused(version):
     with pytest.raises(ImportError, match=rf"is tested with 5\.20\.x to 5\.23\.x, got {version}"):
         sa._check_version(version)
     sa._check_version(transformers.__version__)
+
+
+def test_the_benchmark_compares_and_times(monkeypatch, tmp_path):
+    pytest.importorskip("rich", reason="rich is in the demo extra")
+    script = Path(__file__).parents[1] / "benchmarks" / "hugging_face.py"
+    record = tmp_path / "record.jsonl"
+    arguments = ["--contexts", "2100", "--prefill", "64", "--rounds", "1", "--json", str(record)]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--threads", str(torch.get_num_threads())])
+    runpy.run_path(str(script), run_name="__main__")
+    decode, prefill = map(json.loads, record.read_text().splitlines())
+    assert decode["case"] == "decode at 2,100 (dynamic)" and prefill["case"] == "prefill of 64"
+    for row in (decode, prefill):
+        assert 0 < row["difference"] < 1e-4
+        assert row["sparse_attn_seconds"]["median"] > 0

@@ -6,7 +6,9 @@ factor of two of each other, either may be the faster.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from math import ceil
 from typing import NamedTuple
 
@@ -82,7 +84,24 @@ def matrix_names(executed: Executed) -> tuple[str, ...]:
 def multiply_adds(executed: Executed, products: Sequence[Product]) -> float:
     """Multiply-adds that a round executes; the products need ``sum(m * n * k)``, and more is wasted."""
     names = matrix_names(executed) if products else ()
-    return sum(_multiply_adds(i, warps, products) for i, warps in executed if i.name in names)
+    share = _of_tensor_memory(executed, products)
+    return sum(_multiply_adds(i, warps, share) for i, warps in executed if i.name in names)
+
+
+def _of_tensor_memory(executed: Executed, products: Sequence[Product]) -> Sequence[Product]:
+    """The products that Blackwell's own instructions compute, told by their number.
+
+    Triton leaves those of fewer than 64 rows to mma.sync, in the same loop.
+    """
+    found = Counter(i.name for i, _ in executed if i.name.startswith("UTC"))
+    subsets = (some for size in range(1, len(products)) for some in combinations(products, size))
+    return next((some for some in subsets if _steps(some, *found) == found.total()), products)
+
+
+def _steps(products: Sequence[Product], *names: str) -> int:
+    """How many of Blackwell's instructions: of the largest shape, as theirs is hidden in a descriptor."""
+    k_a_step = 16 if "UTCHMMA" in names else 32
+    return sum(ceil(m / 128) * ceil(n / 256) * ceil(k / k_a_step) for m, n, k in products)
 
 
 def _multiply_adds(i: Instruction, warps: int, products: Sequence[Product]) -> float:
@@ -92,10 +111,8 @@ def _multiply_adds(i: Instruction, warps: int, products: Sequence[Product]) -> f
     if "GMMA" in i.name:  # HGMMA.64x256x16, of four warps together
         m, n, k = map(int, shape.split("x"))
         return m * n * k * warps / 4
-    if i.name.startswith("UTC"):  # of the whole block; its shape, in a descriptor, is taken to be the largest
-        k_a_step = 16 if i.name == "UTCHMMA" else 32
-        steps = sum(ceil(m / 128) * ceil(n / 256) * ceil(k / k_a_step) for m, n, k in products)
-        return sum(m * n * k for m, n, k in products) / steps
+    if i.name.startswith("UTC"):  # of the whole block
+        return sum(m * n * k for m, n, k in products) / _steps(products, i.name)
     digits = re.fullmatch(r"16(8|16)(\d+)", shape)  # HMMA.16816 is 16 x 8 x 16
     if digits is None:
         raise ValueError(f"{i.opcode}: unknown shape")
@@ -120,5 +137,5 @@ def _shared_bytes(executed: Executed, products: Sequence[Product]) -> int:
             moved += 32 * (n + (0 if re.match(r"R\d+, R\d+, gdesc", i.operands) else 64)) * warps // 4
     if any(name.startswith("UTC") for name in matrix_names(executed)):  # each operand once
         width = 2 if "UTCHMMA" in matrix_names(executed) else 1
-        moved += width * sum((m + n) * k for m, n, k in products)
+        moved += width * sum((m + n) * k for m, n, k in _of_tensor_memory(executed, products))
     return moved

@@ -7,11 +7,15 @@ each class of shapes that leads to other code. A new kernel with matrix products
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from ..formats import index_k_views
 
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 64, 100_000, 2048
+ALL = (80, 86, 89, 90, 100, 120)
+# The warp-specialised kernel refuses an older Triton.
+HOPPER = (90,) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else ()
 
 
 class Case(NamedTuple):
@@ -19,6 +23,7 @@ class Case(NamedTuple):
     label: str
     arguments: tuple  # of the op's schema
     quick: tuple[int, ...] = ()  # architectures that the tests compile it for
+    archs: tuple[int, ...] = ALL  # those that the report compiles it for
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -29,11 +34,17 @@ def int32(*shape: int) -> torch.Tensor:
     return empty(*shape, dtype=torch.int32)
 
 
-def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False) -> tuple:
+def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0) -> tuple:
+    def cache(slots: int) -> torch.Tensor:
+        if not packed:
+            return empty(slots, d_qk, dtype=dtype)
+        paged = (-(-slots // 64), 64) if packed == 584 else (slots,)
+        return empty(*paged, packed, dtype=torch.uint8)
+
     return (
-        *(empty(s_q, h_q, d_qk, dtype=dtype), empty(s_kv, d_qk, dtype=dtype), int32(s_q, topk), 512, 0.1),
+        *(empty(s_q, h_q, d_qk, dtype=dtype), cache(s_kv), int32(s_q, topk), 512, 0.1),
         *(int32(s_q), empty(h_q, dtype=FP32)),
-        *((empty(999, d_qk, dtype=dtype), int32(s_q, 128), int32(s_q)) if extra else (None, None, None)),
+        *((cache(999), int32(s_q, 128), int32(s_q)) if extra else (None, None, None)),
         *(empty(s_q, h_q, 512, dtype=dtype), empty(s_q, h_q, dtype=FP32), empty(s_q, h_q, dtype=FP32)),
     )
 
@@ -70,12 +81,36 @@ def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> tuple:
     return empty(s_q, s_kv, dtype=FP32), topk, int32(s_q), int32(s_q), int32(s_q, topk)
 
 
+def slots(page_size=64) -> tuple:
+    return int32(S_Q, TOPK), int32(S_Q, S_KV // page_size), page_size, int32(S_Q, TOPK)
+
+
+def written_kv(bytes_a_token, tokens=S_Q) -> tuple:
+    turn = empty(tokens, 32, dtype=FP32)
+    kv, cache = (
+        empty(tokens, 576 if bytes_a_token == 656 else 512),
+        empty(999, 64, bytes_a_token, dtype=UINT8),
+    )
+    return kv, int32(tokens), empty(512), 1e-6, turn, turn, "interleaved", True, 1e-6, cache
+
+
+def written_index_k(tokens=S_Q) -> tuple:
+    turn, norm = empty(tokens, 32, dtype=FP32), empty(128)
+    turned = turn, turn, "half", True, True, 1e-6
+    return empty(tokens, 128), int32(tokens), norm, norm, 1e-6, *turned, empty(999, 64, 132, dtype=UINT8)
+
+
+def quantised_index_q(h, tokens=S_Q) -> tuple:
+    turn, weights = empty(tokens, 32, dtype=FP32), empty(tokens, h, dtype=FP32)
+    turned = turn, turn, "half", True, True, 1e-6
+    return empty(tokens, h, 128), weights, *turned, empty(tokens, h, 128, dtype=UINT8), weights
+
+
 def merge(n, s_q=S_Q, h=128, d_v=512, dtype=BF16) -> tuple:
     lses = empty(n, s_q, h, dtype=FP32)
     return empty(n, s_q, h, d_v, dtype=dtype), lses, empty(s_q, h, d_v, dtype=dtype), lses[0]
 
 
-ALL = (80, 86, 89, 90, 100, 120)
 CASES = [
     Case("index_logits", "32 heads", index(32)),
     Case("index_logits", "64 heads", index(64), quick=ALL),
@@ -91,6 +126,11 @@ CASES = [
     Case("index_logits", "4 heads x 64", index(4, d=64)),
     Case("select_topk", "512 rows", select(), quick=(80, 90)),
     Case("select_topk", "1 long row", select(1, 1 << 20)),
+    Case("physical_slots", "k 2048", slots(), quick=(80,)),
+    Case("write_kv", "656 bytes", written_kv(656), quick=(80, 90)),
+    Case("write_kv", "584 bytes", written_kv(584)),
+    Case("write_index_k", "132 bytes", written_index_k(), quick=(80, 90)),
+    Case("quantise_index_q", "64 heads", quantised_index_q(64), quick=(80, 90)),
     *(
         Case("sparse_mla", f"{h} heads", mla(h), quick=ALL if h in (16, 128) else ())
         for h in (8, 16, 32, 64, 128)
@@ -99,6 +139,18 @@ CASES = [
     Case("sparse_mla", "128 heads, d_qk 512, 2 segments", mla(128, 512, extra=True), quick=(80, 90, 100)),
     Case("sparse_mla", "64 heads, fp16", mla(64, dtype=FP16)),
     Case("sparse_mla", "64 heads, fp32", mla(64, dtype=FP32), quick=(86, 90)),
+    *(
+        Case("sparse_mla", f"{h} heads, 656 bytes", mla(h, packed=656), quick=ALL if h in (16, 128) else ())
+        for h in (8, 16, 32, 64, 128)
+    ),
+    *(
+        Case(
+            "sparse_mla", f"{h} heads, 584 bytes", mla(h, 512, packed=584), quick=(80, 90) if h == 64 else ()
+        )
+        for h in (8, 16, 32, 64, 128)
+    ),
+    Case("sparse_mla", "128 heads, 584 bytes, 2 segments", mla(128, 512, packed=584, extra=True)),
+    Case("sparse_mla_hopper", "128 heads", mla(128), quick=HOPPER, archs=HOPPER),
     Case("sparse_gqa", "8 / 8 heads x 64", gqa(8, 8, 64)),
     Case("sparse_gqa", "32 / 8 heads x 128", gqa(32, 8, 128)),
     Case("sparse_gqa", "24 / 2 heads x 256", gqa(24, 2, 256), quick=ALL),
@@ -119,15 +171,18 @@ class Product(NamedTuple):
     k: int
 
 
-def _attention(h: int, n: int, d_qk: int, d_v: int) -> list[Product]:
-    return [Product(h, n, d_qk), Product(h, d_v, n)]
+def _attention(h: int, n: int, d_qk: int, d_v: int, keys_on_m: bool = False) -> list[Product]:
+    return [Product(n, h, d_qk) if keys_on_m else Product(h, n, d_qk), Product(h, d_v, n)]
 
 
 # kernel -> its constants -> the products of one round of its main loop
 PRODUCTS: dict[str, Any] = {
     "_index_logits_kernel": lambda c: [Product(c["BLOCK_N"], c["QUERIES"] * c["BLOCK_H"], c["BLOCK_D"])],
     "_sparse_mla_kernel": lambda c: _attention(
-        c["BLOCK_H"], c["BLOCK_N"], c["BLOCK_V"] + (c["BLOCK_TAIL"] if c["D_TAIL"] else 0), c["BLOCK_V"]
+        *(c["BLOCK_H"], c["BLOCK_N"], c["BLOCK_V"] + (c["BLOCK_TAIL"] if c["D_TAIL"] else 0), c["BLOCK_V"]),
+        c["KEYS_ON_M"],
     ),
+    # Two tiles of 64 keys, by two consumers.
+    "_sparse_mla_hopper_kernel": lambda c: _attention(64, 128, 576, 512),
     "_sparse_gqa_kernel": lambda c: _attention(c["BLOCK_H"], c["BLOCK_N"], c["BLOCK_D"], c["BLOCK_V"]),
 }

@@ -41,6 +41,7 @@ class Row:
     matrix: dict[str, int]  # matrix instructions a round, by opcode
     work: float | None  # multiply-adds executed over those needed: 1 is ideal; None without products
     loads: dict[str, int]  # loads from global memory a round, by opcode and bytes a lane
+    ahead: int  # rounds whose asynchronous copies are still in flight while one computes
     cycles: dict[str, float]  # lower bounds for a round, see bounds.py
 
     @property
@@ -71,7 +72,7 @@ def rows(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Row]:
     """Compile and read every wanted case, in a few processes; ``progress`` is told as they finish."""
-    jobs = [(n, arch, dump) for n, case in enumerate(CASES) for arch in ARCHITECTURES if wanted(case, arch)]
+    jobs = [(n, arch, dump) for n, case in enumerate(CASES) for arch in case.archs if wanted(case, arch)]
     found: list[Row] = []
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         for done, part in enumerate(pool.map(_rows_of, jobs), 1):
@@ -122,9 +123,17 @@ def read(case: Case, arch: int, name: str, launch: Launch) -> tuple[Row, str]:
         loads=dict(
             Counter(f"{i.name} {sass.bytes_a_lane(i)}" for i, _ in executed if i.name in ("LDG", "LDGSTS"))
         ),
+        ahead=_ahead(executed),
         cycles={of: round(n) for of, n in bounds.cycles(arch, executed, products).items()},
     )
     return row, text
+
+
+def _ahead(executed: Executed) -> int:
+    """By the groups of copies that the laxest wait of a round leaves in flight."""
+    groups = sum(i.name == "LDGDEPBAR" for i, _ in executed)
+    waits = [re.search(r"0x[0-9a-f]+", i.operands) for i, _ in executed if i.opcode == "DEPBAR.LE"]
+    return max((int(left[0], 16) for left in waits if left), default=0) // groups if groups else 0
 
 
 def _main_loop(
@@ -190,6 +199,7 @@ RULES: dict[str, Callable[[Any, Any], bool]] = {  # figure -> is this worse than
     "work": lambda now, budget: now > budget * SLACK,
     "narrow": lambda now, budget: now > budget,
     "blocks": lambda now, budget: now < budget,
+    "ahead": lambda now, budget: now < budget,
 }
 
 
@@ -202,6 +212,7 @@ def figures(row: Row) -> dict[str, Any]:
         "work": row.work or 0,
         "narrow": row.narrow,
         "blocks": min(row.blocks.values()),
+        "ahead": row.ahead,
     }
 
 

@@ -59,6 +59,18 @@ def own_kernel(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
     return sparse_mla(q[None], kv, everything, d_v=d_v, softmax_scale=scale)[0]
 
 
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's flex_attention, compiled; the first call takes as long as the compiler."""
+    return _compiled_flex()(q, k, v)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def mha_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128) -> Tensor:
     """Prefill over expanded keys and values, head by head: the last s_q of s_kv positions are the queries.
 

@@ -164,7 +164,7 @@ def _decode(layer: SparseMLA, cache: DSACache, context: int, rounds: int, advanc
         rounds,
         advance,
     )
-    return {"context": context, "errors": errors, **_seconds(timings)}
+    return {"context": context, "errors": errors, **_seconds(timings), "timings": _quantiles(timings)}
 
 
 def _prefill(
@@ -199,7 +199,13 @@ def _prefill(
     share = config.num_attention_heads / DENSE_HEADS
     times = {**_seconds(sparse), **{name: s * share for name, s in _seconds(some_heads).items()}}
     times["sparse"] = times["select"] + times["attend"]
-    return {"context": context, "tokens": tokens, "errors": errors, "peak_bytes": memory, **times}
+    row = {"context": context, "tokens": tokens, "errors": errors, "peak_bytes": memory, **times}
+    return {**row, "timings": _quantiles(sparse | some_heads)}
+
+
+def _quantiles(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
+    """As measured: of the dense prefill forms on ``DENSE_HEADS`` heads."""
+    return {name: dataclasses.asdict(timing) for name, timing in timings.items()}
 
 
 def _seconds(timings: dict[str, Timing]) -> dict[str, float]:

@@ -16,6 +16,7 @@ DENSE = {
     "dense_gemm": ("dense, chunked GEMM", "#f58518"),
     "dense_own": ("dense, our own kernel", "#eeca3b"),
 }
+CURVES = ("#4c78a8", "#e45756", "#f58518", "#54a24b", "#b279a2", "#9d755d")  # ours first
 
 
 def decode_plot(results: dict[str, Any], path: Path) -> None:
@@ -45,3 +46,116 @@ def decode_plot(results: dict[str, Any], path: Path) -> None:
     axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{describe(results['machine'])}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder: Path) -> list[Path]:
+    """Time and memory by context, where sparse overtakes dense, share of the limit; the files made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    by_operation: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_operation.setdefault(line["operation"], []).append(line)
+    layer = [row for row in by_operation.pop("layer", []) if row["data"] == "decode"]
+    memory = by_operation.pop("memory", [])
+    if by_operation:
+        made.append(_save(_times(by_operation), folder / "time.png", machine))
+        made.append(_save(_shares(by_operation, layer), folder / "limits.png", machine))
+    if memory:
+        figure, axis = _figure()
+        _curves(axis, _series(memory, "peak_bytes"), 2**-20)
+        _log_axes(axis, "tokens in the context", "MiB above the inputs", "64 queries select and attend")
+        made.append(_save(figure, folder / "memory.png", machine))
+    if len(layer) > 1:
+        made.append(_save(_crossover(layer), folder / "crossover.png", machine))
+        decode_plot({"decode": layer, "machine": machine}, folder / "layer_decode.png")
+        made.append(folder / "layer_decode.png")
+    return made
+
+
+def _series(lines: list[dict[str, Any]], what: str) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (context, value), of the first kind of data that the operation was timed with."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        if line["data"] == lines[0]["data"]:
+            for name, value in line[what].items():
+                value = value["median"] if isinstance(value, dict) else value
+                if value:
+                    series.setdefault(name, []).append((line["context"], value))
+    return series
+
+
+def _curves(axis, series: dict[str, list[tuple[int, float]]], scale: float) -> None:
+    for place, (name, points) in enumerate(series.items()):
+        style = {"linewidth": 2.4 if place == 0 else 1.2, "color": CURVES[place % len(CURVES)]}
+        axis.plot(
+            *zip(*((x, y * scale) for x, y in points), strict=True), "o-", markersize=4, label=name, **style
+        )
+
+
+def _times(by_operation: dict[str, list[dict[str, Any]]]):
+    rows = -(-len(by_operation) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 4 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(by_operation) :]:
+        axis.set_axis_off()
+    for axis, (operation, lines) in zip(axes.flat, by_operation.items(), strict=False):
+        _curves(axis, _series(lines, "seconds"), 1e3)
+        limit = [
+            (line["context"], line["limit_seconds"]) for line in lines if line["data"] == lines[0]["data"]
+        ]
+        axis.plot(*zip(*((x, 1e3 * y) for x, y in limit), strict=True), "k:", linewidth=1, label="limit")
+        _log_axes(axis, "tokens in the context", "ms", operation)
+    return figure
+
+
+def _shares(by_operation: dict[str, list[dict[str, Any]]], layer: list[dict[str, Any]]):
+    figure, axis = _figure()
+    for operation, lines in by_operation.items():
+        ours = next(iter(_series(lines, "seconds")), None)
+        points = [
+            (line["context"], 100 * line["limit_seconds"] / line["seconds"][ours]["median"])
+            for line in lines
+            if line["data"] == lines[0]["data"] and ours in line["seconds"]
+        ]
+        if points:
+            axis.plot(*zip(*points, strict=True), "o-", label=operation)
+    if layer:
+        points = [(row["context"], 100 * row["limit_seconds"] / row["sparse"]) for row in layer]
+        axis.plot(*zip(*points, strict=True), "s-", linewidth=2.4, label="layer, decode")
+    _log_axes(axis, "tokens in the context", "% of the limit", "Share of what this machine could do")
+    axis.set_yscale("linear")
+    axis.set_ylim(0)
+    return figure
+
+
+def _crossover(layer: list[dict[str, Any]]):
+    figure, axis = _figure()
+    for name, (label, colour) in DENSE.items():
+        points = [(row["context"], row[name] / row["sparse"]) for row in layer]
+        axis.plot(*zip(*points, strict=True), "o-", label=label, color=colour)
+    axis.axhline(1, color="black", linewidth=0.8)
+    _log_axes(
+        axis, "tokens in the context", "time of dense / time of sparse", "Above the line sparse is faster"
+    )
+    return figure
+
+
+def _figure():
+    return plt.subplots(figsize=(7, 4.5), layout="constrained")
+
+
+def _log_axes(axis, x: str, y: str, title: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value < 2**20 else "1M")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _save(figure, path: Path, machine: dict[str, Any]) -> Path:
+    figure.suptitle(describe(machine), fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -28,6 +28,14 @@ class Timing:
     median: float
     low: float
     high: float
+    p25: float
+    p75: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> "Timing":
+        several = len(samples) > 1
+        p25, median, p75 = statistics.quantiles(samples, n=4, method="inclusive") if several else 3 * samples
+        return cls(median, min(samples), max(samples), p25, p75)
 
 
 Clock = Callable[[Callable[[], object], int], float]  # a function, how often -> mean seconds a call
@@ -86,7 +94,7 @@ def interleaved(
             samples[name].append(clock(function, calls[name]))
             if progress:
                 progress()
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+    return {name: Timing.of(s) for name, s in samples.items()}
 
 
 def peak_memory(function: Callable[[], object]) -> int | None:
@@ -117,11 +125,11 @@ def _kibibytes(status: str, field: str) -> int:
 def machine() -> dict[str, str | int]:
     """What a figure depends on: processor, instruction set, threads, versions, GPU if there is one."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": ", ".join(f for f in ("avx512_bf16", "amx_bf16") if f in _cpu_flags()) or "none",
+        "bf16_instructions": ", ".join(f for f in ("avx512_bf16", "amx_bf16") if f in cpu_flags()) or "none",
         "cpu_kernels": _cpu_kernels(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -178,14 +186,14 @@ def append_json(path: str, benchmark: str, rows: list[dict]) -> None:
             file.write(json.dumps({"benchmark": benchmark, **row, "machine": machine()}) + "\n")
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in _cpuinfo().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
     for line in _cpuinfo().splitlines():
         if line.startswith("flags"):
             return set(line.split(":", 1)[1].split())

@@ -1,0 +1,167 @@
+"""One DeepSeek-V3.2-shaped layer inside Hugging Face transformers, before and after enable(model).
+
+The layer has hidden size 1024, 16 heads, latents of 512 + 64, an indexer of 16 x 128 and k = 2048; it is
+the only one of its model, whose MLP is 64 wide, so that a call of the model is a call of the layer with
+all that belongs to it: masks, projections, cache. One new token after a context, and a whole prompt.
+"""
+
+import argparse
+import copy
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import sparse_attn.integrations.transformers
+from sparse_attn.bench.timing import Timing, append_json, cpu_clock, describe, machine, peak_memory
+from sparse_attn.testing import relative_error
+
+SIZES = {
+    **{"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": 512},
+    **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"index_n_heads": 16, "index_head_dim": 128, "index_topk": 2048, "max_position_embeddings": 1 << 17},
+    **{"num_hidden_layers": 1, "first_k_dense_replace": 1, "intermediate_size": 64, "vocab_size": 32},
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of the two results, as norms. Sums in another order can exchange two keys of almost the same score.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+MODELS = ("transformers", "sparse_attn")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 65536], help="of the decode steps")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[8192], metavar="TOKENS", help="prompts")
+    parser.add_argument("--quick", action="store_true", help="a context of 8192, a prompt of 2048")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of the decode")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object a line")
+    options = parser.parse_args()
+    if options.quick:
+        options.contexts, options.prefill = [8192], [2048]
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    console = Console()
+    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+        models = make(DTYPES[options.dtype], options.attention)
+        cases = [decode(models, n, options.cache, 2 + options.rounds) for n in options.contexts]
+        cases += [prefill(models, n) for n in options.prefill]
+        task = progress.add_task("layer", total=len(cases) * len(MODELS) * (1 + options.rounds))
+        tolerance, advance = TOLERANCE[options.dtype], lambda: progress.advance(task)
+        rows = [measure(*case, models, options.rounds, tolerance, advance) for case in cases]
+    show(console, rows, options)
+    if options.json:
+        settings = {name: getattr(options, name) for name in ("dtype", "cache", "attention")}
+        append_json(options.json, "hugging_face", [{**settings, **row} for row in rows])
+
+
+def make(dtype: torch.dtype, attention: str) -> dict[str, transformers.PreTrainedModel]:
+    config = transformers.DeepseekV32Config(**SIZES)
+    dense = transformers.DeepseekV32Model._from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    for name, parameter in dense.named_parameters():
+        if "self_attn" in name and parameter.dim() > 1:
+            parameter.mul_(4)  # else every score is nearly the same
+        if "indexer.weights_proj" not in name:  # fp32 in loaded models of any dtype
+            parameter.data = parameter.data.to(dtype)
+    sparse = copy.deepcopy(dense)
+    sparse_attn.integrations.transformers.enable(sparse)
+    return dict(zip(MODELS, (dense, sparse), strict=True))
+
+
+Case = tuple[str, dict[str, Callable[[], Tensor]]]
+
+
+def decode(models, context: int, cache: str, calls: int) -> Case:
+    """One token after a context of random latents; each call appends one to its model's cache."""
+    functions = {}
+    dtype = next(iter(models.values())).dtype
+    latent, k_rope = (torch.randn(1, 1, context, d, dtype=dtype) for d in (512, 64))
+    index_k, hidden = torch.randn(1, context, 128, dtype=dtype), torch.randn(1, 1, 1024, dtype=dtype)
+    for name, model in models.items():
+        if cache == "static":
+            held = transformers.StaticCache(model.config, context + calls)
+        else:
+            held = transformers.DynamicCache(config=model.config)
+        held.update(latent, k_rope, 0)
+        held.update_indexer(index_k, 0)
+        functions[name] = lambda model=model, held=held: (
+            model(inputs_embeds=hidden, past_key_values=held).last_hidden_state
+        )
+    return f"decode at {context:,} ({cache})", functions
+
+
+def prefill(models, tokens: int) -> Case:
+    hidden = torch.randn(1, tokens, 1024, dtype=next(iter(models.values())).dtype)
+    return f"prefill of {tokens:,}", {
+        name: lambda model=model: model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        for name, model in models.items()
+    }
+
+
+def measure(label: str, functions, models, rounds: int, tolerance: float, advance) -> dict:
+    """Compare the layers' outputs, taking the memory of these first calls; then time, without any other
+    warm-up, since theirs take many seconds."""
+    outs, memory = {}, {}
+    for name, function in functions.items():
+        hook = (
+            models[name]
+            .layers[0]
+            .self_attn.register_forward_hook(lambda module, args, out, name=name: outs.update({name: out[0]}))
+        )
+        memory[name] = peak_memory(function)
+        hook.remove()
+        advance()
+    error = relative_error(outs["sparse_attn"], outs["transformers"])
+    if error > tolerance:
+        raise SystemExit(f"{label}: the results differ by {error:.1e}, expected {tolerance:.1e} at most")
+    outs.clear()
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(cpu_clock(function, 1))
+            advance()
+    times = {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+    return {
+        "case": label,
+        "difference": error,
+        **{f"{name}_seconds": dataclasses.asdict(times[name]) for name in functions},
+        **{f"{name}_extra_bytes": memory[name] for name in functions},
+    }
+
+
+def show(console: Console, rows: list[dict], options: argparse.Namespace) -> None:
+    console.print(
+        f"A layer inside transformers {transformers.__version__}, {options.dtype}: its own attention "
+        f"({options.attention}) and sparse_attn's, medians of {options.rounds} interleaved rounds"
+    )
+    table = Table(caption=describe(machine()))
+    table.add_column("", no_wrap=True)
+    for name in ("own ms", "sparse ms", "times", "own MiB", "sparse MiB", "difference"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seconds = [row[f"{name}_seconds"]["median"] for name in MODELS]
+        memory = [row[f"{name}_extra_bytes"] for name in MODELS]
+        table.add_row(
+            row["case"],
+            *(f"{1e3 * s:,.1f}" for s in seconds),
+            f"{seconds[0] / seconds[1]:.1f}",
+            *("-" if m is None else f"{m / 2**20:,.0f}" for m in memory),
+            f"{row['difference']:.0e}",
+        )
+    console.print(table)
+    console.print("MiB: peak of the first call above its start. Difference: relative.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""fp8 index queries.
+
+    out[t, j], scale = quantise(Hadamard(RoPE(q[t, j])))
+    out_weights[t, j] = weights[t, j] * scale
+
+RoPE of the leading dimensions where there is a cosine, the Hadamard matrix on demand, one scale a head.
+Everything in fp32, rounded once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .index_rows import quantise_rows
+from .rotate import partner
+
+ROWS = 8  # heads a program, two a warp
+
+
+def quantise_index_q(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pairing: str | None,
+    hadamard: bool,
+    power_of_two: bool,
+    min_scale: float,
+    out: torch.Tensor,
+    out_weights: torch.Tensor,
+) -> None:
+    """Fill out [s_q, h, d], bytes of e4m3, and out_weights [s_q, h] from q [s_q, h, d]."""
+    s_q, h, d = q.shape
+    if s_q == 0 or h == 0:
+        return
+    with torch.cuda.device_of(q):
+        _quantise_index_q_kernel[(s_q * triton.cdiv(h, ROWS),)](
+            q,
+            *q.stride(),
+            weights,
+            *weights.stride(),
+            cos,
+            sin,
+            *((0, 0) if cos is None else cos.stride()),
+            *((0, 0) if sin is None else sin.stride()),
+            out,
+            *out.stride(),
+            out_weights,
+            *out_weights.stride(),
+            min_scale,
+            h,
+            LOG_D=d.bit_length() - 1,
+            ROPE_DIM=0 if cos is None else 2 * cos.shape[1],
+            PAIRING=pairing,
+            HADAMARD=hadamard,
+            POWER_OF_TWO=power_of_two,
+            ROWS=ROWS,
+            num_warps=4,
+            enable_fp_fusion=False,  # the same bits as on the CPU
+        )
+
+
+@triton.jit(do_not_specialize=["min_scale", "h"])
+def _quantise_index_q_kernel(
+    q_ptr,  # [s_q, h, d]
+    stride_q_t,
+    stride_q_h,
+    stride_q_d,
+    weights_ptr,  # [s_q, h]
+    stride_weights_t,
+    stride_weights_h,
+    cos_ptr,  # [s_q, ROPE_DIM / 2], or None
+    sin_ptr,
+    stride_cos_t,
+    stride_cos_d,
+    stride_sin_t,
+    stride_sin_d,
+    out_ptr,  # [s_q, h, d] e4m3
+    stride_out_t,
+    stride_out_h,
+    stride_out_d,
+    out_weights_ptr,  # [s_q, h]
+    stride_out_weights_t,
+    stride_out_weights_h,
+    min_scale,
+    h,
+    LOG_D: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    PAIRING: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: ROWS heads of one query."""
+    D: tl.constexpr = 1 << LOG_D
+    blocks = tl.cdiv(h, ROWS)
+    t = (tl.program_id(0) // blocks).to(tl.int64)
+    head = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # [ROWS]
+    real = head < h
+    live = real[:, None]
+    offs_d = tl.arange(0, D)[None, :]  # [1, D]
+    other_d = partner(offs_d, ROPE_DIM, PAIRING) if ROPE_DIM > 0 else offs_d
+    rows = q_ptr + t * stride_q_t + (head * stride_q_h)[:, None]
+    x = tl.load(rows + offs_d.to(tl.int64) * stride_q_d, mask=live, other=0.0).to(tl.float32)  # [ROWS, D]
+    other = tl.load(rows + other_d.to(tl.int64) * stride_q_d, mask=live, other=0.0).to(tl.float32)
+    cos_rows, sin_rows = None, None
+    if cos_ptr is not None:
+        cos_rows, sin_rows = cos_ptr + t * stride_cos_t, sin_ptr + t * stride_sin_t
+    codes, scale = quantise_rows(
+        *(x, other, offs_d, cos_rows, sin_rows, stride_cos_d, stride_sin_d, live, min_scale),
+        *(ROPE_DIM, PAIRING, HADAMARD, LOG_D, POWER_OF_TWO),
+    )
+    place = out_ptr + t * stride_out_t + (head * stride_out_h)[:, None]
+    tl.store(place + offs_d.to(tl.int64) * stride_out_d, codes, mask=live)
+    weights = tl.load(weights_ptr + t * stride_weights_t + head * stride_weights_h, mask=real, other=0.0)
+    place = out_weights_ptr + t * stride_out_weights_t + head * stride_out_weights_h
+    tl.store(place, weights * scale, mask=real)

@@ -1,0 +1,105 @@
+"""How fast an operation could be here: what it must compute and read, over what the machine can do.
+
+The model is the same for every implementation and counts only what the operation cannot do without:
+
+- **operations**: two for each multiply-add of its matrix products; nothing for softmax, relu and comparisons;
+- **bytes**: every input that it must see once, and its output once, whatever lies in a cache already.
+
+    index logits    2 * queries * heads * d                    a key       keys, queries, logits
+    top-k           0                                                      logits, indices
+    attention       2 * queries * heads * (d_qk + d_v)         a token     selected rows once a query, q, out
+
+The limit is the longer of operations / peak and bytes / bandwidth. Both are measured in the run itself: the
+peak as multiply-adds in registers, in the instruction set of the kernels, and the bandwidth as the best of
+four streams over memory that no cache holds. A share above 1 means that the bytes were in a cache.
+"""
+
+import dataclasses
+import time
+
+import torch
+
+from .. import native
+
+PEAK_SECONDS = 10e-3
+STREAM_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    operations: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.bytes + other.bytes)
+
+
+def index_work(s_q: int, s_kv: int, heads: int, d: int, itemsize: int = 2) -> Work:
+    return Work(2 * s_q * s_kv * heads * d, itemsize * d * (s_kv + s_q * heads) + 4 * s_q * s_kv)
+
+
+def select_work(s_q: int, s_kv: int, topk: int) -> Work:
+    return Work(0, 4 * s_q * (s_kv + topk))
+
+
+def attention_work(
+    s_q: int, tokens: int, heads: int, d_qk: int, d_v: int, row_bytes: int, itemsize: int = 2
+) -> Work:
+    """``tokens`` rows of ``row_bytes`` for each query; for grouped heads the rows of all of them."""
+    queries_and_out = itemsize * s_q * heads * (d_qk + d_v)
+    return Work(2 * s_q * tokens * heads * (d_qk + d_v), s_q * tokens * row_bytes + queries_and_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Of this machine, with the threads in use."""
+
+    operations_per_second: float  # 0 where there are no C++ kernels to measure it with
+    bytes_per_second: float
+
+    def seconds(self, work: Work) -> float:
+        """The least that ``work`` can take."""
+        computing = work.operations / self.operations_per_second if self.operations_per_second else 0.0
+        return max(computing, work.bytes / self.bytes_per_second)
+
+
+def measure_limits() -> Limits:
+    """The peak of one core times torch's threads, and the bandwidth of all of them together."""
+    return Limits(peak_of_a_core() * torch.get_num_threads(), bandwidth())
+
+
+def peak_of_a_core() -> float:
+    """Operations a second of multiply-adds in registers, the faster of fp32 and bf16; 0 if not measured."""
+    return max(_peak("fp32"), _peak("bf16"))
+
+
+def _peak(kind: str) -> float:
+    rounds, best = 1000, 0.0
+    if not native.peak(kind, 1):
+        return best
+    while True:
+        start = time.thread_time()
+        operations = native.peak(kind, rounds)
+        taken = time.thread_time() - start
+        if taken > PEAK_SECONDS:
+            return max(best, operations / taken)
+        rounds *= 4
+
+
+def bandwidth() -> float:
+    """Bytes a second of the best pass that sums, compares, copies or scales ``STREAM_BYTES``."""
+    source = torch.ones(STREAM_BYTES // 4)
+    target = torch.empty_like(source)
+    passes = {
+        STREAM_BYTES: (source.sum, source.max),
+        2 * STREAM_BYTES: (lambda: target.copy_(source), lambda: torch.mul(source, 2.0, out=target)),
+    }
+    best = 0.0
+    for moved, functions in passes.items():
+        for function in functions:
+            function()
+            for _ in range(3):
+                start = time.perf_counter()
+                function()
+                best = max(best, moved / (time.perf_counter() - start))
+    return best

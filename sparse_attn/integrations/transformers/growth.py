@@ -1,0 +1,72 @@
+"""Dynamic caches that grow in place: transformers' own layers copy all their rows at every token.
+
+The layers hold what they always hold, tensors of just the rows there are; but these are views of
+buffers with room behind them, which the next rows are written to.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.cache_utils import DynamicIndexedLayer
+from transformers.utils import is_tracing
+
+SPARE = 8  # a new buffer has room for one row in so many
+
+
+class _Room:
+    """A buffer, and how many of its rows are some view's: one with fewer must not write behind itself."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.filled = buffer, 0
+
+    def takes(self, start: int, stop: int) -> bool:
+        frozen = self.buffer.is_inference() and not torch.is_inference_mode_enabled()
+        return start == self.filled and stop <= self.buffer.shape[-2] and not frozen
+
+
+_rooms = WeakTensorKeyDictionary()  # of the views; what crops, reorders, selects or copies them has none
+
+
+def update(cache, layer_idx: int, latent: Tensor, k_rope: Tensor, index_k: Tensor | None):
+    """``cache.update`` and ``cache.update_indexer``: new rows in, all rows out.
+
+    Args:
+        latent, k_rope: ``[B, 1, S, d]``.
+        index_k: ``[B, S, index_head_dim]``, or None for a layer without an indexer.
+    """
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    new = {"keys": latent, "values": k_rope, "indexer_keys": index_k}
+    if type(layer) is DynamicIndexedLayer and not cache.offloading and not is_tracing(latent):
+        held = {name: getattr(layer, name) for name, rows in new.items() if rows is not None}
+        if all(_continues(rows, new[name]) for name, rows in held.items()):
+            for name, rows in held.items():
+                setattr(layer, name, _append(rows, new[name]))
+            return layer.keys, layer.values, None if index_k is None else layer.indexer_keys
+    latent, k_rope = cache.update(latent, k_rope, layer_idx)
+    if index_k is not None:
+        index_k = cache.update_indexer(index_k, layer_idx)
+    return latent, k_rope, index_k
+
+
+def _continues(held: Tensor | None, new: Tensor) -> bool:
+    return (
+        held is not None
+        and held.dim() == new.dim()
+        and held.shape[:-2] == new.shape[:-2]
+        and held.shape[-1] == new.shape[-1]
+        and (held.dtype, held.device) == (new.dtype, new.device)
+    )
+
+
+def _append(held: Tensor, new: Tensor) -> Tensor:
+    """``torch.cat([held, new], -2)``, a copy of ``held`` only where it has no room."""
+    start, stop = held.shape[-2], held.shape[-2] + new.shape[-2]
+    room = _rooms.get(held)
+    if room is None or not room.takes(start, stop):
+        room = _Room(held.new_empty(*held.shape[:-2], stop + stop // SPARE + 1, held.shape[-1]))
+        room.buffer[..., :start, :] = held
+    room.buffer[..., start:stop, :] = new
+    room.filled = stop
+    rows = room.buffer[..., :stop, :]
+    _rooms[rows] = room
+    return rows

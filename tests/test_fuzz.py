@@ -1,0 +1,415 @@
+"""Every public function on drawn arguments: right on every backend, repeatable, and never a crash.
+
+    pytest tests/test_fuzz.py                                            a fixed slice, as CI runs it
+    pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-seed=1     more, from a seed of your own
+    make fuzz                                                            ten minutes of seeds
+
+To add a function: a strategy of its arguments, a check of its result, and a line in ``SUBJECTS``.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparse_attn
+from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, native, reference
+from sparse_attn.testing import (
+    ADVERSARIAL_LOGITS,
+    INT_MAX,
+    INT_MIN,
+    adversarial_logits,
+    assert_close,
+    assert_logits_close,
+    gqa_inputs,
+    index_inputs,
+    mla_inputs,
+    to_pages,
+)
+
+BACKENDS = ["reference", *(("cpu", name) for name in (*native.instruction_sets(), None))]
+if torch.cuda.is_available():
+    BACKENDS.append("triton")
+FACTOR = {"reference": 1.2, "cpu": 1.5, "triton": 2.5}  # as flash attention does, some round probabilities
+PACK = {
+    656: formats.pack_v32_kv,
+    584: formats.pack_v4_kv,
+    528: formats.pack_v41_kv,
+    288: formats.pack_v41_fp4_kv,
+    132: formats.pack_index_k,
+    68: formats.pack_mxfp4_index_k,
+}
+UNPACK = {
+    656: formats.unpack_v32_kv,
+    584: formats.unpack_v4_kv,
+    528: formats.unpack_v41_kv,
+    288: formats.unpack_v41_fp4_kv,
+    132: formats.unpack_index_k,
+    68: formats.unpack_mxfp4_index_k,
+}
+Arguments = dict[str, Any]
+
+
+class Subject(NamedTuple):
+    function: Callable
+    arguments: st.SearchStrategy[Arguments]
+    check: Callable[[str, Arguments, Any], None]  # of the backend's result for these arguments
+
+
+# Strategies
+
+SEEDS = st.integers(0, 2**31 - 1)
+FLOATS = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
+LAYOUTS = ("contiguous", "padded rows", "apart", "offset", "first dimension last")
+
+
+def laid_out(draw, tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in another layout; what lies between them is NaN or garbage."""
+    layout = draw(st.sampled_from(LAYOUTS))
+    garbage = float("nan") if tensor.is_floating_point() else 97
+    shape = tensor.shape
+    if layout == "padded rows":
+        result = tensor.new_full((*shape[:-1], shape[-1] + 3), garbage)[..., : shape[-1]]
+    elif layout == "apart":
+        result = tensor.new_full((*shape, 2), garbage)[..., 1]
+    elif layout == "offset":
+        result = tensor.new_full((tensor.numel() + 1,), garbage)[1:].view(shape)
+    elif layout == "first dimension last":
+        result = tensor.new_full((*shape[1:], shape[0]), garbage).movedim(-1, 0)
+    else:
+        return tensor
+    result.copy_(tensor)
+    return result
+
+
+def varied(draw, arguments: Arguments) -> Arguments:
+    tensors = {k: laid_out(draw, v) for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.dim()}
+    return {**arguments, **tensors}
+
+
+def hostile_lengths(draw, n: int, topk: int) -> torch.Tensor | None:
+    lengths = st.sampled_from([0, 1, topk - 1, topk, topk + 1, -1, INT_MIN, INT_MAX])
+    drawn = draw(st.none() | st.lists(lengths, min_size=n, max_size=n))
+    return None if drawn is None else torch.tensor(drawn, dtype=torch.int32)
+
+
+def sinks(draw, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+    values = st.sampled_from([0.0, -2.5, 3.0, 100.0, float("inf"), -float("inf")])
+    drawn = draw(st.none() | st.lists(values, min_size=heads, max_size=heads))
+    return None if drawn is None else torch.tensor(drawn, dtype=torch.float32)
+
+
+def quantised(values: torch.Tensor, size: int, page_size: int) -> torch.Tensor:
+    """Tokens ``[s_kv, width]`` in pages; those that are NaN, and the last page's rest, hold NaN codes."""
+    pages = -(-len(values) // page_size)
+    padded = values.new_full((pages * page_size, values.shape[1]), float("nan"))
+    padded[: len(values)] = values
+    cache = PACK[size](padded.nan_to_num().float().unflatten(0, (pages, page_size)))
+    unused = padded.isnan().any(-1).view(pages, page_size)
+    for part in formats.views(cache):
+        nan = part.new_full(
+            part.shape, 255 if part.dtype == torch.uint8 else float("nan"), dtype=torch.float32
+        )
+        part[unused] = nan.to(part.dtype)[unused]
+    return cache
+
+
+@st.composite
+def index_arguments(draw) -> Arguments:
+    size = draw(st.sampled_from([None, None, 132, 68]))
+    s_q, s_kv = draw(st.integers(0, 9)), draw(st.integers(1, 80))
+    dtype, heads = draw(FLOATS), draw(st.sampled_from([1, 3, 8, 17, 64]))
+    d = 128 if size else draw(st.sampled_from([1, 7, 32, 65, 128]))
+    inputs = index_inputs(s_q, s_kv, heads, d, dtype=dtype, seed=draw(SEEDS))
+    if draw(st.booleans()):  # small integers: many scores tie
+        for name in ("q", "k", "weights"):
+            inputs[name] = inputs[name].sign()
+    page_size = draw(st.sampled_from([1, 8, 64]))
+    if size:
+        inputs["k"] = quantised(inputs["k"], size, page_size)
+        return varied(draw, {k: v for k, v in inputs.items() if k != "k"}) | {"k": inputs["k"]}
+    if draw(st.booleans()) and s_q:
+        inputs["k"], table = to_pages(inputs["k"], page_size, draw(SEEDS))
+        rows = draw(st.sampled_from([n for n in (1, 2, 3) if s_q % n == 0]))
+        inputs["block_table"] = torch.cat([table.roll(n, 1) for n in range(rows)])
+    return varied(draw, inputs)
+
+
+@st.composite
+def select_arguments(draw) -> Arguments:
+    s_q, s_kv = draw(st.integers(0, 5)), draw(st.sampled_from([0, 1, 2, 15, 64, 257, 5000]))
+    logits = adversarial_logits(draw(st.sampled_from(ADVERSARIAL_LOGITS)), s_q, s_kv, draw(SEEDS))
+    bounds = st.sampled_from([INT_MIN, -1, 0, 1, s_kv // 2, s_kv - 1, s_kv, s_kv + 1, INT_MAX])
+    ks, ke = (torch.tensor(draw(st.lists(bounds, min_size=s_q, max_size=s_q))).int() for _ in "se")
+    topk = draw(st.sampled_from([1, 2, 7, 64, 2048]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64]))
+    return varied(draw, {"logits": logits.to(dtype), "topk": topk, "ks": ks, "ke": ke})
+
+
+@st.composite
+def lightning_arguments(draw) -> Arguments:
+    workspace = draw(st.sampled_from([1, 1000, 1 << 20]))
+    return {**draw(index_arguments()), "topk": draw(st.integers(1, 90)), "workspace_bytes": workspace}
+
+
+@st.composite
+def slots_arguments(draw) -> Arguments:
+    rows, each, pages = draw(st.integers(1, 3)), draw(st.integers(0, 3)), draw(st.integers(0, 5))
+    page_size = draw(st.sampled_from([1, 3, 64, 2**20]))
+    positions = st.sampled_from([INT_MIN, -1, 0, 1, page_size, pages * page_size - 1, pages * page_size])
+    indices = draw(st.lists(positions | st.just(INT_MAX), min_size=4 * rows * each, max_size=4 * rows * each))
+    entries = st.integers(0, 9) | st.sampled_from([INT_MIN, -1, 2**11, INT_MAX])
+    table = draw(st.lists(entries, min_size=rows * pages, max_size=rows * pages))
+    indices, table = (torch.tensor(x, dtype=torch.int32) for x in (indices, table))
+    tensors = {"indices": indices.view(rows * each, 4), "block_table": table.view(rows, pages)}
+    return varied(draw, tensors) | {"page_size": page_size}
+
+
+@st.composite
+def mla_arguments(draw) -> Arguments:
+    size = draw(st.sampled_from([None, None, 656, 584, 528, 288]))
+    s_q, s_kv = draw(st.integers(0, 5)), draw(st.integers(0 if size is None else 1, 60))
+    heads, topk, dtype = draw(st.sampled_from([1, 4, 16, 17])), draw(st.integers(0, 40)), draw(FLOATS)
+    d_qk = {None: draw(st.sampled_from([1, 40, 576])), 656: 576}.get(size, 512)
+    inputs = mla_inputs(s_q, s_kv, heads, topk, d_qk, dtype=dtype, seed=draw(SEEDS))
+    inputs["d_v"] = 512 if size else draw(st.sampled_from([d for d in (1, 24, 40, 512) if d <= d_qk]))
+    inputs["topk_length"] = hostile_lengths(draw, s_q, topk)
+    inputs["attn_sink"] = sinks(draw, heads, dtype)
+    if draw(st.booleans()):
+        extra = mla_inputs(s_q, 30, 1, 5, d_qk, dtype=dtype, seed=draw(SEEDS))
+        inputs |= {"extra_kv": extra["kv"], "extra_indices": extra["indices"]}
+        inputs["extra_topk_length"] = hostile_lengths(draw, s_q, 5)
+    result = varied(draw, inputs)
+    if size:
+        result["kv"] = quantised(inputs["kv"], size, draw(st.sampled_from([1, 8, 64])))
+    return result
+
+
+@st.composite
+def gqa_arguments(draw) -> Arguments:
+    h_kv, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 5, 16]))
+    s_q, topk, dtype = draw(st.integers(0, 5)), draw(st.integers(0, 40)), draw(FLOATS)
+    sizes = draw(st.sampled_from([1, 16, 63, 128])), draw(st.sampled_from([1, 16, 63, 128]))
+    options = {"per_head": draw(st.booleans()), "dtype": dtype, "seed": draw(SEEDS)}
+    inputs = gqa_inputs(s_q, draw(st.integers(0, 60)), h_kv * group, h_kv, topk, *sizes, **options)
+    inputs["topk_length"] = hostile_lengths(draw, s_q, topk)
+    inputs["attn_sink"] = sinks(draw, h_kv * group, dtype)
+    return varied(draw, inputs)
+
+
+@st.composite
+def merge_arguments(draw) -> Arguments:
+    n, s_q, h, d_v = (draw(st.integers(low, high)) for low, high in ((1, 4), (0, 4), (1, 5), (1, 70)))
+    dtype, g = draw(FLOATS), torch.Generator().manual_seed(draw(SEEDS))
+    outs = torch.randn(n, s_q, h, d_v, generator=g).to(dtype)
+    lses = 20 * torch.randn(n, s_q, h, generator=g, dtype=reference.compute_dtype(dtype))
+    empty = torch.rand(n, s_q, h, generator=g) < 0.4
+    lses[empty], outs[empty] = -float("inf"), float("nan")
+    return varied(draw, {"outs": outs, "lses": lses})
+
+
+# Checks
+
+
+def wide(arguments: Arguments) -> Arguments:
+    """Floating-point arguments in fp64, quantised caches as what they hold."""
+
+    def widen(name: str, value):
+        if not isinstance(value, torch.Tensor) or name == "attn_sink":
+            return value
+        if value.dtype == torch.uint8:
+            return formats.dequantise(*formats.views(value), dtype=torch.float64).flatten(0, 1)
+        return value.double() if value.is_floating_point() else value
+
+    return {name: widen(name, value) for name, value in arguments.items()}
+
+
+def check_logits(backend: str, arguments: Arguments, logits: torch.Tensor) -> None:
+    assert_logits_close(logits, **wide(arguments))
+
+
+def check_selection(backend: str, arguments: Arguments, indices: torch.Tensor) -> None:
+    assert torch.equal(indices.cpu(), reference.select_topk(**arguments))
+
+
+def check_lightning(backend: str, arguments: Arguments, indices: torch.Tensor) -> None:
+    topk, ranges = arguments["topk"], (arguments["ks"], arguments["ke"])
+    scored = {name: x for name, x in arguments.items() if name not in ("topk", "workspace_bytes")}
+    logits = sparse_attn.index_logits(**scored, backend=backend)
+    assert torch.equal(indices, reference.select_topk(logits, topk, *ranges))
+
+
+def check_slots(backend: str, arguments: Arguments, slots: torch.Tensor) -> None:
+    assert torch.equal(slots, reference.physical_slots(**arguments))
+
+
+def check_attention(name: str) -> Callable[[str, Arguments, Any], None]:
+    def check(backend: str, arguments: Arguments, result) -> None:
+        function = getattr(sparse_attn, name)
+        expected, expected_lse = function(**wide(arguments), backend="reference")
+        assert_close(result[0], expected, FACTOR[backend])
+        torch.testing.assert_close(result[1].double(), expected_lse, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+    return check
+
+
+def check_merge(backend: str, arguments: Arguments, result) -> None:
+    expected, lse = reference.merge_attention(**wide(arguments))
+    assert_close(result[0], expected)
+    torch.testing.assert_close(result[1].double(), lse, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def with_lse(arguments: st.SearchStrategy[Arguments]) -> st.SearchStrategy[Arguments]:
+    return arguments.map(lambda drawn: {**drawn, "return_lse": True})
+
+
+SUBJECTS = {
+    "index_logits": Subject(sparse_attn.index_logits, index_arguments(), check_logits),
+    "select_topk": Subject(sparse_attn.select_topk, select_arguments(), check_selection),
+    "lightning_topk": Subject(sparse_attn.lightning_topk, lightning_arguments(), check_lightning),
+    "physical_slots": Subject(sparse_attn.physical_slots, slots_arguments(), check_slots),
+    "sparse_mla": Subject(sparse_attn.sparse_mla, with_lse(mla_arguments()), check_attention("sparse_mla")),
+    "sparse_gqa": Subject(sparse_attn.sparse_gqa, with_lse(gqa_arguments()), check_attention("sparse_gqa")),
+    "merge_attention": Subject(sparse_attn.merge_attention, merge_arguments(), check_merge),
+}
+EVERY_SUBJECT = pytest.mark.parametrize("name", list(SUBJECTS))
+
+
+# What holds of every function
+
+
+@EVERY_SUBJECT
+@given(data=st.data())
+def test_every_backend_is_right_and_repeats_itself(name, data):
+    subject = SUBJECTS[name]
+    arguments = data.draw(subject.arguments)
+    before = {key: x.clone() for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+    for choice in BACKENDS:
+        backend, isa = choice if isinstance(choice, tuple) else (choice, None)
+        with native.use(isa):
+            result = subject.function(**arguments, backend=backend)
+            subject.check(backend, arguments, result)
+            again = subject.function(**arguments, backend=backend)
+        for one, two in zip(as_tuple(result), as_tuple(again), strict=True):
+            assert torch.equal(one.nan_to_num(), two.nan_to_num()), "two calls differ"
+    for key, x in before.items():
+        same = (arguments[key] == x) | (arguments[key] != arguments[key])
+        assert same.all(), f"{key} was written to"
+
+
+@EVERY_SUBJECT
+@given(data=st.data())
+def test_a_callers_buffer_is_filled_and_nothing_beside_it(name, data):
+    subject = SUBJECTS[name]
+    arguments = data.draw(subject.arguments)
+    expected = as_tuple(subject.function(**arguments))
+    guarded = [x.new_full((*x.shape[:-1], x.shape[-1] + 2), 77) for x in expected]
+    inside = tuple(whole[..., 1:-1] for whole in guarded)
+    subject.function(**arguments, out=inside if len(inside) > 1 else inside[0])
+    for whole, out, one in zip(guarded, inside, expected, strict=True):
+        torch.testing.assert_close(out, one, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert (whole[..., 0] == 77).all() and (whole[..., -1] == 77).all(), "written beside the buffer"
+
+
+def shorter(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    return tensor.narrow(dim, 0, max(tensor.shape[dim] - 1, 0))
+
+
+def longer(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.narrow(dim, 0, min(tensor.shape[dim], 1))], dim)
+
+
+BROKEN = {  # never right, whatever the argument
+    "int16": lambda x, dim: x.to(torch.int16),
+    "list": lambda x, dim: x.tolist(),
+    "another device": lambda x, dim: x.to("meta"),
+}
+MAYBE = {  # may be other, right arguments
+    "one more dimension": lambda x, dim: x[None],
+    "flat": lambda x, dim: x.flatten(),
+    "shorter": shorter,
+    "longer": longer,
+    "None": lambda x, dim: None,
+}
+
+
+@EVERY_SUBJECT
+@given(data=st.data())
+def test_a_wrong_argument_is_named_and_never_a_crash(name, data):
+    subject = SUBJECTS[name]
+    arguments = data.draw(subject.arguments)
+    tensors = [key for key, x in arguments.items() if isinstance(x, torch.Tensor)]
+    key, kind = data.draw(st.sampled_from(tensors)), data.draw(st.sampled_from([*BROKEN, *MAYBE]))
+    value = arguments[key]
+    dim = data.draw(st.integers(0, value.dim() - 1))
+    arguments[key] = (BROKEN | MAYBE)[kind](value, dim)
+    try:
+        subject.function(**arguments)
+    except (TypeError, ValueError) as error:
+        names = inspect.signature(subject.function).parameters
+        assert any(f"{word}:" in str(error) or f"{word} and" in str(error) for word in names), error
+        assert "got" in str(error) or "expected" in str(error), error
+    else:
+        assert kind in MAYBE, f"{key} as {kind} was accepted"
+
+
+@pytest.mark.parametrize("size", list(PACK))
+@given(data=st.data())
+def test_formats_read_any_bytes_and_keep_what_they_hold(size, data):
+    pages, page_size = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 9))
+    g = torch.Generator().manual_seed(data.draw(SEEDS))
+    noise = torch.randint(0, 256, (pages, page_size, size), generator=g, dtype=torch.uint8)
+    values = UNPACK[size](noise)
+    assert values.shape[:2] == noise.shape[:2]
+    magnitude = 10.0 ** data.draw(st.integers(-6, 4))
+    x = magnitude * torch.randn(pages, page_size, values.shape[2], generator=g)
+    once = UNPACK[size](PACK[size](x))
+    if size != 288:  # whose scales are not powers of two
+        assert torch.equal(UNPACK[size](PACK[size](once)), once)
+    assert once.isfinite().all()
+
+
+MLA = {
+    **{"hidden_size": 32, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 24},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    **{"index_n_heads": 2, "index_head_dim": 16, "indexer_rope": "interleaved"},
+}
+GQA = {
+    **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    **{"index_n_heads": 2, "index_head_dim": 16, "indexer_rope": "half"},
+}
+
+
+@given(data=st.data())
+def test_layers_in_any_chunks_equal_one_prefill(data):
+    torch.manual_seed(data.draw(SEEDS))
+    kind, sizes = data.draw(st.sampled_from([(SparseMLA, MLA), (SparseGQA, GQA)]))
+    config = DSAConfig(**sizes, index_topk=data.draw(st.integers(1, 20)))
+    layer = kind(config, dtype=torch.float64)
+    chunks = data.draw(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6))
+    totals = [sum(counts) for counts in zip(*chunks, strict=True)] or [0, 0]
+    hidden = [torch.randn(n, 32, dtype=torch.float64) for n in totals]
+    cache, done, outs = DSACache(config, 40, 2, dtype=torch.float64), [0, 0], [[], []]
+    for counts in chunks:
+        drafts = [torch.randn(2, 32, dtype=torch.float64) for _ in range(2)]
+        if data.draw(st.booleans()):  # tokens that are then rejected
+            layer(torch.cat(drafts), cache=cache, cu_seqlens_q=torch.tensor([0, 2, 4]))
+            for b, length in enumerate(done):
+                cache.truncate(length, b)
+        new = [h[at : at + n] for h, at, n in zip(hidden, done, counts, strict=True)]
+        cu_seqlens = torch.tensor([0, counts[0], sum(counts)])
+        for mine, out in zip(
+            outs, layer(torch.cat(new), cache=cache, cu_seqlens_q=cu_seqlens).split(list(counts)), strict=True
+        ):
+            mine.append(out)
+        done = [at + n for at, n in zip(done, counts, strict=True)]
+    for mine, one in zip(outs, hidden, strict=True):
+        torch.testing.assert_close(torch.cat(mine) if mine else one, layer(one) if mine else one)
+
+
+def as_tuple(result) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
