@@ -150,6 +150,8 @@ def flash_mla_with_kvcache(
         extra_k_cache = _cache("extra_k_cache", extra_k_cache, is_fp8_kvcache, dims, q)
     if num_splits is not None:
         raise ValueError(f"num_splits: expected None, got {type(num_splits).__name__}")
+    selected = _indices("indices", indices, dims, q)
+    extra_selected = _indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q)
     config = _Config(
         *(batch, s_q, h_q, _size(k_cache, 1), _size(indices, 2)),
         *(_size(extra_k_cache, 1), _size(extra_indices_in_kvcache, 2)),
@@ -173,11 +175,11 @@ def flash_mla_with_kvcache(
         out, lse = sparse_mla(
             queries,
             k_cache,
-            _indices("indices", indices, dims, q),
+            selected,
             topk_length=_lengths("topk_length", topk_length, dims, q),
             attn_sink=attn_sink,
             extra_kv=extra_k_cache,
-            extra_indices=_indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q),
+            extra_indices=extra_selected,
             extra_topk_length=_lengths("extra_topk_length", extra_topk_length, dims, q),
             **options,
         )
