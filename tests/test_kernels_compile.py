@@ -54,7 +54,7 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
         assert row.impossible() == []
         assert min(row.blocks.values()) > 0
         assert row.instructions > 0 and row.loads
-        assert row.loop_spills == 0
+        assert row.loop_spills <= SPILLED.get(row.op, 0)
         if row.work is not None:
             assert {opcode.partition(".")[0] for opcode in row.matrix} <= expected_opcodes(row)
             # No product twice, as when warpgroups all compute the same scores.
@@ -64,6 +64,8 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
             assert row.ahead > 0 or min(row.blocks.values()) > 1  # something computes while rows are gathered
 
 
+# The partition that gathers has 48 registers: with more for it, those that compute spill.
+SPILLED = {"sparse_mla_hopper": 1}
 GATHERING = "_sparse_mla_kernel", "_sparse_gqa_kernel"
 # Where larger tiles spill: the scores of 16 keys and 16 heads are two tiles of mma.sync, for four warps.
 REPEATED = {("16 heads, 656 bytes", 120): 1.6}
@@ -301,6 +303,7 @@ def test_multiply_adds_of_an_instruction():
     mixed = [
         *[(sass.Instruction(None, "HMMA.16816", ""), 8)] * 72,
         *[(sass.Instruction(None, "UTCHMMA", ""), 8)] * 4,
+        (sass.Instruction(None, "UTCBAR", ""), 8),
     ]
     assert bounds.multiply_adds(mixed, [scores, values]) == 64 * 32 * (576 + 512)
     with pytest.raises(ValueError, match=r"HMMA\.99: unknown shape"):
