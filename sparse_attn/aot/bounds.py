@@ -93,7 +93,7 @@ def _of_tensor_memory(executed: Executed, products: Sequence[Product]) -> Sequen
 
     Triton leaves those of fewer than 64 rows to mma.sync, in the same loop.
     """
-    found = Counter(i.name for i, _ in executed if i.name.startswith("UTC"))
+    found = Counter(i.name for i, _ in executed if i.name in TENSOR_CORES and i.name.startswith("UTC"))
     subsets = (some for size in range(1, len(products)) for some in combinations(products, size))
     return next((some for some in subsets if _steps(some, *found) == found.total()), products)
 

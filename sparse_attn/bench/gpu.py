@@ -207,13 +207,13 @@ def _mla(
     def attend_fp8() -> Tensor:
         return sparse_mla(q, packed, indices, softmax_scale=MLA_SCALE)
 
-    def exact(rows: Tensor, gathered: Tensor) -> Tensor:
+    def attention(rows: Tensor, gathered: Tensor) -> Tensor:
         return reference.sparse_mla(q[t].double(), gathered, rows, 512, MLA_SCALE)[0]
 
     @cache
     def warp_specialised() -> Callable[[], Tensor]:  # where it is wrong the others are timed nonetheless
         function = partial(sparse_mla, q, kv, indices, softmax_scale=MLA_SCALE, variant="warp_specialized")
-        assert_close(function()[t], exact(*_rows(indices[t], kv)), FACTOR)
+        assert_close(function()[t], attention(*_rows(indices[t], kv)), FACTOR)
         return function
 
     def check() -> None:
@@ -224,9 +224,9 @@ def _mla(
         if first_row is not None:
             selected = torch.where(selected < 0, -1, selected + first_row)
         assert torch.equal(indices, selected), "the selection differs from the reference's"
-        assert_close(attend(indices)[t], exact(*_rows(indices[t], kv)), FACTOR)
+        assert_close(attend(indices)[t], attention(*_rows(indices[t], kv)), FACTOR)
         rows, gathered = _rows(indices[t], packed.flatten(0, 1))
-        assert_close(attend_fp8()[t], exact(rows, unpack_v32_kv(gathered, torch.float64)), FACTOR)
+        assert_close(attend_fp8()[t], attention(rows, unpack_v32_kv(gathered, torch.float64)), FACTOR)
 
     def flash_mla() -> Tensor:
         from flash_mla import flash_mla_sparse_fwd
