@@ -115,7 +115,7 @@ def index_logits(
             QUERIES=queries,
             BLOCK_H=block_h,
             BLOCK_N=config.BLOCK_N,
-            BLOCK_D=max(16, triton.next_power_of_2(d)),
+            BLOCK_D=max(16 if k_format is None else 32, triton.next_power_of_2(d)),  # of bf16, of e4m3
             KEYS_PER_PROGRAM=KEYS_PER_PROGRAM,
             PADDED=block_h != h,
             Q_FORMAT=q_format,

@@ -183,7 +183,7 @@ def paged_keys(k, scales, order, page_size):
     return (values, scales if size == 132 else scales.view(torch.int32)[..., 0]), packed
 
 
-@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("d", [16, 32, 40, 64, 128])
 def test_e4m3_of_every_head_dim(backend, device, d):
     inputs, straight = quantised_index_inputs("e4m3", "e4m3", device, 5, 40, 6, d=d)
     assert_logits_close(sparse_attn.index_logits(**inputs, backend=backend), **straight)
