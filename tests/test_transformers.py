@@ -38,13 +38,10 @@ YARN = {
     **{"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
 V4 = {  # windows of 16 tokens; entries of 4 tokens, of which 6 are selected, and of 8
-    **{"num_hidden_layers": 4, "head_dim": 64, "sliding_window": 16, "index_topk": 6},
+    **{"num_hidden_layers": 3, "head_dim": 64, "sliding_window": 16, "index_topk": 6},
     **{"compress_rate_csa": 4, "compress_rate_hca": 8, "num_hash_layers": 1},
     **{"o_groups": 2, "o_lora_rank": 24, "hc_mult": 2, "num_key_value_heads": 1},
-    "layer_types": [
-        f"{name}_attention"
-        for name in ("heavily_compressed", "compressed_sparse", "sliding", "compressed_sparse")
-    ],
+    "layer_types": [f"{name}_attention" for name in ("heavily_compressed", "compressed_sparse", "sliding")],
 }
 KINDS = {
     "v32": (transformers.DeepseekV32Config, {}),

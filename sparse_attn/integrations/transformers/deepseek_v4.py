@@ -4,6 +4,9 @@ A layer slides a window alone, or adds one entry for every 4 tokens (CSA: the li
 selects among its entries) or for every 128 (HCA: every entry is read). Window and entries are the two
 segments of one softmax. ``R``: rows of the window that the cache returns, the new tokens last.
 ``E``: entries so far; position p sees the entries below ``(p + 1) // rate``.
+
+Two things are transformers' own: the entries of a padded sequence pool its padding too, and before
+release 5.23 its caches did not follow the beams of a beam search.
 """
 
 import torch
