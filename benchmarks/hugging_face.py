@@ -8,7 +8,6 @@ all that belongs to it: masks, projections, cache. One new token after a context
 import argparse
 import copy
 import dataclasses
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -98,7 +97,7 @@ def decode(models, context: int, cache: str, calls: int) -> Case:
         functions[name] = lambda model=model, held=held: (
             model(inputs_embeds=hidden, past_key_values=held).last_hidden_state
         )
-    return f"decode at {context:,} ({cache})", functions
+    return f"decode at {context:,}", functions
 
 
 def prefill(models, tokens: int) -> Case:
@@ -131,11 +130,10 @@ def measure(label: str, functions, models, rounds: int, tolerance: float, advanc
         for name, function in functions.items():
             samples[name].append(cpu_clock(function, 1))
             advance()
-    times = {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
     return {
         "case": label,
         "difference": error,
-        **{f"{name}_seconds": dataclasses.asdict(times[name]) for name in functions},
+        **{f"{name}_seconds": dataclasses.asdict(Timing.of(samples[name])) for name in functions},
         **{f"{name}_extra_bytes": memory[name] for name in functions},
     }
 
@@ -143,12 +141,13 @@ def measure(label: str, functions, models, rounds: int, tolerance: float, advanc
 def show(console: Console, rows: list[dict], options: argparse.Namespace) -> None:
     console.print(
         f"A layer inside transformers {transformers.__version__}, {options.dtype}: its own attention "
-        f"({options.attention}) and sparse_attn's, medians of {options.rounds} interleaved rounds"
+        f"({options.attention}) and sparse_attn's, {options.cache} cache, medians of {options.rounds} "
+        "interleaved rounds"
     )
     table = Table(caption=describe(machine()))
     table.add_column("", no_wrap=True)
-    for name in ("own ms", "sparse ms", "times", "own MiB", "sparse MiB", "difference"):
-        table.add_column(name, justify="right")
+    for name in ("own ms", "ours ms", "times", "own MiB", "ours MiB", "differ"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         seconds = [row[f"{name}_seconds"]["median"] for name in MODELS]
         memory = [row[f"{name}_extra_bytes"] for name in MODELS]
@@ -160,7 +159,7 @@ def show(console: Console, rows: list[dict], options: argparse.Namespace) -> Non
             f"{row['difference']:.0e}",
         )
     console.print(table)
-    console.print("MiB: peak of the first call above its start. Difference: relative.")
+    console.print("MiB: peak of the first call above its start; differ: relative, of the layers' outputs.")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 import triton
 
-MIN_TILES = 2  # a split's least work: below it the partial results cost as much memory traffic as the gather
+MIN_KEYS = 128  # a split's least work: below it the partial results cost as much memory traffic as the gather
 T = TypeVar("T")
 
 
@@ -39,10 +39,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
 
 
-def split_count(programs: int, tiles: int, device: torch.device) -> int:
-    """How many programs share the ``tiles`` of each of ``programs``, to have one on each multiprocessor.
+def split_count(programs: int, tiles: int, block_n: int, device: torch.device, blocks: int = 1) -> int:
+    """How many programs share the ``tiles``, of ``block_n`` keys, of each of ``programs``.
 
-    It depends on shapes and the device alone, never on data: captured graphs stay valid and results repeat.
+    So many that each multiprocessor has ``blocks``. It depends on shapes and the device alone, never on data:
+    captured graphs stay valid and results repeat.
     """
-    splits = max(1, min(multiprocessors(device) // programs, tiles // MIN_TILES))
+    most = tiles // triton.cdiv(MIN_KEYS, block_n)
+    splits = max(1, min(blocks * multiprocessors(device) // programs, most))
     return triton.cdiv(tiles, triton.cdiv(tiles, splits)) if splits > 1 else 1  # none of them is idle

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .configs import for_device, has_native_fp8
-from .quantised import from_e2m1, from_e4m3
+from .quantised import from_e2m1, from_e4m3, opaque
 
 KEYS_PER_PROGRAM = 1024  # q is loaded once for so many keys; few enough that one decode query fills a GPU
 
@@ -40,8 +40,8 @@ CONFIGS = {
     90: Config(128, 128, 8, 3),  # 227 KiB
     120: Config(128, 128, 8, 2),  # 99 KiB
 }
-# Without e4m3 instructions decoding is most of the work, and of 8 warps four would decode the same keys.
-CONFIGS_FP8 = {80: Config(128, 128, 4, 3), 89: Config(128, 128, 8, 3)}
+# Without e4m3 instructions the decoding takes registers: half of the keys, in two programs an SM.
+CONFIGS_QUANTISED = {80: Config(128, 64, 4, 3), 89: Config(128, 128, 8, 3)}
 CONFIGS_FP32 = {80: Config(64, 32, 8, 2)}  # IEEE products on the FMA units
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}
 
@@ -79,7 +79,7 @@ def index_logits(
     k_scale_strides = (0, 0)
     if k_scale is not None:
         k_scale_strides = (0, k_scale.stride(0)) if block_table is None else k_scale.stride()[:2]
-    table = CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS if k_format is None else CONFIGS_FP8
+    table = CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS if k_format is None else CONFIGS_QUANTISED
     config = for_device(table, q.device)
     block_h = max(16, triton.next_power_of_2(h))
     queries = max(1, config.MAX_HEADS // block_h) if queries_per_row > 1 else 1  # no third variant to compile
@@ -293,12 +293,12 @@ def _load_rows(
         groups = tl.arange(0, BLOCK_D // 32)[None, :]
         code = tl.load(rows + offs * stride_d, mask=mask, other=0)  # [n, BLOCK_D / 2]
         scale = tl.load(scales + groups, mask=mask, other=0)  # [n, BLOCK_D / 32]
-        x = from_e2m1(code, scale).to(DTYPE)
+        x = opaque(from_e2m1(code, scale).to(DTYPE))
     else:
         offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
         x = tl.load(rows + offs_d * stride_d, mask=mask & (offs_d < D), other=0)
         if FP8_PRODUCT:
             x = x.to(tl.float8e4nv, bitcast=True)
         elif FORMAT == "e4m3":
-            x = from_e4m3(x, NATIVE_FP8).to(DTYPE)
+            x = opaque(from_e4m3(x, NATIVE_FP8).to(DTYPE))
     return x

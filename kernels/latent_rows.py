@@ -12,6 +12,8 @@ valid are not read, whatever they hold, and come back as zeros.
 import triton
 import triton.language as tl
 
+from .quantised import from_ue8m0, opaque
+
 TWO_TO_120 = tl.constexpr(2.0**120)
 
 
@@ -41,18 +43,18 @@ def load_values(
         code = tl.load(rows + offs_v, mask=ok, other=0)  # [BLOCK_N, 512]
         scales = (rows + 512).to(tl.pointer_type(tl.float32)) + tl.arange(0, 4)[None, :]
         scale = tl.load(scales, mask=ok, other=0.0)  # [BLOCK_N, 4]
-        return _opaque(_scaled(code, scale, BLOCK_N, NATIVE_FP8).to(DTYPE))
+        return opaque(_scaled(code, scale, BLOCK_N, NATIVE_FP8).to(DTYPE))
     else:
         code = tl.load(rows + offs_v, mask=ok & (offs_v < 448), other=0)  # [BLOCK_N, 512]
         group = tl.arange(0, 8)[None, :]
         slot = (index % PAGE_SIZE)[:, None]
         scales = rows + (PAGE_SIZE * 576 - slot * 568) + group  # from slot * 576 to slot * 8 behind the rows
         exponent = tl.load(scales, mask=ok & (group < 7), other=0)  # [BLOCK_N, 8]
-        value = _scaled(code, _from_ue8m0(exponent), BLOCK_N, NATIVE_FP8).to(DTYPE)
+        value = _scaled(code, from_ue8m0(exponent), BLOCK_N, NATIVE_FP8).to(DTYPE)
         lasts = (rows + 448).to(tl.pointer_type(tl.bfloat16)) + tl.arange(0, 64)[None, :]
         last = tl.load(lasts, mask=ok, other=0.0).to(DTYPE)  # [BLOCK_N, 64]
         value = tl.where(group[:, :, None] < 7, tl.reshape(value, [BLOCK_N, 8, 64]), last[:, None, :])
-        return _opaque(tl.reshape(value, [BLOCK_N, 512]))
+        return opaque(tl.reshape(value, [BLOCK_N, 512]))
 
 
 @triton.jit
@@ -106,25 +108,3 @@ def _scaled(code, scale, BLOCK_N: tl.constexpr, NATIVE_FP8: tl.constexpr):
     groups: tl.constexpr = scale.shape[1]
     value = tl.reshape(value, [BLOCK_N, groups, 512 // groups]) * scale[:, :, None]
     return tl.reshape(value, [BLOCK_N, 512])
-
-
-@triton.jit
-def _from_ue8m0(exponent):
-    """2^(exponent - 127) in fp32; 0 is the subnormal 2^-127, 255 is NaN."""
-    bits = exponent.to(tl.uint32) << 23
-    return tl.where((exponent == 0) | (exponent == 255), bits | (1 << 22), bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _opaque(value):
-    """The value itself, behind a function that the compiler does not look through.
-
-    Else it fits the layout of tl.dot's operands to the bytes that they came from: more than twice the integer
-    instructions, and a gather that is waited for instead of prefetched.
-    """
-    return tl.map_elementwise(_same, value)
-
-
-@triton.jit
-def _same(x):
-    return x

@@ -37,6 +37,7 @@ CONFIGS = {
     100: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 2)},  # 227 KiB
     120: {16: Config(32, 4, 2), 32: Config(32, 4, 2)},  # 99 KiB again
 }
+BLOCKS = 2  # that should share an SM: one gathers while the other computes
 CONFIGS_FP32 = {80: {16: Config(16, 4, 2)}}  # rows of twice the size, IEEE products on the FMA units
 
 
@@ -63,7 +64,8 @@ def sparse_gqa(
     block_h = min((size for size in table if size >= group), default=max(table))
     config = table[block_h]
     programs = s_q * h_kv * triton.cdiv(group, block_h)
-    splits = split_count(programs, triton.cdiv(indices.shape[2], config.BLOCK_N), q.device)
+    tiles = triton.cdiv(indices.shape[2], config.BLOCK_N)
+    splits = split_count(programs, tiles, config.BLOCK_N, q.device, BLOCKS)
     parts, part_lses = out[None], lse[None]
     if splits > 1:
         parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)

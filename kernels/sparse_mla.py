@@ -29,38 +29,53 @@ class Config(NamedTuple):
     num_stages: int
     SKIP_EMPTY: bool = False
     KEYS_ON_M: bool = False
+    blocks: int = 1  # that should share an SM
 
 
 # architecture -> heads a program (BLOCK_H) -> the rest, for d_v = 512 and a tail of 64. A key and a head each
-# take 1152 bytes of shared memory; the [BLOCK_H, 512] fp32 accumulator bounds BLOCK_H. None of these spills in
-# its loop, and none repeats a product unless that is said.
-# With 3 stages the indices are prefetched, but a tile only once the one before has been used: another block
-# on the SM has to compute meanwhile. With 5, the next tile is in flight in a buffer of its own.
+# take 1152 bytes of shared memory; the [BLOCK_H, 512] fp32 accumulator bounds BLOCK_H. None of these spills
+# in its loop, and none repeats a product unless that is said.
+# With 5 stages the next tile is in flight, in a buffer of its own, while one is computed. With 3, only its
+# indices are: another block on the SM has to compute meanwhile.
 # SKIP_EMPTY puts the scores under an `if`, which also changes the layout that the compiler gives them. Tiles
 # of 64 heads need it: else sm_90 computes every score in both warpgroups (72 wgmma, not 36) and spills, and
 # sm_100 takes 281 KiB of shared memory.
 # KEYS_ON_M computes the scores transposed: mma.sync then reads the query behind the barrier that the keys
 # wait for. Before it, all of the query is loaded at once, 8 registers a thread for each head, and spills.
 CONFIGS = {
-    # 163 KiB of shared memory: two blocks, two, and one of 149
-    80: {16: Config(32, 4, 3), 32: Config(32, 4, 3, KEYS_ON_M=True), 64: Config(32, 8, 5, KEYS_ON_M=True)},
+    # 163 KiB of shared memory
+    80: {
+        16: Config(32, 4, 3, blocks=2),
+        32: Config(32, 4, 3, KEYS_ON_M=True, blocks=2),
+        64: Config(32, 8, 5, KEYS_ON_M=True),
+    },
     # 99 KiB, also sm_89
     86: {16: Config(32, 4, 5), 32: Config(16, 4, 5, KEYS_ON_M=True)},
     # 227 KiB. For 64 heads wgmma wants tiles of 64 keys, and three of them do not fit: they are waited for.
     90: {16: Config(64, 8, 5), 32: Config(64, 8, 5), 64: Config(64, 8, 2, SKIP_EMPTY=True)},
-    # 227 KiB: two blocks, then one
-    100: {16: Config(64, 4, 3), 32: Config(64, 8, 5), 64: Config(32, 8, 5, SKIP_EMPTY=True)},
+    # 227 KiB
+    100: {16: Config(64, 4, 3, blocks=2), 32: Config(64, 8, 5), 64: Config(32, 8, 5, SKIP_EMPTY=True)},
     # 99 KiB
     120: {16: Config(32, 4, 5), 32: Config(16, 4, 5, KEYS_ON_M=True)},
 }
 # fp8 rows are gathered as bytes, and lie in shared memory once more as [BLOCK_N, 512] of q's dtype.
 CONFIGS_FP8 = {
-    # two blocks, two, and one of 150 KiB
-    80: {16: Config(32, 4, 3), 32: Config(16, 4, 3, KEYS_ON_M=True), 64: Config(32, 8, 5, KEYS_ON_M=True)},
+    80: {
+        16: Config(32, 4, 3, blocks=2),
+        32: Config(16, 4, 3, KEYS_ON_M=True, blocks=2),
+        64: Config(32, 8, 5, KEYS_ON_M=True),
+    },
     86: {16: Config(32, 4, 5), 32: Config(16, 4, 5, KEYS_ON_M=True)},
-    90: {16: Config(64, 8, 5), 32: Config(16, 4, 3, KEYS_ON_M=True), 64: Config(32, 8, 5, KEYS_ON_M=True)},
-    # 16 heads: two blocks; larger tiles spill. Pairs of warps repeat its scores, two tiles of mma.sync.
-    120: {16: Config(16, 4, 3, KEYS_ON_M=True), 32: Config(16, 4, 5, KEYS_ON_M=True)},
+    90: {
+        16: Config(64, 8, 5),
+        32: Config(16, 4, 3, KEYS_ON_M=True, blocks=2),
+        64: Config(32, 8, 5, KEYS_ON_M=True),
+    },
+    120: {
+        # Larger tiles spill. Pairs of warps repeat the scores, which are two tiles of mma.sync.
+        16: Config(16, 4, 3, KEYS_ON_M=True, blocks=2),
+        32: Config(16, 4, 5, KEYS_ON_M=True),
+    },
 }
 CONFIGS_FP32 = {80: {16: Config(16, 8, 1)}}  # rows of twice the size, IEEE products on the FMA units
 
@@ -94,7 +109,8 @@ def sparse_mla(
     config = table[block_h]
     programs = s_q * triton.cdiv(h_q, block_h)
     topks = [i.shape[1] for i in (indices, extra_indices) if i is not None]
-    splits = split_count(programs, sum(triton.cdiv(topk, config.BLOCK_N) for topk in topks), q.device)
+    tiles = sum(triton.cdiv(topk, config.BLOCK_N) for topk in topks)
+    splits = split_count(programs, tiles, config.BLOCK_N, q.device, config.blocks)
     parts, part_lses, part_maxima = out[None], lse[None], max_logits[None]
     if splits > 1:
         parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)

@@ -19,11 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formats, native, ops
+from . import formats, functional, native, ops
 from . import reference as exact
 from ._version import __version__
 from .bench.timing import cpu_flags, processor
-from .testing import assert_close, gqa_inputs, index_inputs, mla_inputs, to_pages
+from .testing import (
+    assert_close,
+    assert_logits_close,
+    gqa_inputs,
+    index_inputs,
+    mla_inputs,
+    to_pages,
+)
 
 Check = Callable[[str, torch.device], None]
 
@@ -207,59 +214,56 @@ def _implementation(name: str, device: torch.device) -> tuple[str, str]:
     return f"C++ ({used})", f"for {takes}, the last dimension contiguous; torch for the rest{slower}"
 
 
-def _run(name: str, backend: str, device: torch.device, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
-    inputs = tuple(x.to(device) if isinstance(x, Tensor) else x for x in inputs)
-    ops.call(name, backend, inputs, outputs)
+def _on(device: torch.device, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
 def _check_index(name: str, backend: str, device: torch.device) -> None:
-    i = index_inputs(4, 300, 16, 64, dtype=torch.float32)
-    keys = i["q"], i["k"], i["weights"]
-    ranges = i["ks"], i["ke"]
-    logits = torch.empty(4, 300, device=device)
-    _run("index_logits", backend, device, (*keys, *ranges, None, None, None), (logits,))
+    inputs = index_inputs(4, 300, 16, 64)
+    here = _on(device, inputs)
+    ranges = here["ks"], here["ke"]
+    logits = functional.index_logits(**here, backend=backend)
     if name == "index_logits":
-        wide = tuple(x.double() for x in keys)
-        return assert_close(logits.cpu(), exact.index_logits(*wide, *ranges))
-    out = torch.empty(4, 32, dtype=torch.int32, device=device)
+        return assert_logits_close(logits, **inputs)
     if name == "select_topk":
-        _run(name, backend, device, (logits, 32, *ranges), (out,))
+        chosen = functional.select_topk(logits, 32, *ranges, backend=backend)
     else:
-        _run(name, backend, device, (*keys, 32, *ranges, None, None, None, 1 << 20), (out,))
-    if not torch.equal(out.cpu(), exact.select_topk(logits.cpu(), 32, *ranges)):
-        raise AssertionError("the selection differs from the reference's")
+        chosen = functional.lightning_topk(**here, topk=32, backend=backend)
+    _equal(chosen, exact.select_topk(logits.cpu(), 32, inputs["ks"], inputs["ke"]), "the selection")
 
 
 def _check_slots(backend: str, device: torch.device) -> None:
     _, table = to_pages(torch.zeros(40, 1), 16)
     indices = torch.tensor([[0, 39, -1, 47, 48, 2**31 - 1]], dtype=torch.int32)
-    out = torch.empty(indices.shape, dtype=torch.int32, device=device)
-    _run("physical_slots", backend, device, (indices, table, 16), (out,))
-    if not torch.equal(out.cpu(), exact.physical_slots(indices, table, 16)):
-        raise AssertionError("the slots differ from the reference's")
+    slots = functional.physical_slots(indices.to(device), table.to(device), 16, backend=backend)
+    _equal(slots, exact.physical_slots(indices, table, 16), "a slot")
 
 
 def _check_mla(backend: str, device: torch.device) -> None:
-    i = mla_inputs(3, 40, 20, 16, 576, dtype=torch.bfloat16)
-    for kv in (i["kv"], formats.pack_v32_kv(i["kv"].nan_to_num().float()[:, None])):
-        _check_attention("sparse_mla", backend, device, (i["q"], kv, i["indices"], 512), 512)
+    inputs = mla_inputs(3, 40, 20, 16, 576, dtype=torch.bfloat16)
+    _check_attention(functional.sparse_mla, backend, device, inputs)
+    packed = formats.pack_v32_kv(inputs["kv"].nan_to_num()[:, None])
+    kv = formats.unpack_v32_kv(packed, torch.float64)[:, 0]
+    _check_attention(functional.sparse_mla, backend, device, {**inputs, "kv": packed}, {"kv": kv})
 
 
 def _check_gqa(backend: str, device: torch.device) -> None:
-    i = gqa_inputs(3, 40, 8, 2, 16, 64, 64, dtype=torch.bfloat16)
-    _check_attention("sparse_gqa", backend, device, (i["q"], i["k"], i["v"], i["indices"]), 64)
+    inputs = gqa_inputs(3, 40, 8, 2, 16, 64, 64, dtype=torch.bfloat16)
+    _check_attention(functional.sparse_gqa, backend, device, inputs)
 
 
-def _check_attention(name: str, backend: str, device: torch.device, inputs: tuple, d_v: int) -> None:
-    q, options = inputs[0], (None,) * (5 if name == "sparse_mla" else 2)
-    out = torch.empty(*q.shape[:2], d_v, dtype=q.dtype, device=device)
-    wide = (x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-    expected, *expected_logits = getattr(exact, name)(*wide, 0.1, *options)
-    logits = [torch.empty(q.shape[:2], device=device) for _ in expected_logits]
-    _run(name, backend, device, (*inputs, 0.1, *options), (out, *logits))
-    assert_close(out.cpu(), expected)
-    for actual, right in zip(logits, expected_logits, strict=True):  # lse, and of sparse_mla max_logits
-        torch.testing.assert_close(actual.cpu().double(), right, rtol=1e-5, atol=1e-5)
+def _check_attention(
+    function: Callable,
+    backend: str,
+    device: torch.device,
+    inputs: dict[str, Tensor],
+    values: dict[str, Tensor] | None = None,  # what quantised inputs hold
+) -> None:
+    out, lse = function(**_on(device, inputs), return_lse=True, backend=backend)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()} | (values or {})
+    expected, expected_lse = function(**wide, return_lse=True, backend="reference")
+    assert_close(out.cpu(), expected, 1.5)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-4, atol=1e-4)
 
 
 def _check_merge(backend: str, device: torch.device) -> None:
@@ -268,52 +272,51 @@ def _check_merge(backend: str, device: torch.device) -> None:
     lses[0] = float("-inf")  # an empty part, whose output nobody reads
     outs[0] = float("nan")
     lses[:, 1] = float("-inf")
-    merged, lse = torch.empty(4, 8, 64, device=device), torch.empty(4, 8, device=device)
-    _run("merge_attention", backend, device, (outs, lses), (merged, lse))
+    merged, lse = functional.merge_attention(outs.to(device), lses.to(device), backend=backend)
     expected, expected_lse = exact.merge_attention(outs.double(), lses.double())
     assert_close(merged.cpu(), expected)
     assert_close(lse.cpu(), expected_lse)
 
 
-def _check_writer(name: str, width: int, pack: Callable[[Tensor], Tensor], backend: str, device) -> None:
-    """Rows that are neither normalised nor turned must come out as the packer's bytes."""
-    rows = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
-    slots = torch.tensor([3, 0, 1, 2, -1, 7, 6, 4], dtype=torch.int32)
-    kept = slots >= 0
-    values = torch.zeros(8, width)
-    values[slots[kept].long()] = rows[kept]
-    expected = pack(values.view(2, 4, width))
-    cache = pack(torch.zeros(2, 4, width)).to(device)
-    norm = (None, 1e-6) if name == "write_kv" else (None, None, 1e-6)
-    hadamard = () if name == "write_kv" else (False,)
-    options = (None, None, None, *hadamard, True, formats.FP8_MIN_SCALE)
-    _run(name, backend, device, (rows, slots, *norm, *options), (cache,))
-    if not torch.equal(cache.cpu(), expected):
-        raise AssertionError("the bytes differ from the packer's")
+SLOTS = torch.tensor([5, -1, 0, 31, 2**31 - 1])  # the second and the last do not exist
+
+
+def _check_writer(name: str, backend: str, device: torch.device) -> None:
+    pack = formats.pack_v32_kv if name == "write_kv" else formats.pack_index_k
+    rows = torch.randn(5, 576 if name == "write_kv" else 128, generator=torch.Generator().manual_seed(0))
+    cache = pack(torch.zeros(1, 32, rows.shape[1]))
+    written, options = cache.to(device, copy=True), {} if name == "write_kv" else {"hadamard": False}
+    getattr(functional, name)(rows.to(device), written, SLOTS.to(device), **options, backend=backend)
+    expected, packed = formats.views(cache), formats.views(pack(rows[None]))
+    for part, source in zip(expected, packed, strict=True):
+        part[0, [5, 0, 31]] = source[0, [0, 2, 3]]
+    _equal(written, cache, "a byte of the cache")
 
 
 def _check_index_q(backend: str, device: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
     q, weights = torch.randn(3, 4, 128, generator=g), torch.randn(3, 4, generator=g)
-    out = torch.empty(q.shape, dtype=torch.uint8, device=device)
-    out_weights = torch.empty(3, 4, device=device)
-    options = (None, None, None, False, True, formats.FP8_MIN_SCALE)
-    _run("quantise_index_q", backend, device, (q, weights, *options), (out, out_weights))
+    packed, scaled = functional.quantise_index_q(
+        q.to(device), weights.to(device), hadamard=False, backend=backend
+    )
     keys, scales = formats.index_k_views(formats.pack_index_k(q))
-    if not torch.equal(out.cpu(), keys.view(torch.uint8)):
-        raise AssertionError("the bytes differ from the packer's")
-    torch.testing.assert_close(out_weights.cpu(), weights * scales)
+    _equal(packed.view(torch.uint8), keys.view(torch.uint8), "a byte")
+    torch.testing.assert_close(scaled.cpu(), weights * scales)
+
+
+def _equal(actual: Tensor, expected: Tensor, what: str) -> None:
+    if not torch.equal(actual.cpu(), expected):
+        raise AssertionError(f"{what} differs from the reference's")
 
 
 CHECKS: dict[str, Check] = {
     **{n: functools.partial(_check_index, n) for n in ("index_logits", "select_topk", "lightning_topk")},
     "physical_slots": _check_slots,
-    "write_kv": functools.partial(_check_writer, "write_kv", 576, formats.pack_v32_kv),
-    "write_index_k": functools.partial(_check_writer, "write_index_k", 128, formats.pack_index_k),
-    "quantise_index_q": _check_index_q,
     "sparse_mla": _check_mla,
     "sparse_gqa": _check_gqa,
     "merge_attention": _check_merge,
+    **{n: functools.partial(_check_writer, n) for n in ("write_kv", "write_index_k")},
+    "quantise_index_q": _check_index_q,
 }
 
 

@@ -2,7 +2,7 @@
 
     cd tests && TRITON_INTERPRET=1 python -m pytest -p interpreter interpreted
 
-It repairs what is wrong up to Triton 3.9: `tl.dot` multiplies the bit patterns of bf16 operands,
+It repairs what is wrong up to Triton 3.9: `tl.dot` multiplies the bit patterns of bf16 and e4m3 operands,
 fp32 -> bf16 truncates, e4m3 has no NaN, and `tl.map_elementwise` is missing. It also checks every load
 and store: each address must be that of an element of a tensor argument, and neither two programs nor two
 lanes of one store may write the same address.
@@ -33,13 +33,15 @@ def pytest_configure() -> None:
 def _repair_types() -> None:
     dot, cast, convert = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp
 
-    def fp32(bits: np.ndarray) -> np.ndarray:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+    def fp32(x: TensorHandle) -> np.ndarray:
+        if x.dtype.scalar == tl.bfloat16:
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        return torch.from_numpy(np.ascontiguousarray(x.data)).view(torch.float8_e4m3fn).float().numpy()
 
     def create_dot(self, a, b, d, *args):
-        if a.dtype.scalar != tl.bfloat16:
+        if a.dtype.scalar not in (tl.bfloat16, tl.float8e4nv):
             return dot(self, a, b, d, *args)
-        return TensorHandle(np.matmul(fp32(a.data), fp32(b.data)) + d.data, d.dtype.scalar)
+        return TensorHandle(np.matmul(fp32(a), fp32(b)) + d.data, d.dtype.scalar)
 
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float8e4nv:  # its NaN

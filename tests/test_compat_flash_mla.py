@@ -1,7 +1,9 @@
 """compat.flash_mla beyond the conformance suite: the bits of the functions below it, and its errors."""
 
 import inspect
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,10 @@ def test_prefill_wants_one_kv_head():
         flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.1)
     with pytest.raises(ValueError, match=r"indices: expected shape \[s_q=3, 1, topk\], got \[3, 6\]"):
         flash_mla.flash_mla_sparse_fwd(q, kv[:, :1], indices[:, 0], 0.1)
+
+
+def test_the_benchmark_compares_equals():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "compat.py"))
+    for name, functions in script["cases"]():
+        results = [function() for function in functions.values()]
+        assert all(torch.equal(results[0], other) for other in results), name

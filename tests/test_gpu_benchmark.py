@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sparse_attn import reference
 from sparse_attn.bench import gpu, timing
+from sparse_attn.compat import flash_mla as compat
 from sparse_attn.testing import assert_close, relative_error
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -115,7 +116,7 @@ def test_a_peer_that_cannot_run_is_named(console, tmp_path):
     def broken():
         raise RuntimeError("not built for sm_75\nand more")
 
-    case = gpu.Case("", {"ours": lambda: torch.ones(2), "peer": broken}, lambda: None)
+    case = gpu.Case({"ours": lambda: torch.ones(2), "peer": broken}, lambda: None)
     line = gpu.measure(lambda: case, 1, timing.cpu_clock)
     assert list(line["seconds"]) == ["ours"] and line["failed"] == {
         "peer": "RuntimeError: not built for sm_75"
@@ -162,11 +163,35 @@ def test_flash_mla_is_called_as_documented(monkeypatch):
         out, lse, max_logits = reference.sparse_mla(*wide, indices[:, 0], d_v, sm_scale)
         return out, max_logits, lse
 
-    install(monkeypatch, flash_mla={"flash_mla_sparse_fwd": flash_mla_sparse_fwd})
+    paged = {name: getattr(compat, name) for name in ("flash_mla_with_kvcache", "get_mla_metadata")}
+    install(monkeypatch, flash_mla={"flash_mla_sparse_fwd": flash_mla_sparse_fwd, **paged})
     for group, case in cases().items():
         if "MLA" in group:
             functions = case.functions
             assert_close(functions["attend"](), functions["attend, FlashMLA"](), factor=2.5)
+            assert torch.equal(functions["attend, fp8 cache"](), functions["attend, FlashMLA fp8 cache"]())
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1])
+def test_the_warp_specialised_kernel_is_judged_apart(console, monkeypatch, wrong):
+    right = gpu.sparse_mla
+
+    def sparse_mla(*args, variant=None, **options):
+        return right(*args, **options) * (1 + wrong if variant else 1)
+
+    monkeypatch.setattr(gpu, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(gpu, "sparse_mla", sparse_mla)
+    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, "MLA prefill")
+    name = "attend, warp-specialised"
+    assert (name in line["failed"]) == (wrong > 0) and (name in line["seconds"]) == (wrong == 0)
+    assert "attend" in line["seconds"]
+
+
+def test_a_wrong_fp8_attention_is_not_timed(console, monkeypatch):
+    monkeypatch.setattr(gpu, "_packed", lambda kv: gpu.pack_v32_kv(kv).unflatten(0, (-1, 64)).flip(1))
+    monkeypatch.setattr(gpu, "unpack_v32_kv", lambda rows, dtype: torch.zeros(len(rows), 576, dtype=dtype))
+    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, "MLA prefill")
+    assert line["seconds"] == {} and "exceeds the budget" in line["not_timed"]
 
 
 def test_flashinfer_is_called_as_documented(monkeypatch):

@@ -265,6 +265,55 @@ def test_the_workspace_never_changes_the_selection(backend, device, workspace_by
     assert torch.equal(again, indices)
 
 
+def test_every_way_to_the_same_logits_selects_the_same(backend, device):
+    """Small integers, exact in every format: dtypes, pages, chunks, prefill and decode give one selection."""
+    g = torch.Generator().manual_seed(0)
+    allowed = torch.tensor([-6.0, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6])  # of e2m1 too
+    q, k = (allowed[torch.randint(0, 11, shape, generator=g)] for shape in ((5, 3, 128), (90, 128)))
+    k[:, 1:] *= (torch.rand(90, 1, generator=g) < 0.3).float()  # most keys differ in one value: many ties
+    weights = torch.randint(-3, 4, (5, 3), generator=g).float()
+    ks, ke = (torch.tensor(x, dtype=torch.int32) for x in ([0, 0, 17, 80, 5], [90, 40, 77, 70, 99]))
+    expected = reference.lightning_topk(q, k, weights, 12, ks, ke)
+    logits = reference.index_logits(q, k, weights, ks, ke)
+    assert (logits.sort().values.diff() == 0).any(1)[[0, 1, 2, 4]].all()
+
+    scales = torch.ones(90)
+    e2m1 = torch.empty(5, 3, 64, dtype=torch.uint8), torch.empty(90, 64, dtype=torch.uint8)
+    for packed, x in zip(e2m1, (q, k), strict=True):
+        packed.copy_(formats.to_e2m1(x))
+    units = (
+        torch.full((5, 3), 0x7F7F7F7F, dtype=torch.int32),
+        torch.full((90,), 0x7F7F7F7F, dtype=torch.int32),
+    )
+    e4m3 = formats.to_e4m3(q), formats.to_e4m3(k)
+    operands = [
+        *((q.to(dtype), k.to(dtype), {}) for dtype in FLOATS),
+        *((x, e4m3[1], {"k_scale": scales}) for x in (q.bfloat16(), e4m3[0])),
+        (e2m1[0], e2m1[1], {"q_scale": units[0], "k_scale": units[1]}),
+        (e2m1[0], e4m3[1], {"q_scale": units[0], "k_scale": scales}),
+        (e4m3[0], e2m1[1], {"k_scale": units[1]}),
+    ]
+    pages = torch.randperm(6, generator=g)
+    for q, k, options in operands:
+        slots = (pages[:, None] * 15 + torch.arange(15)).flatten()
+        in_pages = {"block_table": pages.argsort()[None].int()}
+        if "k_scale" in options:
+            in_pages["k_scale"] = options["k_scale"][slots].view(6, 15)
+        for keys, more in ((k, {}), (k.view(torch.uint8)[slots].view(k.dtype).view(6, 15, -1), in_pages)):
+            arguments = {"q": q, "k": keys, "weights": weights, "ks": ks, "ke": ke, **options, **more}
+            arguments = {name: x.to(device) for name, x in arguments.items()}
+            whole = sparse_attn.lightning_topk(**arguments, topk=12, backend=backend)
+            assert torch.equal(whole.cpu(), expected)
+            for t in (1, 3):
+                one = {
+                    n: arguments[n][t, None]
+                    for n in ("q", "weights", "ks", "ke", "q_scale")
+                    if n in arguments
+                }
+                decoded = sparse_attn.lightning_topk(**{**arguments, **one}, topk=12, backend=backend)
+                assert torch.equal(decoded.cpu(), expected[t, None])
+
+
 def test_slots_by_hand(backend, device):
     indices = torch.tensor([[0, 5, -1, 8, INT_MIN], [3, 4, 7, 11, INT_MAX]], dtype=torch.int32, device=device)
     table = torch.tensor([[9, 2], [-3, INT_MAX]], dtype=torch.int32, device=device)

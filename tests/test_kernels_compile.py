@@ -57,8 +57,22 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
         assert row.loop_spills == 0
         if row.work is not None:
             assert {opcode.partition(".")[0] for opcode in row.matrix} <= expected_opcodes(row)
-            assert 1 <= row.work < 1.05  # no product twice, as when warpgroups all compute the same scores
+            # No product twice, as when warpgroups all compute the same scores.
+            assert 1 <= row.work < REPEATED.get((row.case, arch), 1.05)
             assert {"LDGSTS 16", "LDG 16"} & row.loads.keys()  # rows are gathered 16 bytes at a time
+        if row.kernel in GATHERING and not waits(row):
+            assert row.ahead > 0 or min(row.blocks.values()) > 1  # something computes while rows are gathered
+
+
+GATHERING = "_sparse_mla_kernel", "_sparse_gqa_kernel"
+# Where larger tiles spill: the scores of 16 keys and 16 heads are two tiles of mma.sync, for four warps.
+REPEATED = {("16 heads, 656 bytes", 120): 1.6}
+
+
+def waits(row):
+    """fp32, which is no matter of speed; and two tiles for wgmma, which leave no room for one in flight."""
+    wgmma = row.kernel == "_sparse_mla_kernel" and "HGMMA.64x32x16" in row.matrix
+    return "fp32" in row.case or wgmma
 
 
 def test_no_kernel_is_worse_than_its_budget(rows):

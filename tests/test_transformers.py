@@ -515,7 +515,7 @@ def test_the_benchmark_compares_and_times(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--threads", str(torch.get_num_threads())])
     runpy.run_path(str(script), run_name="__main__")
     decode, prefill = map(json.loads, record.read_text().splitlines())
-    assert decode["case"] == "decode at 2,100 (dynamic)" and prefill["case"] == "prefill of 64"
+    assert decode["case"] == "decode at 2,100" and prefill["case"] == "prefill of 64"
     for row in (decode, prefill):
         assert 0 < row["difference"] < 1e-4
         assert row["sparse_attn_seconds"]["median"] > 0

@@ -81,6 +81,11 @@ def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> tuple:
     return empty(s_q, s_kv, dtype=FP32), topk, int32(s_q), int32(s_q), int32(s_q, topk)
 
 
+def lightning(h, *formats, **options) -> tuple:
+    q, k, weights, ks, ke, *rest, out = index(h, *formats, **options)
+    return q, k, weights, TOPK, ks, ke, *rest, 1 << 28, int32(len(out), TOPK)
+
+
 def slots(page_size=64) -> tuple:
     return int32(S_Q, TOPK), int32(S_Q, S_KV // page_size), page_size, int32(S_Q, TOPK)
 
@@ -126,6 +131,8 @@ CASES = [
     Case("index_logits", "4 heads x 64", index(4, d=64)),
     Case("select_topk", "512 rows", select(), quick=(80, 90)),
     Case("select_topk", "1 long row", select(1, 1 << 20)),
+    Case("lightning_topk", "64 heads, fp8, paged", lightning(64, E4M3, paged_rows=2)),
+    Case("lightning_topk", "64 heads, 1 query", lightning(64, s_q=1, s_kv=1 << 20)),
     Case("physical_slots", "k 2048", slots(), quick=(80,)),
     Case("write_kv", "656 bytes", written_kv(656), quick=(80, 90)),
     Case("write_kv", "584 bytes", written_kv(584)),

@@ -18,16 +18,19 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from .. import reference
+from ..formats import index_k_views, pack_index_k, pack_v32_kv, unpack_v32_kv
 from ..functional import (
     index_logits,
     lightning_topk,
     merge_attention,
+    quantise_index_q,
     select_topk,
     sparse_gqa,
     sparse_mla,
+    write_index_k,
+    write_kv,
 )
-from ..testing import assert_close
-from .compare import Case
+from ..testing import assert_close, assert_logits_close
 from .timing import Clock, interleaved
 
 PAGE_SIZE = 64
@@ -50,6 +53,13 @@ FULL = Sizes((8192, 32768, 131072), (1, 32), (1024, 32768), (1, 64, 1024), 2048,
 TINY = Sizes((128,), (2,), (5, 128), (3,), 16, 4, 4, (4, 2))
 
 Functions = dict[str, Callable[[], Tensor]]
+
+
+class Case(NamedTuple):
+    functions: Functions  # by name, ours first
+    check: Callable[[], None]  # raises if ours is wrong
+
+
 Cases = Iterator[tuple[str, Callable[[], Case]]]  # a name, and what makes the tensors
 
 
@@ -191,36 +201,59 @@ def _mla(
         return sparse_mla(q, kv, indices, softmax_scale=MLA_SCALE)
 
     logits, indices = score(), select()
+    packed = _packed(kv)
+    t = sorted({0, len(q) - 1})  # queries that are checked
+
+    def attend_fp8() -> Tensor:
+        return sparse_mla(q, packed, indices, softmax_scale=MLA_SCALE)
+
+    def exact(rows: Tensor, gathered: Tensor) -> Tensor:
+        return reference.sparse_mla(q[t].double(), gathered, rows, 512, MLA_SCALE)[0]
+
+    @cache
+    def warp_specialised() -> Callable[[], Tensor]:  # where it is wrong the others are timed nonetheless
+        function = partial(sparse_mla, q, kv, indices, softmax_scale=MLA_SCALE, variant="warp_specialized")
+        assert_close(function()[t], exact(*_rows(indices[t], kv)), FACTOR)
+        return function
 
     def check() -> None:
-        t = sorted({0, len(q) - 1})
         table, keys = (None, index[1]) if block_table is None else _pages(block_table[t], index[1])
-        exact = reference.index_logits(
-            index[0][t].double(), keys.double(), weights[t].double(), *(x[t] for x in ranges), table
-        )
-        assert_close(logits[t], exact)
+        scored = index[0][t].double(), keys.double(), weights[t].double(), *(x[t] for x in ranges)
+        assert_close(logits[t], reference.index_logits(*scored, block_table=table))
         selected = reference.select_topk(logits, topk, *ranges)
         if first_row is not None:
             selected = torch.where(selected < 0, -1, selected + first_row)
         assert torch.equal(indices, selected), "the selection differs from the reference's"
-        rows, gathered = _rows(indices[t], kv)
-        exact, *_ = reference.sparse_mla(q[t].double(), gathered, rows, 512, MLA_SCALE)
-        assert_close(attend(indices)[t], exact, FACTOR)
+        assert_close(attend(indices)[t], exact(*_rows(indices[t], kv)), FACTOR)
+        rows, gathered = _rows(indices[t], packed.flatten(0, 1))
+        assert_close(attend_fp8()[t], exact(rows, unpack_v32_kv(gathered, torch.float64)), FACTOR)
 
     def flash_mla() -> Tensor:
         from flash_mla import flash_mla_sparse_fwd
 
         return flash_mla_sparse_fwd(q, kv[:, None], indices[:, None], MLA_SCALE)[0]
 
+    @cache
+    def flash_mla_fp8() -> Callable[[], Tensor]:
+        from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+        inputs = q[:, None], packed[:, :, None], None, None, 512, *get_mla_metadata(), MLA_SCALE, False, True
+        return lambda: flash_mla_with_kvcache(*inputs, indices[:, None])[0].flatten(0, 1)
+
     functions = {
         "indexer + top-k + attend": lambda: attend(select()),
         "indexer": score,
         "top-k": lambda: select_topk(logits, topk, *ranges),
         "attend": lambda: attend(indices),
-        **_if_installed("flash_mla", {"attend, FlashMLA": flash_mla}),
+        "attend, fp8 cache": attend_fp8,
+        **({"attend, warp-specialised": lambda: warp_specialised()()} if _is_hopper(q.device) else {}),
+        **_if_installed(
+            "flash_mla",
+            {"attend, FlashMLA": flash_mla, "attend, FlashMLA fp8 cache": lambda: flash_mla_fp8()()},
+        ),
         **peers,
     }
-    return Case("", functions, check)
+    return Case(functions, check)
 
 
 def gqa_decode(sizes: Sizes, device: torch.device) -> Cases:
@@ -282,7 +315,7 @@ def _gqa(topk: int, q: Tensor, k: Tensor, v: Tensor, ke: Tensor, first_row: Tens
         exact, _ = reference.sparse_gqa(q[t].double(), *gathered, rows, GQA_SCALE)
         assert_close(ours()[t], exact, FACTOR)
 
-    return Case("", {"sparse_gqa": ours, **peers}, check)
+    return Case({"sparse_gqa": ours, **peers}, check)
 
 
 def top_k(sizes: Sizes, device: torch.device) -> Cases:
@@ -304,7 +337,7 @@ def _top_k(topk: int, rows: int, context: int, device: torch.device) -> Case:
         assert torch.equal(ours(), expected), "the selection differs from the reference's"
 
     peers = {"torch.topk, unordered": lambda: logits.topk(topk, sorted=False).indices}
-    return Case("", {"select_topk": ours, **peers}, check)
+    return Case({"select_topk": ours, **peers}, check)
 
 
 def merge(sizes: Sizes, device: torch.device) -> Cases:
@@ -322,7 +355,85 @@ def _merge(heads: int, batch: int, device: torch.device) -> Case:
         assert_close(ours(), reference.merge_attention(outs.double(), lses.double())[0])
 
     peers = {"torch": lambda: (lses.softmax(0)[..., None] * outs).sum(0)}
-    return Case("", {"merge_attention": ours, **peers}, check)
+    return Case({"merge_attention": ours, **peers}, check)
+
+
+def fp8_indexer(sizes: Sizes, device: torch.device) -> Cases:
+    for batch in sizes.batches:
+        for context in sizes.contexts:
+            yield f"{batch} x {context:,}", partial(_fp8_indexer, sizes, device, batch, context)
+
+
+def _fp8_indexer(sizes: Sizes, device: torch.device, batch: int, context: int) -> Case:
+    """Decode over paged keys: fp8 queries and keys, bf16 queries and fp8 keys, and both in bf16."""
+    n = batch * context // PAGE_SIZE
+    q, weights = _normal(device, batch, sizes.index_heads, 128), torch.randn(batch, sizes.index_heads)
+    weights = weights.to(device)
+    k, table = _normal(device, n, PAGE_SIZE, 128), torch.randperm(n, device=device).int().view(batch, -1)
+    packed = pack_index_k(k)
+    codes, folded = quantise_index_q(q, weights, hadamard=False)
+    ke = torch.full((batch,), context, dtype=torch.int32, device=device)
+    ks = torch.zeros_like(ke)
+
+    def score(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+        return index_logits(q, k, weights, ks, ke, block_table=table)
+
+    def check() -> None:
+        t = sorted({0, batch - 1})
+        pages = table[t].flatten().long()
+        own = torch.arange(len(pages), dtype=torch.int32, device=device).view(len(t), -1)
+        values, scales = (part[pages] for part in index_k_views(packed))
+        scored = {"weights": folded[t], "ks": ks[t], "ke": ke[t], "block_table": own}
+        assert_logits_close(score(codes, packed, folded)[t], codes[t], values, k_scale=scales, **scored)
+
+    functions = {
+        "index_logits": lambda: score(codes, packed, folded),
+        "index_logits, bf16 queries": lambda: score(q, packed, weights),
+        "index_logits, bf16": lambda: score(q, k, weights),
+        "lightning_topk": lambda: lightning_topk(
+            codes, packed, folded, sizes.topk, ks, ke, block_table=table
+        ),
+    }
+    return Case(functions, check)
+
+
+def writers(sizes: Sizes, device: torch.device) -> Cases:
+    tokens, _ = sizes.prefill
+    yield f"{tokens:,} tokens", partial(_writers, sizes.index_heads, tokens, device)
+
+
+def _writers(heads: int, tokens: int, device: torch.device) -> Case:
+    """New tokens of one layer into its caches; a peer does the same in torch."""
+    kv, k, q = (_normal(device, tokens, *shape) for shape in ((576,), (128,), (heads, 128)))
+    norm, weights = _normal(device, 512), torch.randn(tokens, heads, device=device)
+    angle = torch.randn(tokens, 32, device=device)
+    turn = {"cos": angle.cos(), "sin": angle.sin()}
+    slots = torch.randperm(tokens, device=device)
+    n = -(-tokens // PAGE_SIZE)
+    caches = [torch.zeros(n, PAGE_SIZE, size, dtype=torch.uint8, device=device) for size in (656, 132)]
+
+    def latents(backend: str = "auto") -> Tensor:
+        write_kv(kv, caches[0], slots, norm_weight=norm, **turn, pairing="interleaved", backend=backend)
+        return caches[0]
+
+    def keys(backend: str = "auto") -> Tensor:
+        layer_norm = {"norm_weight": norm[:128], "norm_bias": norm[128:256]}
+        write_index_k(k, caches[1], slots, **layer_norm, **turn, pairing="half", backend=backend)
+        return caches[1]
+
+    def check() -> None:
+        for write in (latents, keys):  # sums of another order may round a few values to a neighbour
+            ours, expected = write().clone(), write("reference")
+            assert (ours != expected).float().mean() < 1e-2, "the bytes differ from the reference's"
+
+    functions = {
+        "write_kv": latents,
+        "write_index_k": keys,
+        "quantise_index_q": lambda: quantise_index_q(q, weights, **turn, pairing="half")[0],
+        "write_kv, torch": partial(latents, "reference"),
+        "write_index_k, torch": partial(keys, "reference"),
+    }
+    return Case(functions, check)
 
 
 GROUPS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
@@ -332,6 +443,8 @@ GROUPS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "GQA prefill": gqa_prefill,
     "select_topk": top_k,
     "merge_attention": merge,
+    "fp8 indexer": fp8_indexer,
+    "writers": writers,
 }
 
 
@@ -343,7 +456,17 @@ def _rows(indices: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
     """Indices into the selected rows alone, and those rows in fp64: whole caches would not fit."""
     places = torch.arange(indices.numel(), dtype=torch.int32, device=indices.device).view_as(indices)
     slots = indices.clamp(min=0).flatten().long()
-    return torch.where(indices < 0, -1, places), *(cache[slots].double() for cache in caches)
+    rows = (cache[slots] for cache in caches)
+    return torch.where(indices < 0, -1, places), *(r if r.dtype == torch.uint8 else r.double() for r in rows)
+
+
+def _packed(kv: Tensor) -> Tensor:
+    """In pages of 656 bytes a token, made in parts: the fp32 copies of a whole cache would not fit."""
+    return torch.cat([pack_v32_kv(part) for part in kv.split(1 << 18)]).unflatten(0, (-1, PAGE_SIZE))
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _pages(table: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:

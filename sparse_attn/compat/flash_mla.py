@@ -150,9 +150,10 @@ def flash_mla_with_kvcache(
         extra_k_cache = _cache("extra_k_cache", extra_k_cache, is_fp8_kvcache, dims, q)
     if num_splits is not None:
         raise ValueError(f"num_splits: expected None, got {type(num_splits).__name__}")
-    caches = _size(k_cache, 1), _size(indices, -1)
-    caches += _size(extra_k_cache, 1), _size(extra_indices_in_kvcache, -1)
-    config = (batch, s_q, h_q, *caches, bool(causal), bool(is_fp8_kvcache))
+    selected = _indices("indices", indices, dims, q)
+    extra_selected = _indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q)
+    sizes = _size(k_cache), _size(selected), _size(extra_k_cache), _size(extra_selected)
+    config = (batch, s_q, h_q, *sizes, bool(causal), bool(is_fp8_kvcache))
     _check_metadata(tile_scheduler_metadata, config)
 
     queries = q.flatten(0, 1)
@@ -171,11 +172,11 @@ def flash_mla_with_kvcache(
         out, lse = sparse_mla(
             queries,
             k_cache,
-            _indices("indices", indices, dims, q),
+            selected,
             topk_length=_lengths("topk_length", topk_length, dims, q),
             attn_sink=attn_sink,
             extra_kv=extra_k_cache,
-            extra_indices=_indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q),
+            extra_indices=extra_selected,
             extra_topk_length=_lengths("extra_topk_length", extra_topk_length, dims, q),
             **options,
         )
@@ -214,8 +215,9 @@ def _cache(name: str, cache: Tensor, is_fp8: bool, dims: dict[str, int], q: Tens
     return cache.view(torch.uint8)
 
 
-def _size(tensor: Tensor | None, dim: int) -> int | None:
-    return None if tensor is None else tensor.shape[dim]
+def _size(tensor: Tensor | None) -> int | None:
+    """page_size of a cache, topk of indices."""
+    return None if tensor is None else tensor.shape[1]
 
 
 def _indices(name: str, indices: Tensor | None, dims: dict[str, int], q: Tensor) -> Tensor | None:

@@ -254,24 +254,58 @@ def test_tokens_of_656_bytes_may_lie_in_any_pages():
         assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
 
 
+@pytest.mark.parametrize("forms", ["e4m3 e4m3", "bf16 e4m3", "e2m1 e2m1", "e4m3 e2m1"])
+@pytest.mark.parametrize("heads, page_size", [(5, None), (70, 48)])
+def test_quantised_index_configurations(architecture, forms, heads, page_size):
+    """The e4m3 product of sm_89 and newer, and everything that is decoded before."""
+    inputs, table = index_inputs(5, 300, heads, 128, dtype=torch.bfloat16), None
+    for name, form in zip("qk", forms.split(), strict=True):
+        x = inputs[name]
+        if form == "e4m3":
+            inputs[name] = formats.to_e4m3(x.float())
+            if name == "k":
+                inputs["k_scale"] = torch.rand(300) + 0.1
+        elif form == "e2m1":
+            values = torch.empty(*x.shape[:-1], 64, dtype=torch.uint8)
+            inputs[f"{name}_scale"] = torch.empty(*x.shape[:-1], 4, dtype=torch.uint8)
+            formats.quantise(x, values, inputs[f"{name}_scale"], min_scale=1e-9)
+            inputs[name] = values
+    if page_size:
+        pages = -(-300 // page_size)
+        order = torch.randperm(pages)
+        for name in ("k", "k_scale"):
+            codes = inputs[name].contiguous().view(300, -1).view(torch.uint8)
+            paged = codes.new_full((pages * page_size, codes.shape[1]), 0xFF)  # NaN
+            paged[:300] = codes
+            paged = paged.view(inputs[name].dtype).view(pages, page_size, *inputs[name].shape[1:])
+            inputs[name] = paged.view(torch.uint8)[order.argsort()].view(paged.dtype)
+        table = torch.cat([order, torch.tensor([-1, pages, INT_MAX])])[None].int()
+        inputs["ke"].clamp_(max=300)
+    run_index(inputs, table)
+
+
 # Several programs a query: their number comes from shapes and the device alone.
 
 
 def test_number_of_splits():
-    def splits(programs, tiles, multiprocessors):
+    def splits(programs, tiles, multiprocessors, block_n=64, blocks=1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
-            return configs.split_count(programs, tiles, torch.device("cuda"))
+            return configs.split_count(programs, tiles, block_n, torch.device("cuda"), blocks)
 
     assert splits(1, 32, 108) == 16  # two tiles each
     assert splits(10, 32, 108) == 8  # ten were possible, but two of them would be idle
     assert splits(60, 32, 108) == 1
+    assert splits(1, 128, 108, block_n=16) == 16  # 128 keys each
+    assert splits(27, 32, 108, blocks=2) == 8 and splits(27, 32, 108) == 4
     assert splits(1, 3, 108) == splits(1, 0, 108) == splits(500, 32, 108) == 1
     for programs in range(1, 120, 7):
         for tiles in range(40):
             n = splits(programs, tiles, 108)
             share = -(-tiles // n)
-            assert n == 1 or (share >= configs.MIN_TILES and (n - 1) * share < tiles and programs * n <= 108)
+            assert n == 1 or (
+                share * 64 >= configs.MIN_KEYS and (n - 1) * share < tiles and programs * n <= 108
+            )
 
 
 @pytest.fixture(params=[1, 6, 24, 1000])
