@@ -518,9 +518,11 @@ def _check(
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor [{_named(spec, dims)}], got {type(tensor).__name__}")
-    axes = spec.split()
-    shape = tensor.shape
-    if len(shape) != len(axes) or any(_size(a, dims, n) != n for a, n in zip(axes, shape, strict=True)):
+    axes, shape = spec.split(), tensor.shape
+    fits = len(axes) == len(shape)
+    for axis, n in zip(axes, shape, strict=False):  # a generator would cost more than the rest of a check
+        fits = fits and n == (int(axis) if axis.isdigit() else dims.get(axis, n))
+    if not fits:
         raise ValueError(f"{name}: expected shape [{_named(spec, dims)}], got {list(shape)}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -528,10 +530,6 @@ def _check(
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
     dims.update(zip(axes, shape, strict=True))
-
-
-def _size(axis: str, dims: dict[str, int], default: int) -> int:
-    return int(axis) if axis.isdigit() else dims.get(axis, default)
 
 
 def _named(spec: str, dims: dict[str, int]) -> str:

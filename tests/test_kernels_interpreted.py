@@ -12,7 +12,8 @@ TESTS = Path(__file__).resolve().parent
 
 
 @pytest.mark.parametrize(
-    "tests", ["interpreted", "test_index.py", "test_sparse_attention.py", "test_writers.py"]
+    "tests",
+    ["interpreted", "test_index.py", "test_sparse_attention.py", "test_writers.py", "test_conformance.py"],
 )
 def test_in_the_interpreter(tests):
     done = subprocess.run(

@@ -152,11 +152,8 @@ def flash_mla_with_kvcache(
         raise ValueError(f"num_splits: expected None, got {type(num_splits).__name__}")
     selected = _indices("indices", indices, dims, q)
     extra_selected = _indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q)
-    config = _Config(
-        *(batch, s_q, h_q, _size(k_cache, 1), _size(indices, 2)),
-        *(_size(extra_k_cache, 1), _size(extra_indices_in_kvcache, 2)),
-        *(bool(causal), bool(is_fp8_kvcache)),
-    )
+    sizes = _size(k_cache), _size(selected), _size(extra_k_cache), _size(extra_selected)
+    config = (batch, s_q, h_q, *sizes, bool(causal), bool(is_fp8_kvcache))
     _check_metadata(tile_scheduler_metadata, config)
 
     queries = q.flatten(0, 1)
@@ -183,6 +180,8 @@ def flash_mla_with_kvcache(
             extra_topk_length=_lengths("extra_topk_length", extra_topk_length, dims, q),
             **options,
         )
+    if tile_scheduler_metadata.config is None:  # only now: a call that was refused leaves no trace
+        tile_scheduler_metadata.config = _Config(*config)
     lse = _plus_infinity_if_lonely(lse)
     return out.view(batch, s_q, h_q, head_dim_v), lse.view(batch, s_q, h_q).transpose(1, 2)
 
@@ -216,8 +215,9 @@ def _cache(name: str, cache: Tensor, is_fp8: bool, dims: dict[str, int], q: Tens
     return cache.view(torch.uint8)
 
 
-def _size(tensor: Tensor | None, dim: int) -> int | None:
-    return None if tensor is None else tensor.shape[dim]
+def _size(tensor: Tensor | None) -> int | None:
+    """page_size of a cache, topk of indices."""
+    return None if tensor is None else tensor.shape[1]
 
 
 def _indices(name: str, indices: Tensor | None, dims: dict[str, int], q: Tensor) -> Tensor | None:
@@ -236,17 +236,16 @@ def _lengths(name: str, lengths: Tensor | None, dims: dict[str, int], q: Tensor)
     return lengths.repeat_interleave(dims["s_q"]) if dims["s_q"] != 1 else lengths
 
 
-def _check_metadata(metadata: FlashMLASchedMeta, config: _Config) -> None:
+def _check_metadata(metadata: FlashMLASchedMeta, config: tuple) -> None:
     if not isinstance(metadata, FlashMLASchedMeta):
         raise TypeError(
             "tile_scheduler_metadata: expected what get_mla_metadata of this module returns first, "
             f"got {type(metadata).__name__}"
         )
-    if metadata.config is None:
-        metadata.config = config
-    elif metadata.config != config:
+    if metadata.config not in (None, config):
         raise ValueError(
-            f"tile_scheduler_metadata: expected calls of one configuration, {metadata.config}; got {config}"
+            f"tile_scheduler_metadata: expected calls of one configuration, {tuple(metadata.config)} as "
+            f"{_Config._fields}, got {config}"
         )
 
 

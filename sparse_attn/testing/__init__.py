@@ -2,6 +2,8 @@
 
 The inputs are hostile by default: rows that nobody selected hold NaN, index rows contain invalid
 entries of every kind, tensors may be non-contiguous. Comparisons take the fp64 reference as truth.
+
+:mod:`sparse_attn.testing.conformance` puts modules with FlashMLA's or DeepGEMM's functions to the test.
 """
 
 import torch

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 Arguments = dict[str, Any]
 Wrapper = Callable[[Callable[..., Any], Arguments], Any]  # (right function, keyword arguments) -> result
 
@@ -53,3 +56,9 @@ def refuse(condition: bool) -> None:
     """For :func:`before`: raise, as a function does that does not take such arguments."""
     if condition:
         raise NotImplementedError
+
+
+def pages_in_order(block_table: Tensor) -> Tensor:
+    """The table of those who take a paged cache for a contiguous one."""
+    pages = torch.arange(block_table.numel(), dtype=torch.int32, device=block_table.device)
+    return pages.view_as(block_table)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import formats
-from . import Variant, Wrapper, after, before, drop, only_if, refuse
+from . import Variant, Wrapper, after, before, drop, only_if, pages_in_order, refuse
 
 INF = float("inf")
 ONES = 0x7F7F7F7F  # four ue8m0 scales of 1
@@ -135,9 +135,7 @@ PAGED: list[tuple[str, Wrapper, str]] = [
     ),
     (
         "the block table has no effect",
-        before(
-            lambda a: {"block_table": torch.arange(a["block_table"].numel()).view_as(a["block_table"]).int()}
-        ),
+        before(lambda a: {"block_table": pages_in_order(a["block_table"])}),
         "paged_follows_the_block_table",
     ),
     (

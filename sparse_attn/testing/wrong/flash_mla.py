@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import formats
-from . import Arguments, Variant, Wrapper, after, before, drop, only_if, refuse
+from . import Arguments, Variant, Wrapper, after, before, drop, only_if, pages_in_order, refuse
 
 INF, NAN, LN_2 = float("inf"), float("nan"), log(2)
 
@@ -251,7 +251,7 @@ DECODE: list[tuple[str, Wrapper, str]] = [
         "dense: the block table has no effect",
         only_if(
             "block_table",
-            lambda a: {"block_table": torch.arange(a["block_table"].numel()).view_as(a["block_table"]).int()},
+            lambda a: {"block_table": pages_in_order(a["block_table"])},
         ),
         "dense_decode_follows_the_block_table",
     ),

@@ -1,0 +1,186 @@
+"""compat.flash_mla beyond the conformance suite: the bits of the functions below it, and its errors."""
+
+import inspect
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_attn import formats, sparse_mla
+from sparse_attn.compat import flash_mla
+from sparse_attn.testing import INT_MAX, INT_MIN
+
+PARAMETERS = {
+    "flash_mla_sparse_fwd": "q kv indices sm_scale d_v attn_sink topk_length",
+    "flash_mla_with_kvcache": "q k_cache block_table cache_seqlens head_dim_v tile_scheduler_metadata "
+    "num_splits softmax_scale causal is_fp8_kvcache indices attn_sink extra_k_cache "
+    "extra_indices_in_kvcache topk_length extra_topk_length",
+    "get_mla_metadata": "args kwargs",
+}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.fixture
+def decode():
+    """Keyword arguments of a sparse decode that is right: 2 sequences, 2 queries each, 4 heads."""
+    g = torch.Generator().manual_seed(0)
+    return {
+        "q": torch.randn(2, 2, 4, 576, generator=g).bfloat16(),
+        "k_cache": formats.pack_v32_kv(torch.randn(3, 8, 1, 576, generator=g)),
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": 512,
+        "tile_scheduler_metadata": flash_mla.get_mla_metadata()[0],
+        "is_fp8_kvcache": True,
+        "indices": torch.randint(-2, 26, (2, 2, 9), generator=g).int(),
+    }
+
+
+@pytest.fixture
+def dense():
+    """Keyword arguments of a dense decode that is right; the last page of each table row is garbage."""
+    g = torch.Generator().manual_seed(0)
+    return {
+        "q": torch.randn(3, 2, 4, 40, generator=g),
+        "k_cache": torch.randn(7, 5, 1, 40, generator=g),
+        "block_table": torch.cat(
+            [torch.randperm(6, generator=g).view(3, 2).int(), int32(INT_MAX, INT_MIN, 7)[:, None]], 1
+        ),
+        "cache_seqlens": int32(10, 3, 1),
+        "head_dim_v": 32,
+        "tile_scheduler_metadata": flash_mla.FlashMLASchedMeta(),
+        "causal": True,
+    }
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_have_their_names_and_order(name):
+    assert list(inspect.signature(getattr(flash_mla, name)).parameters) == PARAMETERS[name].split()
+
+
+def test_nothing_of_theirs_is_imported_or_replaced(monkeypatch):
+    assert "flash_mla" not in sys.modules and "deep_gemm" not in sys.modules
+    monkeypatch.setitem(sys.modules, "flash_mla", flash_mla)  # the line of compat/__init__.py
+    from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache
+
+    assert flash_mla_with_kvcache is flash_mla.flash_mla_with_kvcache
+    assert FlashMLASchedMeta is flash_mla.FlashMLASchedMeta
+
+
+def test_prefill_gives_the_bits_of_sparse_mla():
+    q, kv = torch.randn(3, 5, 40), torch.randn(20, 1, 40)
+    indices, sink = torch.randint(-1, 21, (3, 1, 6)).int(), torch.randn(5)
+    options = {"d_v": 32, "attn_sink": sink, "topk_length": int32(6, 2, 0)}
+    out, max_logits, lse = flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.3, **options)
+    returns = {"return_lse": True, "return_max_logits": True}
+    plain = sparse_mla(q, kv[:, 0], indices[:, 0], softmax_scale=0.3, **options, **returns)
+    assert torch.equal(out, plain[0]) and torch.equal(max_logits, plain[2])
+    assert torch.equal(lse[:2], plain[1][:2]) and torch.isposinf(lse[2]).all()
+
+
+def test_decode_gives_the_bits_of_sparse_mla(decode):
+    out, lse = flash_mla.flash_mla_with_kvcache(**decode, topk_length=int32(9, 4))
+    rows = decode["q"].flatten(0, 1), decode["k_cache"], decode["indices"].flatten(0, 1)
+    plain, plain_lse = sparse_mla(*rows, topk_length=int32(9, 9, 4, 4), return_lse=True)
+    assert out.shape == (2, 2, 4, 512) and torch.equal(out.flatten(0, 1), plain)
+    assert lse.shape == (2, 4, 2) and torch.equal(lse.transpose(1, 2).flatten(0, 1), plain_lse)
+
+
+def test_dense_decode_in_parts_gives_the_same_bits(dense, monkeypatch):
+    whole = flash_mla.flash_mla_with_kvcache(**dense)
+    held = []
+
+    def counted(indices, table, page_size):
+        held.append(len(indices))
+        return physical_slots(indices, table, page_size)
+
+    physical_slots = flash_mla.physical_slots
+    monkeypatch.setattr(flash_mla, "physical_slots", counted)
+    monkeypatch.setattr(flash_mla, "DENSE_INDEX_BYTES", 2 * 4 * 2 * 15)  # of two sequences
+    parts = flash_mla.flash_mla_with_kvcache(**dense)
+    assert held == [2, 1]
+    assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
+
+
+def test_dense_decode_of_hostile_lengths(dense):
+    """No length, one below zero, one beyond the table: what there is is attended to."""
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        **{**dense, "cache_seqlens": int32(0, INT_MAX, -5), "causal": False}
+    )
+    assert not out[[0, 2]].any() and torch.isposinf(lse[[0, 2]]).all()
+    everything, all_lse = flash_mla.flash_mla_with_kvcache(
+        **{**dense, "cache_seqlens": int32(0, 10, 0), "causal": False}
+    )
+    assert torch.equal(out[1], everything[1]) and torch.equal(lse[1], all_lse[1])
+
+
+def test_no_sequences():
+    cache, metadata = torch.randn(2, 4, 1, 40), flash_mla.FlashMLASchedMeta()
+    call = {"head_dim_v": 32, "tile_scheduler_metadata": metadata}
+    q, table = torch.randn(0, 2, 4, 40), torch.zeros(0, 2).int()
+    out, lse = flash_mla.flash_mla_with_kvcache(q, cache, table, torch.zeros(0).int(), **call)
+    assert out.shape == (0, 2, 4, 32) and lse.shape == (0, 4, 2)
+
+
+def test_metadata_belongs_to_one_configuration(decode):
+    with pytest.raises(ValueError, match="causal"):
+        flash_mla.flash_mla_with_kvcache(**{**decode, "causal": True})
+    flash_mla.flash_mla_with_kvcache(**decode)  # the call that was refused left no trace
+    flash_mla.flash_mla_with_kvcache(
+        **decode, topk_length=int32(1, 2)
+    )  # new lengths are no new configuration
+    with pytest.raises(ValueError, match=r"tile_scheduler_metadata: expected calls of one configuration"):
+        flash_mla.flash_mla_with_kvcache(**{**decode, "indices": decode["indices"][..., :5]})
+    assert flash_mla.get_mla_metadata(int32(1), 2, 1, num_heads_q=64, topk=2048)[1] is None
+
+
+ERRORS = [
+    ({"q": torch.zeros(4, 4, 576)}, ValueError, r"q: expected shape \[batch, s_q, h_q, d_qk\]"),
+    (
+        {"k_cache": torch.zeros(3, 8, 2, 656).byte()},
+        ValueError,
+        r"k_cache: expected shape .*, got \[3, 8, 2, 656\]",
+    ),
+    (
+        {"k_cache": torch.zeros(3, 8, 1, 576)},
+        TypeError,
+        "k_cache: expected dtype uint8 or int8 or float8_e4m3fn",
+    ),
+    ({"is_fp8_kvcache": False}, ValueError, r"k_cache: expected shape \[pages, page_size, 1, d_qk=576\]"),
+    ({"indices": torch.zeros(2, 9).int()}, ValueError, r"indices: expected shape \[batch=2, s_q=2, topk\]"),
+    ({"indices": torch.zeros(2, 2, 9)}, TypeError, "indices: expected dtype int32"),
+    ({"topk_length": int32(1, 2, 3, 4)}, ValueError, r"topk_length: expected shape \[batch=2\]"),
+    ({"num_splits": int32(1)}, ValueError, "num_splits: expected None"),
+    ({"tile_scheduler_metadata": None}, TypeError, "tile_scheduler_metadata: expected what get_mla_metadata"),
+    ({"causal": True}, ValueError, "causal: expected False with indices"),
+    ({"indices": None}, TypeError, "block_table: expected a tensor"),
+    ({"indices": None, "attn_sink": torch.zeros(4)}, ValueError, "attn_sink: expected None without indices"),
+    ({"extra_topk_length": int32(1, 1)}, ValueError, "extra_topk_length: expected None"),
+    ({"head_dim_v": 128}, ValueError, "d_v: expected 512"),
+]
+
+
+@pytest.mark.parametrize("changes, error, message", ERRORS)
+def test_what_is_wrong_is_named(decode, changes, error, message):
+    with pytest.raises(error, match=message):
+        flash_mla.flash_mla_with_kvcache(**{**decode, **changes})
+
+
+def test_prefill_wants_one_kv_head():
+    q, kv, indices = torch.zeros(3, 4, 40), torch.zeros(20, 2, 40), torch.zeros(3, 1, 6).int()
+    with pytest.raises(ValueError, match=r"kv: expected shape \[s_kv, 1, d_qk=40\], got \[20, 2, 40\]"):
+        flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.1)
+    with pytest.raises(ValueError, match=r"indices: expected shape \[s_q=3, 1, topk\], got \[3, 6\]"):
+        flash_mla.flash_mla_sparse_fwd(q, kv[:, :1], indices[:, 0], 0.1)
+
+
+def test_the_benchmark_compares_equals():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "compat.py"))
+    for name, functions in script["cases"]():
+        results = [function() for function in functions.values()]
+        assert all(torch.equal(results[0], other) for other in results), name
