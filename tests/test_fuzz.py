@@ -270,7 +270,9 @@ def decode_arguments(draw) -> Arguments:
     return {
         **{"q": drawn["q"].unflatten(0, (batch, -1)), "indices": drawn["indices"].unflatten(0, (batch, -1))},
         **{
-            "k_cache": (kv if kv.dim() == 3 else kv.contiguous()[:, None])[:, :, None],
+            "k_cache": (kv if kv.dim() == 3 else kv.clone(memory_format=torch.contiguous_format)[:, None])[
+                :, :, None
+            ],
             "head_dim_v": drawn["d_v"],
         },
         **{"is_fp8_kvcache": kv.dtype == torch.uint8, "attn_sink": drawn["attn_sink"]},
