@@ -751,6 +751,8 @@ def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: i
     if kv.dim() == 4:
         kv = kv.squeeze(2)
     pages, page_size, size = kv.shape
+    if page_size == 1:  # whose stride says nothing
+        return kv[:, 0]
     if pages > 1 and kv.stride(0) != page_size * kv.stride(1):
         raise ValueError(
             f"{name}: expected pages that follow each other without gaps, got strides {kv.stride()}; "

@@ -168,17 +168,16 @@ def resident() -> int:
     return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000, help="default 100000")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     start = time.perf_counter()
 
-    def show(step: int, resident: int) -> None:
-        print(
-            f"{step:>9,} steps, {time.perf_counter() - start:6.1f} s, {resident / 2**20:.1f} MiB", flush=True
-        )
+    def show(step: int) -> None:
+        seconds, mib = time.perf_counter() - start, resident() / 2**20
+        print(f"{step:>9,} steps, {seconds:6.1f} s, {mib:.1f} MiB", flush=True)
 
     with torch.inference_mode():
         try:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import sparse_attn
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, native, reference
-from sparse_attn.compat import flash_mla
+from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.indexer import hadamard_transform
 from sparse_attn.rope import apply_rope
 from sparse_attn.testing import (
@@ -270,12 +270,35 @@ def decode_arguments(draw) -> Arguments:
     return {
         **{"q": drawn["q"].unflatten(0, (batch, -1)), "indices": drawn["indices"].unflatten(0, (batch, -1))},
         **{
-            "k_cache": (kv if kv.dim() == 3 else kv.contiguous()[:, None])[:, :, None],
+            "k_cache": (kv if kv.dim() == 3 else kv.clone(memory_format=torch.contiguous_format)[:, None])[
+                :, :, None
+            ],
             "head_dim_v": drawn["d_v"],
         },
         **{"is_fp8_kvcache": kv.dtype == torch.uint8, "attn_sink": drawn["attn_sink"]},
         **{"topk_length": hostile_lengths(draw, batch, 40), "softmax_scale": 0.1},
         **{"block_table": None, "cache_seqlens": None, "tile_scheduler_metadata": None},
+    }
+
+
+@st.composite
+def paged_logits_arguments(draw) -> Arguments:
+    batch, next_n, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 64]))
+    page_size, pages = draw(st.sampled_from([8, 64])), draw(st.integers(1, 4))
+    g = torch.Generator().manual_seed(draw(SEEDS))
+    cache = formats.pack_index_k(torch.randn(pages + 1, page_size, 128, generator=g))
+    table = torch.randint(-1, pages + 2, (batch, pages), generator=g, dtype=torch.int32)
+    shape = draw(st.sampled_from([(batch,), (batch, next_n)]))
+    lengths = torch.randint(-1, pages * page_size + 1, shape, generator=g, dtype=torch.int32)
+    return {
+        "q": formats.to_e4m3(torch.randn(batch, next_n, heads, 128, generator=g)),
+        "kv_cache": cache[:, :, None],
+        "weights": torch.randn(batch * next_n, heads, generator=g),
+        "context_lens": lengths,
+        "block_table": table,
+        "schedule_meta": deep_gemm.get_paged_mqa_logits_metadata(lengths, page_size, 4),
+        "max_context_len": pages * page_size,
+        "clean_logits": True,
     }
 
 
@@ -400,6 +423,16 @@ def check_facade(out, expected, lse, expected_lse) -> None:
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def check_paged_logits(backend: str, arguments: Arguments, logits: torch.Tensor) -> None:
+    q, lengths = arguments["q"], arguments["context_lens"]
+    if lengths.dim() == 1:  # query j of next_n sees so many tokens
+        lengths = lengths[:, None] + torch.arange(1 - q.shape[1], 1, dtype=torch.int32)
+    keys = formats.unpack_index_k(arguments["kv_cache"][:, :, 0])
+    ke = lengths.flatten().int()
+    where = {"ks": ke * 0, "ke": ke, "block_table": arguments["block_table"]}
+    assert_logits_close(logits, q.float().flatten(0, 1), keys, arguments["weights"], **where)
+
+
 def into_a_copy(writer: Callable[..., None]) -> Callable[..., torch.Tensor]:
     @functools.wraps(writer)
     def write(**arguments):
@@ -438,6 +471,9 @@ SUBJECTS = {
     ),
     "quantise_index_q": Subject(sparse_attn.quantise_index_q, index_q_arguments(), check_index_q),
     "flash_mla_sparse_fwd": Subject(flash_mla.flash_mla_sparse_fwd, prefill_arguments(), check_prefill),
+    "fp8_paged_mqa_logits": Subject(
+        deep_gemm.fp8_paged_mqa_logits, paged_logits_arguments(), check_paged_logits
+    ),
     "flash_mla_with_kvcache": Subject(decode, decode_arguments(), check_decode),
 }
 EVERY_SUBJECT = pytest.mark.parametrize("name", list(SUBJECTS))

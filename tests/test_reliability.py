@@ -34,8 +34,9 @@ def load(name: str):
     return module
 
 
-def test_a_short_soak():
-    load("soak").soak(600)
+def test_a_short_soak(capsys):
+    load("soak").main(["--steps", "600"])
+    assert "results right, memory constant" in capsys.readouterr().out
 
 
 def test_the_soak_sees_a_leak_and_a_wrong_result(monkeypatch):

@@ -224,6 +224,16 @@ def test_a_paged_cache_is_addressed_by_slot(backend, device, shape):
     assert torch.equal(sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend), flat)
 
 
+def test_pages_of_one_token_may_lie_apart(backend, device):
+    inputs = mla_inputs(3, 20, device=device)
+    expected = sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend)
+    wider = torch.full((20, 43), float("nan"), device=device)
+    wider[:, :40] = inputs["kv"]
+    for shape, strides in (((20, 1, 40), (43, 1, 1)), ((20, 1, 1, 40), (43, 40, 40, 1))):
+        inputs["kv"] = wider.as_strided(shape, strides)
+        assert torch.equal(sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend), expected)
+
+
 def test_results_repeat_bit_for_bit(backend, device):
     inputs = mla_inputs(5, 200, topk=64, dtype=torch.bfloat16, device=device)
     first, again = (
