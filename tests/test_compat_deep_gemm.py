@@ -113,6 +113,20 @@ def test_no_keys_and_no_queries(contiguous, paged):
     assert deep_gemm.fp8_fp4_paged_mqa_logits(**{**paged, "max_context_len": 0}).shape == (6, 0)
 
 
+@pytest.mark.parametrize("d", [32, 64])
+def test_paged_keys_of_another_width(d):
+    """68 bytes a key are 64 values in fp8 here, although an fp4 cache has as many."""
+    keys, scales = torch.randn(2, 4, d).to(FP8), torch.rand(2, 4)
+    parts = [part.view(torch.uint8).flatten(1) for part in (keys, scales)]
+    cache = torch.cat(parts, 1).view(2, 4, 1, d + 4)
+    q, weights, lengths = torch.randn(1, 2, 3, d).to(FP8), torch.randn(2, 3), int32(5, 8)[None]
+    where = lengths, int32(1, 0)[None], torch.zeros(2, 2).int(), 8
+    logits = deep_gemm.fp8_paged_mqa_logits(q, cache, weights, *where)
+    contiguous = keys.flip(0).flatten(0, 1), scales.flip(0).flatten()
+    expected = deep_gemm.fp8_mqa_logits(q[0], contiguous, weights, 0 * lengths[0], lengths[0])
+    torch.testing.assert_close(logits, expected)
+
+
 def test_pages_may_have_any_distance(paged):
     logits = deep_gemm.fp8_fp4_paged_mqa_logits(**paged)
     apart = torch.full((9, 700), 0xFF, dtype=torch.uint8)
