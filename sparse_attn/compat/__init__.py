@@ -1,4 +1,4 @@
-"""Other libraries' signatures on this library's operations, for callers that switch by an import.
+"""Other libraries' signatures on this library's operations, for callers that switch by an import::
 
     from sparse_attn.compat import flash_mla    # FlashMLA: sparse prefill, sparse and dense decode
     from sparse_attn.compat import deep_gemm    # DeepGEMM: logits of the lightning indexer
