@@ -192,22 +192,19 @@ def fp8_fp4_paged_mqa_logits(
     q, q_scale = q.flatten(0, 1), None if q_scale is None else q_scale.flatten(0, 1)
     starts, ends = torch.zeros_like(ends), ends.clamp(max=max_context_len)
 
-    def score(t: slice, out: Tensor | None = None) -> Tensor:
-        scale = None if q_scale is None else q_scale[t]
-        rows = table[t.start // max(1, next_n) : t.stop // max(1, next_n)]
-        where = starts[t], ends[t]
-        scales = {"q_scale": scale, "k_scale": k_scale}
-        return index_logits(q[t], k, weights[t], *where, **scales, block_table=rows, out=out)
-
+    # Wider than the result if that ends within a page, or than the pages if they end before.
+    logits = torch.empty(len(q), max(width, max_context_len), dtype=logits_dtype, device=q.device)
     if logits_dtype == torch.float32:
-        # A little wider than the result if that ends within a page, or than the pages if they end before.
-        logits = torch.empty(len(q), max(width, max_context_len), device=q.device)
-        score(slice(0, len(q)), logits[:, :width])
+        scales = {"q_scale": q_scale, "k_scale": k_scale, "block_table": table}
+        index_logits(q, k, weights, starts, ends, **scales, out=logits[:, :width])
     else:
-        logits = torch.empty(len(q), max(width, max_context_len), dtype=logits_dtype, device=q.device)
         for t in _chunks(len(q), width, next_n):
-            logits[t, :width] = score(t)
-    logits[:, width:] = -INF
+            scale = None if q_scale is None else q_scale[t]
+            rows = table[t.start // next_n : t.stop // next_n]
+            scales = {"q_scale": scale, "k_scale": k_scale, "block_table": rows}
+            logits[t, :width] = index_logits(q[t], k, weights[t], starts[t], ends[t], **scales)
+    if width < max_context_len:
+        logits[:, width:] = -INF
     return logits[:, :max_context_len]
 
 
