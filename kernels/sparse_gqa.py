@@ -34,7 +34,7 @@ CONFIGS = {
     80: {16: Config(64, 4, 2), 32: Config(64, 4, 2)},  # 163 KiB
     86: {16: Config(32, 4, 2), 32: Config(32, 4, 2)},  # 99 KiB, also sm_89
     90: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 2, SKIP_EMPTY=True)},  # 227 KiB
-    100: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 2)},  # 227 KiB
+    100: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 5)},  # 227 KiB
     120: {16: Config(32, 4, 2), 32: Config(32, 4, 2)},  # 99 KiB again
 }
 BLOCKS = 2  # that should share an SM: one gathers while the other computes
