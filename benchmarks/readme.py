@@ -51,16 +51,12 @@ def measured(record: Path) -> str:
     prefill = next(line for line in layer if line["data"].startswith("prefill"))
     name = record.resolve().relative_to(ROOT).as_posix()
     parts = [
-        BEGIN.format(name),
-        _introduction(layer[0], name),
+        _wrapped(_introduction(layer[0], name)),
         _table(decode),
         _prefill(prefill),
-        _errors(layer),
-        END,
+        _wrapped(_errors(layer)),
     ]
-    return (
-        "\n\n".join(parts).replace(f"-->\n\n{parts[1]}", f"-->\n{parts[1]}").replace(f"\n\n{END}", f"\n{END}")
-    )
+    return "\n".join([BEGIN.format(name), "\n\n".join(parts), END])
 
 
 def _wrapped(text: str) -> str:

@@ -22,6 +22,7 @@ from .operations import INDEX_D, INDEX_HEADS, OPERATIONS, Case
 from .options import add_arguments
 from .timing import append_json, describe, interleaved, machine, peak_memory
 
+WIDTH = 120  # of the tables where the terminal's is not known
 LAYER_CONTEXTS = (1024, 8192, 32768, 65536, 131072)
 
 
@@ -36,7 +37,7 @@ def main(name: str) -> None:
 
 def run(options: argparse.Namespace, names: list[str], console: Console | None = None) -> bool:
     """Time, print, write and plot; whether every result was right."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
