@@ -302,6 +302,29 @@ def paged_logits_arguments(draw) -> Arguments:
     }
 
 
+@st.composite
+def logits_arguments(draw) -> Arguments:
+    s_q, s_kv, heads = draw(st.integers(0, 4)), draw(st.integers(1, 90)), draw(st.sampled_from([1, 4, 64]))
+    g = torch.Generator().manual_seed(draw(SEEDS))
+
+    def quantised(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = PACK[size](torch.randn(*shape, 128, generator=g))
+        values, scales = formats.views(packed)
+        return values.contiguous(), scales.contiguous()
+
+    size = draw(st.sampled_from([132, 68]))
+    values, scales = quantised(1, s_kv)
+    kv = values[0], scales[0] if size == 132 else scales.view(torch.int32)[0, :, 0]
+    if size == 132:
+        q = formats.to_e4m3(torch.randn(s_q, heads, 128, generator=g)), None
+    else:
+        values, scales = quantised(s_q, heads)
+        q = values, scales.view(torch.int32)[..., 0]
+    ks, ke = (torch.randint(-3, s_kv + 4, (s_q,), generator=g, dtype=torch.int32) for _ in "se")
+    ranges = {"cu_seq_len_k_start": ks, "cu_seq_len_k_end": ke}
+    return {"q": q, "kv": kv, "weights": torch.randn(s_q, heads, generator=g), **ranges}
+
+
 # Checks
 
 
@@ -433,6 +456,20 @@ def check_paged_logits(backend: str, arguments: Arguments, logits: torch.Tensor)
     assert_logits_close(logits, q.float().flatten(0, 1), keys, arguments["weights"], **where)
 
 
+def check_contiguous_logits(backend: str, arguments: Arguments, logits: torch.Tensor) -> None:
+    def values(pair: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        stored, scales = pair
+        if scales is None:
+            return stored.double()
+        scales = scales[..., None].view(torch.uint8) if scales.dtype == torch.int32 else scales
+        return formats.dequantise(stored, scales, dtype=torch.float64)
+
+    where = {"ks": arguments["cu_seq_len_k_start"], "ke": arguments["cu_seq_len_k_end"]}
+    assert_logits_close(
+        logits, values(arguments["q"]), values(arguments["kv"]), arguments["weights"], **where
+    )
+
+
 def into_a_copy(writer: Callable[..., None]) -> Callable[..., torch.Tensor]:
     @functools.wraps(writer)
     def write(**arguments):
@@ -474,6 +511,7 @@ SUBJECTS = {
     "fp8_paged_mqa_logits": Subject(
         deep_gemm.fp8_paged_mqa_logits, paged_logits_arguments(), check_paged_logits
     ),
+    "fp8_fp4_mqa_logits": Subject(deep_gemm.fp8_fp4_mqa_logits, logits_arguments(), check_contiguous_logits),
     "flash_mla_with_kvcache": Subject(decode, decode_arguments(), check_decode),
 }
 EVERY_SUBJECT = pytest.mark.parametrize("name", list(SUBJECTS))
