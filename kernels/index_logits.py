@@ -43,6 +43,7 @@ CONFIGS = {
 # Without e4m3 instructions the decoding takes registers: half of the keys, in two programs an SM.
 CONFIGS_QUANTISED = {80: Config(128, 64, 4, 3), 89: Config(128, 128, 8, 3)}
 CONFIGS_FP32 = {80: Config(64, 32, 8, 2)}  # IEEE products on the FMA units
+CONFIGS_FP32_QUANTISED = {80: Config(64, 16, 8, 1)}  # for which decoded keys stay in registers: a short tile
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}
 
 
@@ -79,7 +80,10 @@ def index_logits(
     k_scale_strides = (0, 0)
     if k_scale is not None:
         k_scale_strides = (0, k_scale.stride(0)) if block_table is None else k_scale.stride()[:2]
-    table = CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS if k_format is None else CONFIGS_QUANTISED
+    if q.dtype == torch.float32:
+        table = CONFIGS_FP32 if k_format is None else CONFIGS_FP32_QUANTISED
+    else:
+        table = CONFIGS if k_format is None else CONFIGS_QUANTISED
     config = for_device(table, q.device)
     block_h = max(16, triton.next_power_of_2(h))
     queries = max(1, config.MAX_HEADS // block_h) if queries_per_row > 1 else 1  # no third variant to compile
