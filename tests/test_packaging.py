@@ -38,7 +38,7 @@ LIBRARY = "sparse_attn/_native.so"
 def run(*command, cwd, **variables):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))} | variables
     command = [str(part) for part in command]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
