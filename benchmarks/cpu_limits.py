@@ -49,7 +49,7 @@ def measure(context: int, rounds: int) -> list[dict]:
     weights, ranges = torch.randn(1, INDEX_HEADS), torch.tensor([[0], [context]], dtype=torch.int32)
     logits, picked = torch.empty(1, context), torch.empty(1, TOPK, dtype=torch.int32)
     calls = {
-        "attend": lambda: native.sparse_mla(q, kv, indices, D_V, SCALE, *[None] * 5, out, lse),
+        "attend": lambda: native.sparse_mla(q, kv, indices, D_V, SCALE, *[None] * 5, out, lse, None),
         "index": lambda: native.index_logits(index_q, index_k, weights, *ranges, None, None, None, logits),
         "select": lambda: native.select_topk(logits, TOPK, *ranges, picked),
     }

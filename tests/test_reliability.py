@@ -47,7 +47,7 @@ def test_the_soak_sees_a_leak_and_a_wrong_result(monkeypatch):
     def leak(self):
         step(self)
         if next(calls) % 20 == 0:
-            kept.append(torch.ones(12 << 20))  # so large that the allocator maps it, whatever it has to spare
+            kept.append(torch.ones(12 << 20))
 
     monkeypatch.setattr(soak.Engine, "step", leak)
     with pytest.raises(AssertionError, match="grew"):

@@ -103,7 +103,7 @@ def peak_memory(function: Callable[[], object]) -> int | None:
     if not clear.exists():
         return None
     gc.collect()
-    _return_free_memory()  # pages that are free but resident would be used again unseen
+    return_free_memory()  # pages that are free but resident would be used again unseen
     clear.write_text("5")  # resets the high-water mark
     before = _kibibytes(status.read_text(), "VmRSS")
     result = function()
@@ -112,7 +112,8 @@ def peak_memory(function: Callable[[], object]) -> int | None:
     return max(0, peak - before) * 1024
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
+    """Hand the C allocator's reserve back to the system: resident memory is then memory in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim:
         trim(0)
