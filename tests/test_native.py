@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import cpu, formats, native, reference
+from sparse_attn import cpu, formats, native, ops, reference
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
     adversarial_logits,
@@ -43,6 +43,16 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def only_cpp(monkeypatch):
+    """The torch path is gone: what still computes is the C++ library."""
+    for name in ("index_logits", "select_topk", "sparse_mla", "sparse_gqa"):
+        monkeypatch.setattr(cpu, name, None)
+    ops.implementation.cache_clear()
+    yield
+    ops.implementation.cache_clear()
+
+
 def exact(function, inputs, **options):
     wide = {n: t.double() if t.is_floating_point() and n != "attn_sink" else t for n, t in inputs.items()}
     return function(**wide, **options, return_lse=True, backend="reference")
@@ -62,9 +72,7 @@ def test_the_fastest_instruction_set_is_in_use():
         pass
 
 
-def test_calls_really_reach_the_library(isa, monkeypatch):
-    monkeypatch.setattr(torch, "topk", None)
-    monkeypatch.setattr(torch.Tensor, "topk", None)  # what the torch path needs
+def test_calls_really_reach_the_library(isa, only_cpp):
     ks, ke = torch.tensor([[0], [3]], dtype=torch.int32)
     picked = sparse_attn.select_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2, ks, ke)
     assert picked.tolist() == [[1, 2]]
@@ -107,8 +115,7 @@ def test_gqa_at_model_shapes(isa, dtype, h_q, h_kv, d, per_head):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("h_q", [1, 8, 16, 100])
 @pytest.mark.parametrize("power_of_two", [True, False])
-def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, monkeypatch):
-    monkeypatch.setattr(cpu, "sparse_mla", None)  # the C++ does it
+def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, only_cpp):
     kv = torch.randn(700, 576) * torch.logspace(-3, 0, 700)[:, None]
     packed = formats.pack_v32_kv(kv, power_of_two=power_of_two)
     packed[:256, 0] = torch.arange(256, dtype=torch.uint8)  # every code
@@ -129,8 +136,7 @@ def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, monkeypat
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("page_size, heads", [(64, 64), (1, 3), (37, 20)])
-def test_quantised_index_keys_read_in_place(isa, dtype, page_size, heads, monkeypatch):
-    monkeypatch.setattr(cpu, "index_logits", None)
+def test_quantised_index_keys_read_in_place(isa, dtype, page_size, heads, only_cpp):
     pages = 600 // page_size + 1
     packed = formats.pack_index_k(torch.randn(pages, page_size, 128), power_of_two=False)
     formats.index_k_views(packed)[1][3] *= -1  # scales that no packer writes

@@ -139,7 +139,7 @@ class AmxScorer {
     pack_columns<Bf16Dot>(heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
-  void run(const bfloat16* k, int64_t stride, int64_t n, float* out) const {
+  void run(const bfloat16* k, int64_t stride, int64_t n, const bfloat16*, float* out) const {
     const TileRegisters registers;
     for (int64_t s = 0; s < n + kKeys; s += kKeys) {
       if (s < n) multiply(k + s * stride, stride, n - s, scores_[s / kKeys & 1]);
@@ -198,6 +198,8 @@ class AmxEngine {
     for (auto& part : probabilities_) part = memory.template take<uint32_t>(kBlock / 2 * group.columns());
   }
 
+  static bool reads_in_place(const AttentionArgs&) { return false; }
+
   void prepare() {
     queries_.prepare(group_, keys_);
     values_.prepare();
@@ -214,8 +216,8 @@ class AmxEngine {
     values_.load_rows(v, n, padded);
   }
 
-  template <class Fetch>
-  void scores(int64_t, float* scores, int64_t, const Fetch&) const {
+  template <int Bytes, class Address>
+  void scores(float* scores, const Address&) const {
     const TileRegisters registers;
     for (int64_t t = 0; t < tokens_; t += 2 * kTileSide)
       score_tiles(keys_ + t * queries_.depth, queries_.depth * 4, queries_.panels, queries_.depth,

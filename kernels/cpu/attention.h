@@ -70,30 +70,39 @@ class Queries {
 template <class Math, class T>
 class Values;
 
-// In fp32 one row a token.
+// In fp32 one row a token: read where it lies if it holds floats in whole vectors, else converted.
 template <class T>
 class Values<Fp32, T> {
  public:
   template <class Memory>
   Values(const AttentionArgs& args, int64_t tokens, Memory& memory)
-      : d_v_(args.d_v),
+      : in_place_(are_words<Fp32, T>(args.d_v) && args.d_v % kWidth == 0),
+        d_v_(args.d_v),
         stride_(odd_lines(columns())),
-        words_(memory.template take<float>(values_are_keys(args) ? 0 : tokens * stride_)) {}
+        words_(memory.template take<float>(in_place_ ? 0 : tokens * stride_)),
+        pointers_(memory.template take<const float*>(tokens)) {}
 
   int64_t columns() const { return round_up(d_v_, kWidth); }
   int64_t steps() const { return steps_; }
-  Columns<Fp32> panel(int64_t vector, int64_t) const { return {first_ + vector * kWidth, step_}; }
+  ColumnsOfRows<Fp32> panel(int64_t vector, int64_t) const { return {rows_, vector * kWidth}; }
 
-  void load_rows(const T* const* rows, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to_words<Fp32>(rows[i], d_v_, words_ + i * stride_, columns());
-    use_rows(words_, stride_, n);
+  void load_rows(const T* const* rows, int64_t n, int64_t) {
+    if constexpr (std::is_same_v<T, float>)
+      if (in_place_) return use_rows(rows, n);
+    for (int64_t i = 0; i < n; i++) {
+      to_words<Fp32>(rows[i], d_v_, words_ + i * stride_, columns());
+      pointers_[i] = words_ + i * stride_;
+    }
+    use_rows(pointers_, n);
   }
-  void use_rows(const float* first, int64_t step, int64_t n) { first_ = first, step_ = step, steps_ = n; }
+  void use_rows(const float* const* rows, int64_t n) { rows_ = rows, steps_ = n; }
 
  private:
-  int64_t d_v_, stride_, step_ = 0, steps_ = 0;
+  bool in_place_;
+  int64_t d_v_, stride_, steps_ = 0;
   float* words_;
-  const float* first_ = nullptr;
+  const float** pointers_;
+  const float* const* rows_ = nullptr;
 };
 
 #if defined(__AVX512BF16__)
@@ -116,11 +125,9 @@ class Values<Bf16Dot, T> {
   void prepare() { std::memset(static_cast<void*>(zeros_), 0, d_v_ * sizeof(T)); }
 
   void load_rows(const T* const* rows, int64_t n, int64_t padded) {
-    constexpr int64_t kAhead = 8;
     steps_ = padded / 2;
     for (int64_t step = 0; step < steps_; step++) {
       const int64_t i = 2 * step;
-      for (int64_t j = i + kAhead; j < i + kAhead + 2 && j < n; j++) prefetch(rows[j], d_v_ * sizeof(T));
       const T *row = i < n ? rows[i] : zeros_, *next = i + 1 < n ? rows[i + 1] : zeros_;
       for (int64_t c = 0; c < d_v_; c += 2 * kWidth)
         interleave(row + c, next + c, d_v_ - c, at(step, c / kWidth), at(step, c / kWidth + 1));
@@ -220,57 +227,51 @@ class TileEngine {
         keys_(memory.template take<Word>((kBlock > kWidth ? kBlock : kWidth) * key_stride_)),
         values_(group.args, kBlock, memory) {}
 
+  static bool reads_in_place(const AttentionArgs& args) { return are_words<Math, Row>(args.d_qk); }
+
   void prepare() {
     queries_.prepare(group_, keys_);
     if constexpr (Math::kPerWord == 2) values_.prepare();
   }
 
   void load_rows(const Row* const* k, const Row* const* v, int64_t n, int64_t padded) {
-    const int64_t d_qk = group_.args.d_qk;
-    const bool in_place = Math::kPerWord == 2 && are_words<Math, Row>(d_qk);
+    const bool in_place = reads_in_place(group_.args);
     for (int64_t i = 0; i < n; i++) {
-      if (!in_place) to_words<Math>(k[i], d_qk, keys_ + i * key_stride_, queries_.depth);
+      if (!in_place) to_words<Math>(k[i], group_.args.d_qk, keys_ + i * key_stride_, queries_.depth);
       rows_[i] = in_place ? reinterpret_cast<const Word*>(k[i]) : keys_ + i * key_stride_;
     }
-    if constexpr (Math::kPerWord == 2) {
-      values_.load_rows(v, n, padded);
-    } else {
-      if (values_are_keys(group_.args))
-        values_.use_rows(keys_, key_stride_, n);
-      else
-        values_.load_rows(v, n);
-    }
+    v_ = v, n_ = n, padded_ = padded;
   }
 
-  // Loading rows only waits for memory, so fetch(i) brings row i of the next block's `more` meanwhile, a few
-  // with each tile.
-  template <class Fetch>
-  void scores(int64_t n, float* scores, int64_t more, const Fetch& fetch) const {
-    const int64_t vectors = group_.columns() / kWidth, panels = (vectors + kTileVectors - 1) / kTileVectors;
-    const int64_t tiles = panels * ((n + kTileRows - 1) / kTileRows), share = (more + tiles - 1) / tiles;
-    int64_t fetched = 0;
-    const auto start = [&](int first, auto& c) {
-      for (const int64_t end = std::min(fetched + share, more); fetched < end; fetched++) fetch(fetched);
-      FromZero{}(first, c);
-    };
-    for_each_panel(vectors, [&](int64_t v, auto width) {
+  // Meanwhile Bytes a word of what lies at address(i) are fetched for each row i.
+  template <int Bytes, class Address>
+  [[gnu::noinline]] void scores(float* scores, const Address& address) const {
+    for_each_panel(group_.columns() / kWidth, [&](int64_t v, auto width) {
       const Columns<Math> panel = {queries_.panels + v * kWidth * queries_.depth, width * kWidth};
-      for_each_tile<Math, width>(rows_, 1, panel, queries_.words, n, start,
-                                 ToMatrix{scores + v * kWidth, group_.stride()});
+      const ToMatrix to = {scores + v * kWidth, group_.stride()};
+      if (v == 0)
+        for_each_tile<Math, width>(Rows<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to,
+                                   fetch_rows<Bytes>(address));
+      else
+        for_each_tile<Math, width>(Rows<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to);
     });
   }
 
   // acc = acc * alpha + P V; from zero if alpha is null.
-  void accumulate(const Probabilities<Math>& p, const float* alpha, float* acc) const {
+  void accumulate(const Probabilities<Math>& p, const float* alpha, float* acc) {
     const int64_t heads = group_.heads;
-    const Word* left[kMaxHeads];
+    if constexpr (Math::kPerWord == 1)
+      values_are_keys(group_.args) && !reads_in_place(group_.args) ? values_.use_rows(rows_, n_)
+                                                                   : values_.load_rows(v_, n_, padded_);
+    else
+      values_.load_rows(v_, n_, padded_);
     for (int part = 0; part < p.parts(); part++) {
-      for (int64_t h = 0; h < heads; h++) left[h] = p.part(part) + h;
+      const Transposed<Math> left = {p.part(part), group_.stride()};
       for_each_panel(values_.columns() / kWidth, [&](int64_t v, auto width) {
         float* c = acc + v * kWidth;
         const auto product = [&](const auto& start) {
-          for_each_tile<Math, width>(left, group_.stride(), values_.panel(v, width), values_.steps(), heads,
-                                     start, ToMatrix{c, values_.columns()});
+          for_each_tile<Math, width>(left, values_.panel(v, width), values_.steps(), heads, start,
+                                     ToMatrix{c, values_.columns()});
         };
         if (part > 0)
           product(FromMatrix{c, values_.columns()});
@@ -291,6 +292,8 @@ class TileEngine {
   Word* keys_;
   Values<Math, Row> values_;
   const Word* rows_[kBlock];
+  const Row* const* v_ = nullptr;
+  int64_t n_ = 0, padded_ = 0;
 };
 
 // One softmax over the rows that the group's query selects. Its reference, the highest score so far, moves
@@ -318,16 +321,19 @@ class OnlineSoftmax {
     const AttentionArgs& args = group_.args;
     const int64_t kv_head = group_.head / (args.h_q / args.h_kv);
     const int64_t n = rows_.select(group_.t, kv_head);
+    for (int64_t i = 0; i < n && i < kTileRows; i++) rows_.template prefetch<2>(i);
     if (n > 0) engine_.prepare();
     probabilities_.prepare(scores_, n < Engine::kFineBelow);
     for (int64_t h = 0; h < columns_; h++) top_[h] = highest_[h] = -3e38f, total_[h] = 0.0f;
+    // Where rows are first touched by the product that reads them, the next tile's; else the next block's.
+    const int64_t ahead = Rows::kInPlace && Engine::reads_in_place(args) ? kTileRows : Engine::kBlock;
     for (int64_t i = 0; i < n; i += Engine::kBlock) {
       const int64_t tokens = n - i < Engine::kBlock ? n - i : Engine::kBlock;
       const int64_t padded = round_up(tokens, Engine::kGranule);
-      const int64_t more = n - i - tokens < Engine::kBlock ? n - i - tokens : Engine::kBlock;
       rows_.take(i, tokens);
       engine_.load_rows(rows_.keys(), rows_.values(), tokens, padded);
-      engine_.scores(tokens, scores_, more, [&](int64_t j) { rows_.template prefetch<2>(i + tokens + j); });
+      engine_.template scores<Engine::Math::kPerWord * Rows::kBytes>(
+          scores_, [&](int64_t j) { return rows_.fetch(std::min(i + ahead + j, n - 1)); });
       for (int64_t j = tokens * stride_; j < padded * stride_; j++) scores_[j] = -INFINITY;
       for (int64_t h = 0; h < columns_; h += kWidth) block_softmax(h, padded);
       engine_.accumulate(probabilities_, i ? alpha_ : nullptr, acc_);

@@ -33,7 +33,7 @@ struct IndexArgs {
   int64_t q_query, q_head, k_page, k_row, weights_query, block_table_row;
   int64_t q_scale_query, q_scale_head, k_scale_page, k_scale_row;  // in bytes
   int64_t s_q, heads, d, pages, page_size, tables, width;
-  int32_t dtype;  // of q; of quantised queries, what they are decoded to: bfloat16
+  int32_t dtype;                       // of q; of quantised queries, what they are decoded to: bfloat16
   KeyFormat key_format, query_format;  // queries are quantised only where keys are
 };
 

@@ -33,6 +33,7 @@ class HeadWeights {
     for (int n = 0; n < N; n++) weights[n] = load(weights_ + (v + n) * kWidth);
     const Int last = v + N == vectors() ? tail_ : ~Int{};
     f([&](Float total, const auto& scores) {
+#pragma GCC unroll 8
       for (int n = 0; n < N - 1; n++) total = fma(relu(scores(n)), weights[n], total);
       const Float masked = bit_cast<Float>(bit_cast<Int>(relu(scores(N - 1))) & last);
       return fma(masked, weights[N - 1], total);
@@ -53,7 +54,8 @@ class TileScorer {
  public:
   using QueryElement = Query;
   using KeyElement = Key;
-  static constexpr int kKeys = 48;  // at a time: a multiple of kTileRows and of kWidth
+  static constexpr int kKeys = 48;  // at a time: a multiple of a tile's rows and of kWidth
+  static constexpr int kAhead = 96;
 
   template <class Memory>
   TileScorer(const IndexArgs& args, Memory& memory)
@@ -71,13 +73,17 @@ class TileScorer {
     pack_columns<Math>(heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
-  // Scores of n keys that lie `stride` elements apart.
-  void run(const Key* k, int64_t stride, int64_t n, float* out) const {
+  // Scores of n keys that lie `stride` elements apart; those at `next` will follow, if not null.
+  void run(const Key* k, int64_t stride, int64_t n, const Key* next, float* out) const {
+    const int64_t ahead = n < kAhead ? n : kAhead;
     const Word* rows[kKeys];
-    for (int64_t s = 0; s < n; s += kKeys, k += kKeys * stride) {
+    const Key* later[kKeys];
+    for (int64_t s = 0; s < n; s += kKeys) {
       const int m = static_cast<int>(n - s < kKeys ? n - s : kKeys);
       for (int i = 0; i < m; i++) {
-        const Key* row = k + i * stride;
+        const Key* row = k + (s + i) * stride;
+        const int64_t past = s + i + ahead - n;
+        later[i] = past < 0 ? row + ahead * stride : (next ? next : k) + past * stride;
         if (are_words<Math, Key>(args_.d)) {
           rows[i] = reinterpret_cast<const Word*>(row);
         } else {
@@ -85,31 +91,31 @@ class TileScorer {
           rows[i] = keys_ + i * depth_;
         }
       }
-      score(rows, m, s + 3 * kKeys <= n ? k + 2 * kKeys * stride : nullptr, stride);
+      score(rows, later, m);
       for (int i = 0; i < m; i += kWidth) store_tail(out + s + i, sum_each(sums_ + i * kWidth), m - i);
     }
   }
 
  private:
-  // The keys that come two rounds later are fetched meanwhile, a few with each tile.
-  void score(const Word* const* rows, int n, const Key* later, int64_t stride) const {
-    const auto start = [&](int first, auto& c) {
-      for (int i = first; later && i < first + kTileRows; i++)
-        prefetch(later + i * stride, args_.d * sizeof(Key));
-      FromZero{}(first, c);
-    };
+  // Meanwhile as many keys are fetched as are scored.
+  void score(const Word* const* rows, const Key* const* later, int n) const {
     for_each_panel(weights_.vectors(), [&](int64_t v, auto width) {
       weights_.template with_vectors<width>(v, [&](const auto& add) {
         const auto finish = [&](int first, auto& c) {
+#pragma GCC unroll 8
           for (int m = 0; m < static_cast<int>(sizeof c / sizeof c[0]); m++) {
             float* sum = sums_ + (first + m) * kWidth;
             store(sum, add(v ? load(sum) : Float{}, [&](int i) { return c[m][i]; }));
           }
         };
         const Columns<Math> panel = {queries_ + v * kWidth * depth_, width * kWidth};
-        for_each_tile<Math, width>(rows, 1, panel, words_, n, start, finish);
+        if (v == 0)
+          for_each_tile<Math, width>(
+              Rows<Math>{rows}, panel, words_, n, FromZero{}, finish,
+              fetch_rows<Math::kPerWord * sizeof(Key)>([&](int m) { return later[m]; }));
+        else
+          for_each_tile<Math, width>(Rows<Math>{rows}, panel, words_, n, FromZero{}, finish);
       });
-      later = nullptr;
     });
   }
 
@@ -121,16 +127,18 @@ class TileScorer {
   float* sums_;
 };
 
-// Positions [begin, end) of query t, page by page: f(page, offset in it, n positions, their scores).
+// Positions [begin, end) of query t, page by page: f(page, offset in it, n positions, the next page or -1,
+// their scores).
 template <class F>
 void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out, F&& f) {
-  if (!args.block_table) return f(0, begin, end - begin, out);
+  if (!args.block_table) return f(0, begin, end - begin, -1, out);
   const int32_t* table = args.block_table + t / (args.s_q / args.tables) * args.block_table_row;
   for (int64_t s = begin; s < end;) {
     const int64_t page = table[s / args.page_size], offset = s % args.page_size;
     const int64_t n = end - s < args.page_size - offset ? end - s : args.page_size - offset;
+    const int64_t next = s + n < end ? table[(s + n) / args.page_size] : -1;
     if (page >= 0 && page < args.pages)
-      f(page, offset, n, out + s - begin);
+      f(page, offset, n, next < args.pages ? next : -1, out + s - begin);
     else
       for (int64_t i = 0; i < n; i++) out[s - begin + i] = -__builtin_inff();
     s += n;
@@ -148,9 +156,11 @@ void score_plain(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, f
   const auto* k = static_cast<const typename Scorer::KeyElement*>(args.k);
   with_workspace<Scorer>(args, [&](Scorer& scorer) {
     prepare_plain(args, t, scorer);
-    for_each_page(args, t, begin, end, out, [&](int64_t page, int64_t offset, int64_t n, float* scores) {
-      scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, scores);
-    });
+    for_each_page(args, t, begin, end, out,
+                  [&](int64_t page, int64_t offset, int64_t n, int64_t next, float* scores) {
+                    const auto* after = next < 0 ? nullptr : k + next * args.k_page;
+                    scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, after, scores);
+                  });
   });
 }
 
@@ -190,7 +200,7 @@ class PackedScorer {
         factors[i] = decode_key(args_.key_format, codes + slot * args_.k_row,
                                 scales + slot * args_.k_scale_row, args_.d, keys_ + i * args_.d);
       }
-      scorer_.run(keys_, args_.d, m, out + s);
+      scorer_.run(keys_, args_.d, m, nullptr, out + s);
       for (int64_t i = 0; i < m; i++) out[s + i] *= factors[i];
     }
   }
@@ -206,9 +216,10 @@ template <class Scorer>
 void score_packed(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
   with_workspace<PackedScorer<Scorer>>(args, [&](PackedScorer<Scorer>& scorer) {
     scorer.prepare(t);
-    for_each_page(args, t, begin, end, out, [&](int64_t page, int64_t offset, int64_t n, float* scores) {
-      scorer.run(page, offset, n, scores);
-    });
+    for_each_page(args, t, begin, end, out,
+                  [&](int64_t page, int64_t offset, int64_t n, int64_t, float* scores) {
+                    scorer.run(page, offset, n, scores);
+                  });
   });
 }
 

@@ -97,8 +97,7 @@ inline void decode_row(const PackedRow& row, int64_t d_qk, T* out) {
       for (int i = 0; i < 16; i++) decode_e4m3(bytes + 32 * i, 32, from_ue8m0(bytes[512 + i]), out + 32 * i);
       return;
     case kV41Fp4Rows:  // 512 e2m1, 32 e4m3
-      return decode_e2m1(
-          bytes, 256, [&](int64_t i) { return e4m3_to_float(bytes[256 + i / 16]); }, out);
+      return decode_e2m1(bytes, 256, [&](int64_t i) { return e4m3_to_float(bytes[256 + i / 16]); }, out);
   }
 }
 
@@ -132,8 +131,7 @@ inline float decode_key(KeyFormat format, const uint8_t* codes, const uint8_t* s
     return __builtin_fabsf(scale);
   }
   // kMxfp4Keys: one ue8m0 for 32 values
-  decode_e2m1(
-      codes, d / 2, [&](int64_t i) { return from_ue8m0(scales[i / 32]); }, out);
+  decode_e2m1(codes, d / 2, [&](int64_t i) { return from_ue8m0(scales[i / 32]); }, out);
   return 1.0f;
 }
 

@@ -31,6 +31,8 @@ template <class T>
 class PlainRows {
  public:
   using Element = T;
+  static constexpr bool kInPlace = true;
+  static constexpr int kBytes = sizeof(T);  // of an element
 
   template <class Memory>
   PlainRows(const AttentionArgs& args, int64_t, Memory& memory)
@@ -58,6 +60,12 @@ class PlainRows {
     if (!values_are_keys(args_)) ::prefetch<Locality>(v_[i] + kv_head * s.v_head, args_.d_v * sizeof(T));
   }
 
+  // What is to be fetched of row i, besides what this call fetches at once.
+  const auto* fetch(int64_t i) const {
+    if (!values_are_keys(args_)) ::prefetch<2>(v_[i], args_.d_v * sizeof(T));
+    return k_[i];
+  }
+
  private:
   const AttentionArgs& args_;
   const T **k_, **v_;
@@ -69,6 +77,8 @@ template <class Plain, class T>
 class PackedRows {
  public:
   using Element = T;
+  static constexpr bool kInPlace = false;
+  static constexpr int kBytes = 1;  // of an element, about
 
   template <class Memory>
   PackedRows(const AttentionArgs& args, int64_t block, Memory& memory)
@@ -98,7 +108,12 @@ class PackedRows {
   void prefetch(int64_t i, int64_t = 0) const {
     ::prefetch<Locality>(rows_[i].bytes,
                          args_.d_qk);  // at least what the smaller formats have, less than all
-    if (rows_[i].scales) ::prefetch<Locality>(rows_[i].scales, 1);
+    if (rows_[i].scales) ::prefetch_line<Locality>(rows_[i].scales);
+  }
+
+  const auto* fetch(int64_t i) const {
+    if (rows_[i].scales) prefetch_line<2>(rows_[i].scales);
+    return rows_[i].bytes;
   }
 
  private:

@@ -61,52 +61,114 @@ struct Bf16Dot {
 };
 #endif
 
-// The right operand of a product: rows of columns, one for each k, `step` words apart.
+// The left operand of a product: element k of row m. The rows lie where these pointers say,
+template <class Math>
+struct Rows {
+  const typename Math::Word* const* rows;
+
+  template <int M>
+  struct Tile {
+    const typename Math::Word* row[M];
+    const typename Math::Word* operator()(int m, int64_t k) const { return row[m] + k; }
+  };
+  template <int M>
+  Tile<M> tile(int m0) const {
+    Tile<M> tile;
+    for (int m = 0; m < M; m++) tile.row[m] = rows[m0 + m];
+    return tile;
+  }
+};
+// or side by side, their elements `step` words apart.
+template <class Math>
+struct Transposed {
+  const typename Math::Word* first;
+  ptrdiff_t step;
+
+  const typename Math::Word* operator()(int m, int64_t k) const { return first + k * step + m; }
+  template <int M>
+  Transposed tile(int m0) const {
+    return {first + m0, step};
+  }
+};
+
+// The right operand: rows of columns, one for each k. They lie `step` words apart,
 template <class Math>
 struct Columns {
   const typename Math::Word* first;
   ptrdiff_t step;
+  const typename Math::Word* operator()(int64_t k) const { return first + k * step; }
+};
+// or where these pointers say, `offset` words from there.
+template <class Math>
+struct ColumnsOfRows {
+  const typename Math::Word* const* rows;
+  ptrdiff_t offset;
+  const typename Math::Word* operator()(int64_t k) const { return rows[k] + offset; }
 };
 
-// c[m][n] += sum_k a[m][k * a_step] * b[k][n], for M rows and N vectors of columns.
-template <class Math, int M, int N>
-inline void accumulate(Float (&c)[M][N], const typename Math::Word* const* a, ptrdiff_t a_step,
-                       Columns<Math> columns_of, int64_t depth) {
-  const typename Math::Word *row[M], *b = columns_of.first;
-  for (int m = 0; m < M; m++) row[m] = a[m];
-  for (int64_t k = 0; k < depth; k++, b += columns_of.step) {
+// What to prefetch while rows are multiplied: of row m, `Bytes` from address(m) on for each word.
+template <int Bytes, class Address>
+struct Fetch {
+  static constexpr int kBytes = Bytes;
+  Address address;
+};
+template <int Bytes, class Address>
+inline Fetch<Bytes, Address> fetch_rows(const Address& address) {
+  return {address};
+}
+struct NoFetch {};
+
+// c[m][n] += sum_k a(m, k) * b(k)[n] for begin <= k < end, M rows and N vectors of columns.
+template <class Math, int M, int N, class Left, class Right>
+[[gnu::always_inline]] inline void accumulate(Float (&c)[M][N], const Left& a, const Right& b, int64_t begin,
+                                              int64_t end) {
+  for (int64_t k = begin; k < end; k++) {
     typename Math::Vector columns[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) columns[n] = Math::load(b + n * kWidth);
+    for (int n = 0; n < N; n++) columns[n] = Math::load(b(k) + n * kWidth);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const typename Math::Vector left = Math::broadcast(row[m] + k * a_step);
+      const typename Math::Vector left = Math::broadcast(a(m, k));
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) c[m][n] = Math::dot(c[m][n], left, columns[n]);
     }
   }
 }
 
-// The same for `rows` rows of any number; f(m, c) takes what a tile of rows m, m + 1, .. gave, f.start(m, c)
-// says what it starts from.
-template <class Math, int N, class Start, class Finish>
-inline void for_each_tile(const typename Math::Word* const* a, ptrdiff_t a_step, Columns<Math> b,
-                          int64_t depth, int rows, const Start& start, const Finish& finish) {
+// The same for `rows` rows of any number. start(m, c) says what a tile of rows m, m + 1, .. starts from and
+// finish(m, c) takes what it gave. Prefetches are spread over the product: what comes a line at a time is not
+// waited for.
+template <class Math, int N, class Left, class Right, class Start, class Finish, class Later = NoFetch>
+inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows, const Start& start,
+                          const Finish& finish, const Later& later = {}) {
   for (int m0 = 0; m0 < rows; m0 += kTileRows) {
-    const int m = rows - m0 < kTileRows ? rows - m0 : kTileRows;
-    with_constant<kTileRows>(m, [&](auto tile_rows) {
+    with_constant<kTileRows>(rows - m0 < kTileRows ? rows - m0 : kTileRows, [&](auto tile_rows) {
+      const auto left = a.template tile<tile_rows>(m0);
       Float c[tile_rows][N];
       start(m0, c);
-      accumulate<Math>(c, a + m0, a_step, b, depth);
+      if constexpr (std::is_same_v<Later, NoFetch>) {
+        accumulate<Math>(c, left, b, 0, depth);
+      } else {
+        constexpr int64_t kLine = 64 / Later::kBytes;  // words whose bytes are a cache line
+        const char* address[tile_rows];
+        for (int m = 0; m < tile_rows; m++) address[m] = reinterpret_cast<const char*>(later.address(m0 + m));
+        for (int64_t k = 0; k < depth; k += kLine) {
+          for (int m = 0; m < tile_rows; m++) prefetch_line<2>(address[m] + k * Later::kBytes);
+          accumulate<Math>(c, left, b, k, depth - k < kLine ? depth : k + kLine);
+        }
+      }
       finish(m0, c);
     });
   }
 }
 
+// Every loop over a tile is unrolled: only then does it stay in registers.
 struct FromZero {
   template <int M, int N>
   void operator()(int, Float (&c)[M][N]) const {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) c[m][n] = Float{};
   }
 };
@@ -116,7 +178,9 @@ struct FromMatrix {
   ptrdiff_t row;
   template <int M, int N>
   void operator()(int m0, Float (&tile)[M][N]) const {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) tile[m][n] = load(c + (m0 + m) * row + n * kWidth);
   }
 };
@@ -127,7 +191,9 @@ struct FromScaledMatrix {
   const float* scale;  // of each row
   template <int M, int N>
   void operator()(int m0, Float (&tile)[M][N]) const {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) tile[m][n] = load(c + (m0 + m) * row + n * kWidth) * splat(scale[m0 + m]);
   }
 };
@@ -137,7 +203,9 @@ struct ToMatrix {
   ptrdiff_t row;
   template <int M, int N>
   void operator()(int m0, Float (&tile)[M][N]) const {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) store(c + (m0 + m) * row + n * kWidth, tile[m][n]);
   }
 };
