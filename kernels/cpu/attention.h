@@ -321,7 +321,7 @@ class OnlineSoftmax {
     const AttentionArgs& args = group_.args;
     const int64_t kv_head = group_.head / (args.h_q / args.h_kv);
     const int64_t n = rows_.select(group_.t, kv_head);
-    for (int64_t i = 0; i < n && i < kTileRows; i++) rows_.template prefetch<2>(i);
+    for (int64_t i = 0; i < n && i < kTileRows; i++) rows_.prefetch_key(i);
     if (n > 0) engine_.prepare();
     probabilities_.prepare(scores_, n < Engine::kFineBelow);
     for (int64_t h = 0; h < columns_; h++) top_[h] = highest_[h] = -3e38f, total_[h] = 0.0f;

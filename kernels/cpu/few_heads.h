@@ -39,7 +39,7 @@ class FewHeads {
 
   void run() {
     const int64_t kv_head = unit_.head / group_, kv_heads = unit_.heads / group_;
-    const int64_t n = rows_.select(unit_.t, kv_head);
+    const int64_t n = n_ = rows_.select(unit_.t, kv_head);
     const Query* q = static_cast<const Query*>(args_.q) + unit_.t * args_.q_query + unit_.head * args_.q_head;
     for (int64_t h = 0; h < unit_.heads; h++) {
       to_words<Fp32>(q + h * args_.q_head, args_.d_qk, q_ + h * depth_, depth_);
@@ -50,11 +50,8 @@ class FewHeads {
     for (int64_t i = 0; i < n; i += kBlock) {
       const int rows = static_cast<int>(n - i < kBlock ? n - i : kBlock);
       rows_.take(i, rows);
+      next_ = i + kBlock;
       for (int64_t g = 0; g < kv_heads; g++) {
-        // The next block's rows, an equal share for each kv head.
-        const int64_t ahead = i + kBlock, share = kBlock / kv_heads + 1;
-        for (int64_t j = ahead + g * share; j < ahead + (g + 1) * share && j < ahead + kBlock && j < n; j++)
-          for (int64_t other = 0; other < kv_heads; other++) rows_.template prefetch<3>(j, other);
         scores(g, rows);
         softmax(g, rows);
         accumulate(g, rows);
@@ -89,7 +86,10 @@ class FewHeads {
   template <int R, int H>
   void dots(int64_t g, const float* q, int row, int head) {
     const T* k[R];
-    for (int r = 0; r < R; r++) k[r] = key(row + r, g);
+    for (int r = 0; r < R; r++) {
+      k[r] = key(row + r, g);
+      if (head == 0 && next_ + row + r < n_) rows_.prefetch_key(next_ + row + r, g);
+    }
     Float c[R][H] = {};
     const auto step = [&](int64_t d, auto&& load_keys) {
       Float queries[H];
@@ -170,6 +170,7 @@ class FewHeads {
       for (int n = 0; n < N; n++) c[h][n] = load(acc + h * columns_ + n * kWidth);
     for (int r = 0; r < rows; r++) {
       const T* row = value(r, g) + column;
+      if (head == 0 && next_ + r < n_) rows_.prefetch_value(next_ + r, g, column, N * kWidth);
       Float values[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) values[n] = load_values(row + n * kWidth);
@@ -189,6 +190,7 @@ class FewHeads {
   int group_;      // heads a kv head
   int lanes_ = 1;  // the power of two that holds them
   int64_t depth_, columns_;
+  int64_t n_ = 0, next_ = 0;  // rows, and the first of the next block: fetched while this one is attended to
   Rows rows_;
   float *q_, *acc_;                 // [heads, depth], [heads, columns]
   float *top_, *highest_, *total_;  // [heads]

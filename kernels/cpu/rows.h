@@ -53,16 +53,18 @@ class PlainRows {
   const T* const* keys() const { return k_ + first_; }
   const T* const* values() const { return v_ + first_; }
 
-  template <int Locality>
-  void prefetch(int64_t i, int64_t kv_head = 0) const {  // row i, of the kv_head-th of a unit's
-    const Segment& s = args_.segments[0];
-    ::prefetch<Locality>(k_[i] + kv_head * s.k_head, args_.d_qk * sizeof(T));
-    if (!values_are_keys(args_)) ::prefetch<Locality>(v_[i] + kv_head * s.v_head, args_.d_v * sizeof(T));
+  // Of row i the key, and n elements of the value from a column on, of the kv_head-th of a unit's.
+  void prefetch_key(int64_t i, int64_t kv_head = 0) const {
+    prefetch<2>(k_[i] + kv_head * args_.segments[0].k_head, args_.d_qk * sizeof(T));
+  }
+  void prefetch_value(int64_t i, int64_t kv_head, int64_t column, int64_t n) const {
+    if (!values_are_keys(args_))
+      prefetch<2>(v_[i] + kv_head * args_.segments[0].v_head + column, n * sizeof(T));
   }
 
   // What is to be fetched of row i, besides what this call fetches at once.
   const auto* fetch(int64_t i) const {
-    if (!values_are_keys(args_)) ::prefetch<2>(v_[i], args_.d_v * sizeof(T));
+    prefetch_value(i, 0, 0, args_.d_v);
     return k_[i];
   }
 
@@ -104,12 +106,10 @@ class PackedRows {
   const T* const* keys() const { return pointers_; }
   const T* const* values() const { return pointers_; }
 
-  template <int Locality>
-  void prefetch(int64_t i, int64_t = 0) const {
-    ::prefetch<Locality>(rows_[i].bytes,
-                         args_.d_qk);  // at least what the smaller formats have, less than all
-    if (rows_[i].scales) ::prefetch_line<Locality>(rows_[i].scales);
+  void prefetch_key(int64_t i, int64_t = 0) const {
+    prefetch<2>(fetch(i), args_.d_qk);  // at least what the smaller formats have, less than all
   }
+  void prefetch_value(int64_t, int64_t, int64_t, int64_t) const {}  // part of the key
 
   const auto* fetch(int64_t i) const {
     if (rows_[i].scales) prefetch_line<2>(rows_[i].scales);
