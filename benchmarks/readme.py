@@ -55,6 +55,7 @@ def measured(record: Path) -> str:
         _table(decode),
         _prefill(prefill),
         _wrapped(_errors(layer)),
+        _wrapped(_projections(decode)),
     ]
     return "\n".join([BEGIN.format(name), "\n\n".join(parts), END])
 
@@ -104,7 +105,19 @@ def _errors(layer: list[dict[str, Any]]) -> str:
     error, rounding = (max(line["errors"][name] for line in layer) for name in ("attention", "bf16_rounding"))
     return (
         f"Relative error against fp64: {error:.2e}; rounding the exact result to bf16 alone makes "
-        f"{rounding:.2e}. The projections are the same on both sides and are not counted."
+        f"{rounding:.2e}."
+    )
+
+
+def _projections(decode: list[dict[str, Any]]) -> str:
+    first, last = (
+        (f"{_ms(line['layer'])} ms at {line['context']:,}", f"{line['projections'] / line['layer']:.0%}")
+        for line in (decode[0], decode[-1])
+    )
+    return (
+        "The projections are the same on both sides and are not counted: matrix-vector products, which are left to "
+        f"torch. With them a decode step of the layer takes {first[0]} tokens, {first[1]} of it in projections, "
+        f"and {last[0]} ({last[1]})."
     )
 
 

@@ -45,7 +45,9 @@ def test_dense_prefill_forms_are_causal_attention(form):
     q, k, v = (torch.randn(3, n, d) for n, d in ((10, 24), (50, 24), (50, 16)))
     scores = q.double() @ k.double().mT * 0.2
     scores.masked_fill_(torch.ones(10, 50).triu(41).bool(), float("-inf"))
-    assert relative_error(form(q, k, v, 0.2), scores.softmax(-1) @ v.double()) < 1e-5
+    in_bf16 = form is dense.mha_causal and dense.gemm_dtype() == torch.bfloat16  # where that is faster
+    bound = 1e-2 if in_bf16 else 1e-5
+    assert relative_error(form(q, k, v, 0.2), scores.softmax(-1) @ v.double()) < bound
 
 
 def test_timings_are_of_the_functions():
@@ -100,6 +102,23 @@ def test_a_benchmark_script_runs(tmp_path):
         assert line["machine"]["threads"] == 1 and line["limits"]["bytes_per_second"] > 0
         ours = line["seconds"]["select_topk"]
         assert ours["low"] <= ours["p25"] <= ours["median"] <= ours["p75"] <= ours["high"]
+
+
+@pytest.mark.skipif(native.instruction_set() is None, reason="the C++ library was not built here")
+@pytest.mark.parametrize(
+    "script, arguments, heading",
+    [
+        ("cpu_limits", ["--context", "4096"], "Share of the multiply-add peak"),
+        ("cpu_threads", ["--context", "4096", "--queries", "1", "--threads", "2"], "2 threads against one"),
+    ],
+)
+def test_a_script_about_the_cpu_kernels_runs(script, arguments, heading, tmp_path):
+    record, path = tmp_path / "record.jsonl", ROOT / "benchmarks" / f"{script}.py"
+    command = [sys.executable, str(path), *arguments, "--rounds", "1", "--json", str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert heading in " ".join(done.stdout.split())
+    assert json.loads(record.read_text().splitlines()[0])["benchmark"] == script
 
 
 @pytest.mark.parametrize("name", list(operations.OPERATIONS))
@@ -213,6 +232,7 @@ def test_the_part_of_the_readme_says_what_the_record_holds(tmp_path, monkeypatch
     about |= {"machine": {"threads": 1, "processor": "Chip", "bf16_instructions": "none", "torch": "2"}}
     about |= {"errors": {"attention": 1.5e-3, "bf16_rounding": 1.4e-3}, "peak_bytes": 64 << 20, "tokens": 512}
     seconds = {"indexer": 1e-3, "topk": 1e-4, "attend": 9e-4, "sparse": 2e-3}
+    seconds |= {"layer": 4e-2, "projections": 3.8e-2}
     seconds |= {"dense_sdpa": 0.1, "dense_gemm": 0.02, "dense_own": 0.004}
     decode = {**about, **seconds, "data": "decode", "context": 8192}
     prefill = {**about, **seconds, "data": "prefill of 512", "context": 32768, "sparse": 1.25}
@@ -220,6 +240,7 @@ def test_the_part_of_the_readme_says_what_the_record_holds(tmp_path, monkeypatch
     record.write_text("\n".join(map(json.dumps, (decode, {**decode, "context": 1024}, prefill))))
     text = script.measured(record)
     assert "| 8,192 | 1.00 | 0.10 | 0.90 | **2.00** | 50% | 100 (50x) | 20.0 (10x) | 4.0 (2.0x) |" in text
+    assert "takes 40.0 ms at 8,192 tokens, 95% of it in projections" in text.replace("\n", " ")
     assert "| 1,024 |" not in text and "Prefill of 512 tokens at 32,768: 1.25 s" in text
     assert (
         "one thread of a machine with Chip" in text.replace("\n", " ")

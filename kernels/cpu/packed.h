@@ -22,10 +22,55 @@ inline Float from_e4m3(const uint8_t* p) {
   return bit_cast<Float>(bit_cast<Int>(value) | nan | (code & 0x80) << 24);
 }
 
+#if defined(__AVX512BW__)
+// 32 e4m3 codes as bf16, times a power of two that leaves each a normal number.
+inline __m512i bf16_from_e4m3(__m256i codes, int exponent) {
+  const __m512i code = _mm512_cvtepu8_epi16(codes),
+                magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+  const __mmask32 subnormal = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+  const auto biased = [&](int e) { return _mm512_set1_epi16(static_cast<short>((e + exponent) * 128)); };
+  const __m512i eighths = _mm512_castsi128_si512(_mm_setr_epi16(  // m * 2^-9 for m < 8, above 2^-9
+      0, 0, 128, 128 + 64, 256, 256 + 32, 256 + 64, 256 + 96));
+  const __m512i subnormals = _mm512_mask_add_epi16(eighths, 0xfe, eighths, biased(118));
+  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), biased(120));
+  bits = _mm512_mask_permutexvar_epi16(bits, subnormal, magnitude, subnormals);
+  bits = _mm512_mask_mov_epi16(bits, nan, _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(bits, _mm512_and_si512(_mm512_slli_epi16(code, 8), _mm512_set1_epi16(-0x8000)));
+}
+#endif
+
+// n codes, a multiple of 16, times a scale.
 template <class T>
 inline void decode_e4m3(const uint8_t* codes, int64_t n, float scale, T* out) {
+#if defined(__AVX512BW__)
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 there = n - i < 32 ? 0xffff : ~0u;
+    const __m512i bits = bf16_from_e4m3(_mm256_maskz_loadu_epi8(there, codes + i), 0);
+    const auto half = [&](__m256i b) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)) * splat(scale);
+    };
+    store(out + i, half(_mm512_castsi512_si256(bits)));
+    if (n - i >= 32) store(out + i + 16, half(_mm512_extracti64x4_epi64(bits, 1)));
+  }
+#else
   for (int64_t i = 0; i < n; i += kWidth) store(out + i, from_e4m3(codes + i) * scale);
+#endif
 }
+
+#if defined(__AVX512BF16__)
+// In bf16 the scale is a power of two that leaves every value a normal number.
+inline void decode_e4m3(const uint8_t* codes, int64_t n, float scale, bfloat16* out) {
+  const uint32_t bits = bit_cast<uint32_t>(scale);
+  const int exponent = static_cast<int>(bits >> 23 & 0xff) - 127;
+  const __m512i sign = _mm512_set1_epi16(static_cast<short>(bits >> 16 & 0x8000));
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 there = n - i < 32 ? 0xffff : ~0u;
+    const __m512i values = bf16_from_e4m3(_mm256_maskz_loadu_epi8(there, codes + i), exponent);
+    _mm512_mask_storeu_epi16(out + i, there, _mm512_xor_si512(values, sign));
+  }
+}
+#endif
 
 inline float from_ue8m0(uint8_t code) {  // 2^(code - 127), 255 is NaN
   return code == 255 ? __builtin_nanf("") : bit_cast<float>(code ? uint32_t{code} << 23 : 0x400000u);
@@ -37,16 +82,23 @@ inline void decode_bf16(const uint8_t* p, int64_t n, T* out) {
   for (int64_t i = 0; i < n; i += kWidth) store(out + i, load(values + i));
 }
 
+inline Float from_e2m1(Int code) {
+  const Int magnitude = code & 7, small = magnitude < 2;  // 0 and 0.5
+  const Int bits = (small & (magnitude * (126 << 23))) | (~small & ((magnitude << 22) + (126 << 23)));
+  return bit_cast<Float>(bits | (code & 8) << 28);
+}
+
 // 2n e2m1 codes, the even ones in the low nibbles; scale(i) is that of value i, the same for 16 in a row.
 template <class T, class Scale>
 inline void decode_e2m1(const uint8_t* codes, int64_t n, const Scale& scale, T* out) {
-  constexpr float kValues[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                 -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
   for (int64_t i = 0; i < n; i += 8) {
+    uint8_t nibbles[16];
+    for (int j = 0; j < 8; j++) nibbles[2 * j] = codes[i + j] & 15, nibbles[2 * j + 1] = codes[i + j] >> 4;
     const float factor = scale(2 * i);
-    for (int64_t j = i; j < i + 8; j++) {
-      from_float(kValues[codes[j] & 15] * factor, out + 2 * j);
-      from_float(kValues[codes[j] >> 4] * factor, out + 2 * j + 1);
+    for (int j = 0; j < 16; j += kWidth) {
+      Bytes bytes;
+      std::memcpy(&bytes, nibbles + j, sizeof bytes);
+      store(out + 2 * i + j, from_e2m1(__builtin_convertvector(bytes, Int)) * factor);
     }
   }
 }

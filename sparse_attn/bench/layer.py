@@ -67,7 +67,7 @@ def run(
         results: dict[str, Any] = {"machine": machine(), "decode": [], "prefill": None}
         layer = SparseMLA(config, dtype=torch.bfloat16)
         cache = _filled_cache(config, max(*contexts, prefill_context))
-        task = progress.add_task("layer: decode", total=len(contexts) * rounds * 7)
+        task = progress.add_task("layer: decode", total=len(contexts) * rounds * 8)
         for context in contexts:
             results["decode"].append(_decode(layer, cache, context, rounds, lambda: progress.advance(task)))
         task = progress.add_task("layer: prefill", total=2 + 4 * rounds)
@@ -151,6 +151,14 @@ def _decode(layer: SparseMLA, cache: DSACache, context: int, rounds: int, advanc
     def sparse() -> Tensor:
         return _attend(layer, step, lightning_topk(*step.index, topk, *ranges))
 
+    token = torch.randn(1, layer.config.hidden_size, dtype=torch.bfloat16)
+    cache.reset()
+    cache.commit(cache.place([context - 1]))  # as if a prefill had written what is there
+
+    def whole_layer() -> None:
+        layer(token, cache=cache)
+        cache.truncate(context - 1)
+
     timings = interleaved(
         {
             "indexer": lambda: index_logits(*step.index, *ranges),
@@ -160,11 +168,14 @@ def _decode(layer: SparseMLA, cache: DSACache, context: int, rounds: int, advanc
             "dense_sdpa": lambda: dense.sdpa_folded(q, step.kv, scale, d_v),
             "dense_gemm": lambda: dense.gemm_chunked(q, step.kv, scale, d_v),
             "dense_own": lambda: dense.own_kernel(q, step.kv, scale, d_v),
+            "layer": whole_layer,
         },
         rounds,
         advance,
     )
-    return {"context": context, "errors": errors, **_seconds(timings), "timings": _quantiles(timings)}
+    seconds = _seconds(timings)
+    seconds["projections"] = seconds["layer"] - seconds["sparse"]
+    return {"context": context, "errors": errors, **seconds, "timings": _quantiles(timings)}
 
 
 def _prefill(
@@ -224,6 +235,14 @@ def _print(console: Console, results: dict[str, Any]) -> None:
         peers = [f"{row[n] * 1e3:.1f} {_ratio(row[n] / row['sparse'])}" for n in DENSE_DECODE]
         table.add_row(f"{row['context']:,}", *parts, *peers)
     console.print(table)
+    console.print(
+        "With its projections a decode step takes "
+        + ", ".join(f"{r['layer'] * 1e3:.1f} ms at {r['context']:,}" for r in results["decode"])
+        + "; they are "
+        + ", ".join(f"{r['projections'] / r['layer']:.0%}" for r in results["decode"])
+        + " of it.",
+        highlight=False,
+    )
     p = results["prefill"]
     title = f"Prefill of the last {p['tokens']} of {p['context']:,} tokens, s: sparse, then dense"
     table = _table(title, ("indexer + top-k", "attend", "all", "peak memory"), DENSE_PREFILL)
@@ -233,7 +252,7 @@ def _print(console: Console, results: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"[dim]Dense prefill: per-head attention, timed on {DENSE_HEADS} of 128 heads and scaled. "
-        "Projections are the same on both sides and are left out. SDPA and GEMM are torch's; own: this "
+        "Projections are the same on both sides and are left out of the tables. SDPA and GEMM are torch's; own: this "
         "library's kernel over every token.[/dim]"
     )
     errors = [row["errors"] for row in (*results["decode"], p)]

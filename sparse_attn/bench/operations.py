@@ -5,6 +5,7 @@ queries, 32 / 8 heads of 128. A new operation is a function that yields cases, a
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -160,27 +161,31 @@ def _attention(data: str, s_kv: int, flex: bool) -> Case:
 
 
 def grouped(quick: bool) -> Cases:
-    """The same for grouped queries."""
+    """The same for grouped queries, and once with rows that no cache holds."""
     for context in QUICK if quick else CONTEXTS:
-        yield partial(_grouped, context, not quick)
+        yield partial(_grouped, context, False, not quick)
+    yield partial(_grouped, (QUICK if quick else CONTEXTS)[-1], True, False)
 
 
-def _grouped(s_kv: int, flex: bool) -> Case:
+def _grouped(s_kv: int, cold: bool, flex: bool) -> Case:
     (h_q, h_kv), d = GQA_HEADS, GQA_D
     q, k, v = _normal(1, h_q, d), _normal(s_kv, h_kv, d), _normal(s_kv, h_kv, d)
-    indices = torch.randperm(s_kv)[None, :TOPK].sort().values.int()
+    # Cold: every call selects other rows, so that no cache holds them.
+    selections = torch.randperm(s_kv)[: max(1, s_kv // TOPK) * TOPK].int().split(TOPK)
+    selections = itertools.cycle([s.sort().values[None] for s in selections][: None if cold else 1])
+    indices = next(selections)
     rows = q[0].unflatten(0, (h_kv, -1))  # [h_kv, group, d]
     keys, values = (x.transpose(0, 1).contiguous() for x in (k, v))  # the layout that dense forms like best
 
     def ours() -> Tensor:
-        return sparse_gqa(q, k, v, indices)
+        return sparse_gqa(q, k, v, next(selections))
 
     def matmul() -> Tensor:
         return (rows @ keys.mT * d**-0.5).softmax(-1) @ values
 
     def check() -> None:
         exact, _ = reference.sparse_gqa(q.double(), k.double(), v.double(), indices, d**-0.5)
-        assert_close(ours(), exact, 1.5)
+        assert_close(sparse_gqa(q, k, v, indices), exact, 1.5)
 
     peers = {
         "dense SDPA": lambda: F.scaled_dot_product_attention(rows[None], keys[None], values[None]),
@@ -189,7 +194,8 @@ def _grouped(s_kv: int, flex: bool) -> Case:
     if flex and s_kv == FLEX_CONTEXT:
         peers["dense flex_attention"] = lambda: dense.flex(rows[None], keys[None], values[None])
     work = attention_work(1, indices.shape[1], h_q, d, d, 2 * h_kv * 2 * d)
-    return Case(s_kv, "gaussian", {"sparse_gqa": ours, **peers}, check, work)
+    data = "gaussian, cold rows" if cold else "gaussian"
+    return Case(s_kv, data, {"sparse_gqa": ours, **peers}, check, work)
 
 
 def memory(quick: bool) -> Cases:

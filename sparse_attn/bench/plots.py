@@ -133,9 +133,8 @@ def _crossover(layer: list[dict[str, Any]]):
         points = [(row["context"], row[name] / row["sparse"]) for row in layer]
         axis.plot(*zip(*points, strict=True), "o-", label=label, color=colour)
     axis.axhline(1, color="black", linewidth=0.8)
-    _log_axes(
-        axis, "tokens in the context", "time of dense / time of sparse", "Above the line sparse is faster"
-    )
+    title = "Above the line sparse is faster"
+    _log_axes(axis, "tokens in the context", "time of dense / time of sparse", title, unit="x")
     return figure
 
 
@@ -143,10 +142,11 @@ def _figure():
     return plt.subplots(figsize=(7, 4.5), layout="constrained")
 
 
-def _log_axes(axis, x: str, y: str, title: str) -> None:
+def _log_axes(axis, x: str, y: str, title: str, unit: str = "") -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value < 2**20 else "1M")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}{unit}")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.set_title(title, fontsize=10)
