@@ -71,8 +71,8 @@ def measure(queries: int, context: int, threads: int, rounds: int) -> dict:
 def show(rows: list[dict], context: int, threads: int) -> None:
     table = Table(
         title=f"{threads} threads against one, ms (medians of interleaved rounds)",
-        caption=f"{machine()['processor']}, {machine()['cpu_kernels']}; {context:,} tokens, k = {TOPK}, bf16; "
-        f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
+        caption=f"{machine()['processor']}, {machine()['cpu_kernels']}; {context:,} tokens, k = {TOPK}, "
+        f"bf16; OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
     )
     table.add_column("queries", justify="right")
     for name in OPERATIONS:
@@ -81,7 +81,10 @@ def show(rows: list[dict], context: int, threads: int) -> None:
         cells = (row[name] for name in OPERATIONS)
         table.add_row(
             str(row["queries"]),
-            *(f"{1e3 * c['one_thread']:.2f} / {1e3 * c['all_threads']:.2f}  {c['times']:.2f}x" for c in cells),
+            *(
+                f"{1e3 * c['one_thread']:.2f} / {1e3 * c['all_threads']:.2f}  {c['times']:.2f}x"
+                for c in cells
+            ),
         )
     Console().print(table)
 

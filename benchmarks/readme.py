@@ -115,9 +115,9 @@ def _projections(decode: list[dict[str, Any]]) -> str:
         for line in (decode[0], decode[-1])
     )
     return (
-        "The projections are the same on both sides and are not counted: matrix-vector products, which are left to "
-        f"torch. With them a decode step of the layer takes {first[0]} tokens, {first[1]} of it in projections, "
-        f"and {last[0]} ({last[1]})."
+        "The projections are the same on both sides and are not counted: matrix-vector products, which are "
+        f"left to torch. With them a decode step of the layer takes {first[0]} tokens, {first[1]} of it in "
+        f"projections, and {last[0]} ({last[1]})."
     )
 
 

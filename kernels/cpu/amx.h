@@ -256,7 +256,7 @@ class AmxEngine {
     const int64_t vector = column / kTileSide, vectors = acc_columns() / kTileSide;
     const int64_t first = vector / kTileVectors * kTileVectors;
     const int64_t width = (vectors - first < kTileVectors ? vectors - first : kTileVectors) * kTileSide;
-    const uint32_t* panel = values_.panel(first, width).first + (vector - first) * kTileSide;
+    const uint32_t* panel = values_.panel<1>(first).first + (vector - first) * kTileSide;
     settle(panel);
     if (add)
       load_tiles<Rows, 2>(acc, acc_columns());

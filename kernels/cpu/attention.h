@@ -84,7 +84,10 @@ class Values<Fp32, T> {
 
   int64_t columns() const { return round_up(d_v_, kWidth); }
   int64_t steps() const { return steps_; }
-  ColumnsOfRows<Fp32> panel(int64_t vector, int64_t) const { return {rows_, vector * kWidth}; }
+  template <int N>
+  ColumnsOfRows<Fp32> panel(int64_t vector) const {
+    return {rows_, vector * kWidth};
+  }
 
   void load_rows(const T* const* rows, int64_t n, int64_t) {
     if constexpr (std::is_same_v<T, float>)
@@ -118,8 +121,9 @@ class Values<Bf16Dot, T> {
 
   int64_t columns() const { return round_up(d_v_, 2 * kWidth); }
   int64_t steps() const { return steps_; }
-  Columns<Bf16Dot> panel(int64_t vector, int64_t width) const {
-    return {panels_ + vector * kWidth * steps_, width * kWidth};
+  template <int N>
+  Panel<Bf16Dot, N> panel(int64_t vector) const {
+    return {panels_ + vector * kWidth * steps_};
   }
 
   void prepare() { std::memset(static_cast<void*>(zeros_), 0, d_v_ * sizeof(T)); }
@@ -247,7 +251,7 @@ class TileEngine {
   template <int Bytes, class Address>
   [[gnu::noinline]] void scores(float* scores, const Address& address) const {
     for_each_panel(group_.columns() / kWidth, [&](int64_t v, auto width) {
-      const Columns<Math> panel = {queries_.panels + v * kWidth * queries_.depth, width * kWidth};
+      const Panel<Math, width> panel = {queries_.panels + v * kWidth * queries_.depth};
       const ToMatrix to = {scores + v * kWidth, group_.stride()};
       if (v == 0)
         for_each_tile<Math, width>(Rows<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to,
@@ -270,7 +274,7 @@ class TileEngine {
       for_each_panel(values_.columns() / kWidth, [&](int64_t v, auto width) {
         float* c = acc + v * kWidth;
         const auto product = [&](const auto& start) {
-          for_each_tile<Math, width>(left, values_.panel(v, width), values_.steps(), heads, start,
+          for_each_tile<Math, width>(left, values_.template panel<width>(v), values_.steps(), heads, start,
                                      ToMatrix{c, values_.columns()});
         };
         if (part > 0)

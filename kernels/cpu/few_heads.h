@@ -71,7 +71,7 @@ class FewHeads {
 
   // scores_[row][lane], a lane for each head of the group.
   void scores(int64_t g, int rows) {
-    std::memset(sums_, 0, rows * lanes_ * kWidth * sizeof(float));
+    if (lanes_ > group_) std::memset(sums_, 0, rows * lanes_ * kWidth * sizeof(float));
     for (int h = 0; h < group_; h += kHeads) {
       const float* q = q_ + (g * group_ + h) * depth_;
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
@@ -86,27 +86,28 @@ class FewHeads {
   template <int R, int H>
   void dots(int64_t g, const float* q, int row, int head) {
     const T* k[R];
-    for (int r = 0; r < R; r++) {
-      k[r] = key(row + r, g);
-      if (head == 0 && next_ + row + r < n_) rows_.prefetch_key(next_ + row + r, g);
-    }
-    Float c[R][H] = {};
-    const auto step = [&](int64_t d, auto&& load_keys) {
+    for (int r = 0; r < R; r++) k[r] = key(row + r, g);
+    for (int r = row; r < row + R && r < later(head); r++) rows_.prefetch_key(next_ + r, g);
+    Float c[R][H];
+    FromZero{}(0, c);
+    const auto step = [&](int64_t d, auto&& load_keys) ALWAYS_INLINE {
       Float queries[H];
-#pragma GCC unroll 8
-      for (int h = 0; h < H; h++) queries[h] = load(q + h * depth_ + d);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
+      unrolled<H>([&](auto h) ALWAYS_INLINE { queries[h] = load(q + h * depth_ + d); });
+      unrolled<R>([&](auto r) ALWAYS_INLINE {
         const Float keys = load_keys(k[r] + d);
-#pragma GCC unroll 8
-        for (int h = 0; h < H; h++) c[r][h] = fma(keys, queries[h], c[r][h]);
-      }
+        unrolled<H>([&](auto h) ALWAYS_INLINE { c[r][h] = fma(keys, queries[h], c[r][h]); });
+      });
     };
     const int64_t whole = args_.d_qk / kWidth * kWidth;
-    for (int64_t d = 0; d < whole; d += kWidth) step(d, [](const T* p) { return load(p); });
+    for (int64_t d = 0; d < whole; d += kWidth) step(d, [](const T* p) ALWAYS_INLINE { return load(p); });
     if (whole < args_.d_qk) step(whole, [&](const T* p) { return load_tail(p, args_.d_qk - whole); });
-    for (int r = 0; r < R; r++)
-      for (int h = 0; h < H; h++) store(sums_ + ((row + r) * lanes_ + head + h) * kWidth, c[r][h]);
+    ToMatrix{sums_ + (row * lanes_ + head) * kWidth, lanes_ * kWidth}(0, c);
+  }
+
+  // How many rows of the next block are fetched by the work on one head after the other of a group: the
+  // first.
+  int later(int head) const {
+    return head == 0 && next_ < n_ ? static_cast<int>(n_ - next_ < kBlock ? n_ - next_ : kBlock) : 0;
   }
 
   // scores_ become probabilities; what was summed so far is scaled to a new reference where it is needed.
@@ -165,24 +166,21 @@ class FewHeads {
 
   template <int H, int N, class Load>
   void add_values(int64_t g, int rows, int64_t column, int head, float* acc, Load&& load_values) {
+    const int fetched = later(head);
     Float c[H][N];
-    for (int h = 0; h < H; h++)
-      for (int n = 0; n < N; n++) c[h][n] = load(acc + h * columns_ + n * kWidth);
+    FromMatrix{acc, columns_}(0, c);
     for (int r = 0; r < rows; r++) {
+      if (r < fetched) rows_.prefetch_value(next_ + r, g, column, N * kWidth);
       const T* row = value(r, g) + column;
-      if (head == 0 && next_ + r < n_) rows_.prefetch_value(next_ + r, g, column, N * kWidth);
+      const float* probabilities = scores_ + r * lanes_ + head;
       Float values[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) values[n] = load_values(row + n * kWidth);
-#pragma GCC unroll 8
-      for (int h = 0; h < H; h++) {
-        const Float p = splat(scores_[r * lanes_ + head + h]);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) c[h][n] = fma(p, values[n], c[h][n]);
-      }
+      unrolled<N>([&](auto n) ALWAYS_INLINE { values[n] = load_values(row + n * kWidth); });
+      unrolled<H>([&](auto h) ALWAYS_INLINE {
+        const Float p = splat(probabilities[h]);
+        unrolled<N>([&](auto n) ALWAYS_INLINE { c[h][n] = fma(p, values[n], c[h][n]); });
+      });
     }
-    for (int h = 0; h < H; h++)
-      for (int n = 0; n < N; n++) store(acc + h * columns_ + n * kWidth, c[h][n]);
+    ToMatrix{acc, columns_}(0, c);
   }
 
   const AttentionArgs& args_;

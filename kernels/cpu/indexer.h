@@ -29,14 +29,13 @@ class HeadWeights {
   // f(add) with add(total, scores) = total + weights * relu(scores) over the N vectors of heads from v on.
   template <int N, class F>
   void with_vectors(int64_t v, F&& f) const {
-    Float weights[N];
-    for (int n = 0; n < N; n++) weights[n] = load(weights_ + (v + n) * kWidth);
+    const float* weights = weights_ + v * kWidth;
     const Int last = v + N == vectors() ? tail_ : ~Int{};
-    f([&](Float total, const auto& scores) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N - 1; n++) total = fma(relu(scores(n)), weights[n], total);
+    f([&](Float total, const auto& scores) ALWAYS_INLINE {
+      unrolled<N - 1>([&](auto n)
+                          ALWAYS_INLINE { total = fma(relu(scores(n)), load(weights + n * kWidth), total); });
       const Float masked = bit_cast<Float>(bit_cast<Int>(relu(scores(N - 1))) & last);
-      return fma(masked, weights[N - 1], total);
+      return fma(masked, load(weights + (N - 1) * kWidth), total);
     });
   }
 
@@ -101,14 +100,13 @@ class TileScorer {
   void score(const Word* const* rows, const Key* const* later, int n) const {
     for_each_panel(weights_.vectors(), [&](int64_t v, auto width) {
       weights_.template with_vectors<width>(v, [&](const auto& add) {
-        const auto finish = [&](int first, auto& c) {
-#pragma GCC unroll 8
-          for (int m = 0; m < static_cast<int>(sizeof c / sizeof c[0]); m++) {
+        const auto finish = [&](int first, auto& c) ALWAYS_INLINE {
+          unrolled<sizeof c / sizeof c[0]>([&](auto m) ALWAYS_INLINE {
             float* sum = sums_ + (first + m) * kWidth;
-            store(sum, add(v ? load(sum) : Float{}, [&](int i) { return c[m][i]; }));
-          }
+            store(sum, add(v ? load(sum) : Float{}, [&](int i) ALWAYS_INLINE { return c[m][i]; }));
+          });
         };
-        const Columns<Math> panel = {queries_ + v * kWidth * depth_, width * kWidth};
+        const Panel<Math, width> panel = {queries_ + v * kWidth * depth_};
         if (v == 0)
           for_each_tile<Math, width>(
               Rows<Math>{rows}, panel, words_, n, FromZero{}, finish,

@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -330,6 +331,19 @@ inline void prefetch_line(const void* p) {
 template <int Locality = 3>
 inline void prefetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line<Locality>(static_cast<const char*>(row) + i);
+}
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+
+// f(0), .., f(N - 1) with the numbers as constants, so that arrays indexed with them stay in registers: a
+// loop is unrolled too late for that.
+template <class F, int... I>
+ALWAYS_INLINE inline void unrolled(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+ALWAYS_INLINE inline void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, N>{});
 }
 
 // Calls f with value as a compile-time constant, for 1 <= value <= Max.

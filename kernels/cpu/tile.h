@@ -91,12 +91,11 @@ struct Transposed {
   }
 };
 
-// The right operand: rows of columns, one for each k. They lie `step` words apart,
-template <class Math>
-struct Columns {
+// The right operand: rows of columns, one for each k. They follow each other, N vectors each,
+template <class Math, int N>
+struct Panel {
   const typename Math::Word* first;
-  ptrdiff_t step;
-  const typename Math::Word* operator()(int64_t k) const { return first + k * step; }
+  const typename Math::Word* operator()(int64_t k) const { return first + k * (N * kWidth); }
 };
 // or where these pointers say, `offset` words from there.
 template <class Math>
@@ -120,18 +119,16 @@ struct NoFetch {};
 
 // c[m][n] += sum_k a(m, k) * b(k)[n] for begin <= k < end, M rows and N vectors of columns.
 template <class Math, int M, int N, class Left, class Right>
-[[gnu::always_inline]] inline void accumulate(Float (&c)[M][N], const Left& a, const Right& b, int64_t begin,
-                                              int64_t end) {
+ALWAYS_INLINE inline void accumulate(Float (&c)[M][N], const Left& a, const Right& b, int64_t begin,
+                                     int64_t end) {
   for (int64_t k = begin; k < end; k++) {
+    const typename Math::Word* row = b(k);
     typename Math::Vector columns[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) columns[n] = Math::load(b(k) + n * kWidth);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
+    unrolled<N>([&](auto n) ALWAYS_INLINE { columns[n] = Math::load(row + n * kWidth); });
+    unrolled<M>([&](auto m) ALWAYS_INLINE {
       const typename Math::Vector left = Math::broadcast(a(m, k));
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) c[m][n] = Math::dot(c[m][n], left, columns[n]);
-    }
+      unrolled<N>([&](auto n) ALWAYS_INLINE { c[m][n] = Math::dot(c[m][n], left, columns[n]); });
+    });
   }
 }
 
@@ -144,17 +141,19 @@ inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows
   for (int m0 = 0; m0 < rows; m0 += kTileRows) {
     with_constant<kTileRows>(rows - m0 < kTileRows ? rows - m0 : kTileRows, [&](auto tile_rows) {
       const auto left = a.template tile<tile_rows>(m0);
+      const Right right = b;
       Float c[tile_rows][N];
       start(m0, c);
       if constexpr (std::is_same_v<Later, NoFetch>) {
-        accumulate<Math>(c, left, b, 0, depth);
+        accumulate<Math>(c, left, right, 0, depth);
       } else {
         constexpr int64_t kLine = 64 / Later::kBytes;  // words whose bytes are a cache line
         const char* address[tile_rows];
         for (int m = 0; m < tile_rows; m++) address[m] = reinterpret_cast<const char*>(later.address(m0 + m));
         for (int64_t k = 0; k < depth; k += kLine) {
+          asm volatile("" ::"r"(address) : "memory");  // they stay there: the rows need the registers
           for (int m = 0; m < tile_rows; m++) prefetch_line<2>(address[m] + k * Later::kBytes);
-          accumulate<Math>(c, left, b, k, depth - k < kLine ? depth : k + kLine);
+          accumulate<Math>(c, left, right, k, depth - k < kLine ? depth : k + kLine);
         }
       }
       finish(m0, c);
@@ -162,14 +161,16 @@ inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows
   }
 }
 
-// Every loop over a tile is unrolled: only then does it stay in registers.
+// f(m, n, c[m][n]) for every vector of a tile.
+template <int M, int N, class F>
+ALWAYS_INLINE inline void for_each_vector(Float (&c)[M][N], const F& f) {
+  unrolled<M>([&](auto m) ALWAYS_INLINE { unrolled<N>([&](auto n) ALWAYS_INLINE { f(m, n, c[m][n]); }); });
+}
+
 struct FromZero {
   template <int M, int N>
-  void operator()(int, Float (&c)[M][N]) const {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) c[m][n] = Float{};
+  ALWAYS_INLINE void operator()(int, Float (&c)[M][N]) const {
+    for_each_vector(c, [](int, int, Float& x) ALWAYS_INLINE { x = Float{}; });
   }
 };
 
@@ -177,11 +178,9 @@ struct FromMatrix {
   const float* c;
   ptrdiff_t row;
   template <int M, int N>
-  void operator()(int m0, Float (&tile)[M][N]) const {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) tile[m][n] = load(c + (m0 + m) * row + n * kWidth);
+  ALWAYS_INLINE void operator()(int m0, Float (&tile)[M][N]) const {
+    for_each_vector(tile,
+                    [&](int m, int n, Float& x) ALWAYS_INLINE { x = load(c + (m0 + m) * row + n * kWidth); });
   }
 };
 
@@ -190,11 +189,10 @@ struct FromScaledMatrix {
   ptrdiff_t row;
   const float* scale;  // of each row
   template <int M, int N>
-  void operator()(int m0, Float (&tile)[M][N]) const {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) tile[m][n] = load(c + (m0 + m) * row + n * kWidth) * splat(scale[m0 + m]);
+  ALWAYS_INLINE void operator()(int m0, Float (&tile)[M][N]) const {
+    for_each_vector(tile, [&](int m, int n, Float& x) ALWAYS_INLINE {
+      x = load(c + (m0 + m) * row + n * kWidth) * splat(scale[m0 + m]);
+    });
   }
 };
 
@@ -202,11 +200,9 @@ struct ToMatrix {
   float* c;
   ptrdiff_t row;
   template <int M, int N>
-  void operator()(int m0, Float (&tile)[M][N]) const {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) store(c + (m0 + m) * row + n * kWidth, tile[m][n]);
+  ALWAYS_INLINE void operator()(int m0, Float (&tile)[M][N]) const {
+    for_each_vector(tile,
+                    [&](int m, int n, Float& x) ALWAYS_INLINE { store(c + (m0 + m) * row + n * kWidth, x); });
   }
 };
 

@@ -252,8 +252,8 @@ def _print(console: Console, results: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"[dim]Dense prefill: per-head attention, timed on {DENSE_HEADS} of 128 heads and scaled. "
-        "Projections are the same on both sides and are left out of the tables. SDPA and GEMM are torch's; own: this "
-        "library's kernel over every token.[/dim]"
+        "Projections are the same on both sides and are left out of the tables. SDPA and GEMM are torch's; "
+        "own: this library's kernel over every token.[/dim]"
     )
     errors = [row["errors"] for row in (*results["decode"], p)]
     worst = {name: max(e[name] for e in errors) for name in errors[0]}

@@ -1,0 +1,159 @@
+"""How many instructions the C++ kernels execute, for each instruction set that can be counted.
+
+Counted is one call on one thread: a run of the driver (cpu_instructions.cpp) with it less a run without it,
+by the processor's counter (perf stat) or else by valgrind, which has no AVX512. The count doesn't depend on
+what else the machine does. It is also given for each of the multiply-add instructions that the operation
+takes at least: 1 would be arithmetic alone. It says nothing of the time that memory takes.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sparse_attn.bench.timing import append_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What a command is run under, and where its count then stands in stderr.
+COUNTERS = {
+    "perf": (["perf", "stat", "-x,", "-e", "instructions:u"], r"^(\d+),"),
+    "valgrind": (["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"], r"Collected : (\d+)"),
+}
+# Without the string instructions that clear and copy memory: valgrind counts each of their repetitions.
+ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-ERMS"}
+# Multiply-adds of one instruction: one a lane. AVX512-BF16 multiplies a pair in each, AMX 16 pairs in each of
+# 16 x 16. On x86 portable has four lanes, but takes two instructions for a multiply-add.
+MULTIPLY_ADDS = {"amx": 8192, "avx512bf16": 32, "avx512": 16, "avx2": 8, "portable": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    arguments: tuple[str | int, ...]  # the driver's: its name, then sizes
+    units: int
+    unit: str
+    multiply_adds: int = 0
+
+
+class Driver:
+    """The driver and the kernels, built into a folder, run under the first counter that works here."""
+
+    def __init__(self, folder: Path):
+        self.counter = next(filter(works, COUNTERS), None)
+        if self.counter is None:
+            raise OSError(
+                "needs perf with the event instructions:u, which few virtual machines have, or valgrind"
+            )
+        spec = importlib.util.spec_from_file_location("setup_of_sparse_attn", ROOT / "setup.py")
+        setup = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(setup)
+        setup.SOURCES = ROOT / "kernels" / "cpu"
+        if self.counter == "valgrind":
+            setup.X86_FLAGS = {"isa_avx2": setup.AVX2}  # what it cannot run need not be compiled
+        self.path = folder / "driver"
+        setup.build_library(self.path, link=(), more_sources=[Path(__file__).with_suffix(".cpp")])
+        self.instruction_sets = run_counted(self.counter, [self.path])[0].split()
+
+    def instructions(self, instruction_set: str, operation: Operation) -> int:
+        """Of one call."""
+        name, *sizes = operation.arguments
+        without, with_one = (
+            run_counted(self.counter, [self.path, instruction_set, name, calls, *sizes])[1]
+            for calls in (0, 1)
+        )
+        return with_one - without
+
+
+def run_counted(counter: str, command: list) -> tuple[str, int]:
+    """What a command prints, and how many instructions it takes."""
+    prefix, count = COUNTERS[counter]
+    command = [*prefix, *map(str, command)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    return done.stdout, sum(map(int, re.findall(count, done.stderr, re.MULTILINE)))
+
+
+def works(counter: str) -> bool:
+    try:
+        return run_counted(counter, ["true"])[1] > 0
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def operations(rows: int, keys: int) -> dict[str, Operation]:
+    """Of one query, which selects so many rows, of so many keys."""
+
+    def attend(heads: int, kv_heads: int, d_qk: int, d_v: int) -> Operation:
+        arguments = ("attend", heads, kv_heads, d_qk, d_v, rows)
+        return Operation(arguments, rows, "row", heads * rows * (d_qk + d_v))
+
+    return {
+        "MLA, 128 heads": attend(128, 1, 576, 512),
+        "MLA, 16 heads": attend(16, 1, 576, 512),
+        "GQA, 32/8 heads": attend(32, 8, 128, 128),
+        "indexer": Operation(("index_logits", 64, 128, keys), keys, "key", 64 * 128 * keys),
+        "top-k": Operation(("select_topk", keys, rows), keys, "logit"),
+    }
+
+
+def measure(driver: Driver, instruction_set: str, name: str, operation: Operation) -> dict:
+    instructions = driver.instructions(instruction_set, operation)
+    least = operation.multiply_adds / MULTIPLY_ADDS[instruction_set]
+    return {
+        "operation": name,
+        "instruction_set": instruction_set,
+        "counter": driver.counter,
+        "instructions": instructions,
+        "unit": operation.unit,
+        "instructions_a_unit": instructions / operation.units,
+        "instructions_a_multiply_add": instructions / least if least else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="256 rows of 4,096 keys, not 2,048 of 32,768")
+    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object a line")
+    options = parser.parse_args()
+    sizes = {"rows": 256, "keys": 4096} if options.quick else {"rows": 2048, "keys": 32768}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            driver = Driver(Path(folder))
+        except OSError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        rows = [
+            {**measure(driver, instruction_set, name, operation), **sizes}
+            for name, operation in operations(**sizes).items()
+            for instruction_set in driver.instruction_sets
+        ]
+    show(rows)
+    if options.json:
+        append_json(options.json, "cpu_instructions", rows)
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(
+        title="Instructions of one call, by instruction set",
+        caption=f"counted by {rows[0]['counter']}; one query, {rows[0]['rows']:,} rows; 64 x 128, "
+        f"{rows[0]['keys']:,} keys; bf16",
+    )
+    for name in ("operation", "set", "instructions", "a unit", "a multiply-add"):
+        numbers = name not in ("operation", "set")
+        table.add_column(name, justify="right" if numbers else "left", no_wrap=name != "a multiply-add")
+    for r in rows:
+        ratio = r["instructions_a_multiply_add"]
+        table.add_row(
+            *(r["operation"], r["instruction_set"], f"{r['instructions']:,}"),
+            *(f"{r['instructions_a_unit']:,.1f} a {r['unit']}", f"{ratio:.2f}" if ratio else "-"),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
