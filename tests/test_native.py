@@ -327,20 +327,35 @@ def test_what_torch_must_do():
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
-def test_the_kernels_are_clean_under_sanitizers(tmp_path):
+def build_driver(driver, options):
+    """tests/native_driver.cpp with every kernel; CalledProcessError with what the compiler said."""
     spec = importlib.util.spec_from_file_location("setup_of_sparse_attn", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        setup.build_library(driver, options, link=(), more_sources=["tests/native_driver.cpp"])
+
+
+def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     driver = tmp_path / "driver"
     options = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(ROOT)
-            setup.build_library(driver, options, link=(), more_sources=["tests/native_driver.cpp"])
+        build_driver(driver, options)
     except subprocess.CalledProcessError as error:
         if "sanitize" in error.stderr or "asan" in error.stderr:
             pytest.skip("this compiler has no sanitizers")
         raise AssertionError(error.stderr) from None
+    done = subprocess.run([driver], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == native.instruction_sets()
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+def test_clang_builds_every_kernel(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "clang++")
+    driver = tmp_path / "driver"
+    build_driver(driver, ["-O1"])
     done = subprocess.run([driver], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == native.instruction_sets()

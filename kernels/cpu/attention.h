@@ -85,7 +85,7 @@ class Values<Fp32, T> {
   int64_t columns() const { return round_up(d_v_, kWidth); }
   int64_t steps() const { return steps_; }
   template <int N>
-  ColumnsOfRows<Fp32> panel(int64_t vector) const {
+  ColumnsAt<Fp32> panel(int64_t vector) const {
     return {rows_, vector * kWidth};
   }
 
@@ -254,10 +254,10 @@ class TileEngine {
       const Panel<Math, width> panel = {queries_.panels + v * kWidth * queries_.depth};
       const ToMatrix to = {scores + v * kWidth, group_.stride()};
       if (v == 0)
-        for_each_tile<Math, width>(Rows<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to,
+        for_each_tile<Math, width>(RowsAt<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to,
                                    fetch_rows<Bytes>(address));
       else
-        for_each_tile<Math, width>(Rows<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to);
+        for_each_tile<Math, width>(RowsAt<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to);
     });
   }
 
@@ -396,10 +396,14 @@ void attend_heads(const AttentionArgs& args, int64_t t, int64_t head, int64_t he
 }
 
 template <class Engine>
-constexpr auto attend_plain = attend_heads<Engine, PlainRows<typename Engine::RowElement>>;
+void attend_plain(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
+  attend_heads<Engine, PlainRows<typename Engine::RowElement>>(args, t, head, head_end);
+}
 template <class Engine>
-constexpr auto attend_packed =
-    attend_heads<Engine, PackedRows<typename Engine::Element, typename Engine::RowElement>>;
+void attend_packed(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
+  attend_heads<Engine, PackedRows<typename Engine::Element, typename Engine::RowElement>>(args, t, head,
+                                                                                          head_end);
+}
 
 // Quantised rows in bf16 where that is exact, else in fp32: a cache may hold any fp32 scale.
 template <class Bf16Engine>

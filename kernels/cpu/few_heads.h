@@ -203,8 +203,12 @@ void attend_few_heads(const AttentionArgs& args, int64_t t, int64_t head, int64_
 }
 
 template <class T>
-constexpr auto attend_few_plain = attend_few_heads<T, PlainRows<T>>;
+void attend_few_plain(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
+  attend_few_heads<T, PlainRows<T>>(args, t, head, head_end);
+}
 template <class T>
-constexpr auto attend_few_packed = attend_few_heads<T, PackedRows<T, float>>;
+void attend_few_packed(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
+  attend_few_heads<T, PackedRows<T, float>>(args, t, head, head_end);
+}
 
 }  // namespace

@@ -109,10 +109,10 @@ class TileScorer {
         const Panel<Math, width> panel = {queries_ + v * kWidth * depth_};
         if (v == 0)
           for_each_tile<Math, width>(
-              Rows<Math>{rows}, panel, words_, n, FromZero{}, finish,
+              RowsAt<Math>{rows}, panel, words_, n, FromZero{}, finish,
               fetch_rows<Math::kPerWord * sizeof(Key)>([&](int m) { return later[m]; }));
         else
-          for_each_tile<Math, width>(Rows<Math>{rows}, panel, words_, n, FromZero{}, finish);
+          for_each_tile<Math, width>(RowsAt<Math>{rows}, panel, words_, n, FromZero{}, finish);
       });
     });
   }

@@ -333,6 +333,7 @@ inline void prefetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line<Locality>(static_cast<const char*>(row) + i);
 }
 
+#if defined(__OPTIMIZE__)
 #define ALWAYS_INLINE __attribute__((always_inline))
 
 // f(0), .., f(N - 1) with the numbers as constants, so that arrays indexed with them stay in registers: a
@@ -345,6 +346,13 @@ template <int N, class F>
 ALWAYS_INLINE inline void unrolled(const F& f) {
   unrolled(f, std::make_integer_sequence<int, N>{});
 }
+#else  // with sanitizers the same would take minutes to compile
+#define ALWAYS_INLINE
+template <int N, class F>
+inline void unrolled(const F& f) {
+  for (int i = 0; i < N; i++) f(i);
+}
+#endif
 
 // Calls f with value as a compile-time constant, for 1 <= value <= Max.
 template <int Max, class F>

@@ -63,7 +63,7 @@ struct Bf16Dot {
 
 // The left operand of a product: element k of row m. The rows lie where these pointers say,
 template <class Math>
-struct Rows {
+struct RowsAt {
   const typename Math::Word* const* rows;
 
   template <int M>
@@ -99,7 +99,7 @@ struct Panel {
 };
 // or where these pointers say, `offset` words from there.
 template <class Math>
-struct ColumnsOfRows {
+struct ColumnsAt {
   const typename Math::Word* const* rows;
   ptrdiff_t offset;
   const typename Math::Word* operator()(int64_t k) const { return rows[k] + offset; }
