@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..cache import huge_pages
 from ..functional import index_logits, lightning_topk, select_topk, sparse_gqa, sparse_mla
 from ..testing import adversarial_logits, assert_close, assert_logits_close
 from . import dense, real
@@ -57,7 +58,7 @@ def indexer(quick: bool) -> Cases:
 
 
 def _indexer(s_q: int, s_kv: int) -> Case:
-    q, k, weights = _normal(s_q, INDEX_HEADS, INDEX_D), _normal(s_kv, INDEX_D), torch.randn(s_q, INDEX_HEADS)
+    q, k, weights = _normal(s_q, INDEX_HEADS, INDEX_D), _cache(s_kv, INDEX_D), torch.randn(s_q, INDEX_HEADS)
     ks = torch.zeros(s_q, dtype=torch.int32)
     ke = ks + s_kv
 
@@ -134,7 +135,7 @@ def attention(quick: bool) -> Cases:
 
 
 def _attention(data: str, s_kv: int, flex: bool) -> Case:
-    q, kv = _normal(1, HEADS, D_QK), _normal(s_kv, D_QK)
+    q, kv = _normal(1, HEADS, D_QK), _cache(s_kv, D_QK)
     indices = _logits(data, s_kv).topk(min(TOPK, s_kv)).indices.sort().values.int()
 
     def ours() -> Tensor:
@@ -169,13 +170,16 @@ def grouped(quick: bool) -> Cases:
 
 def _grouped(s_kv: int, cold: bool, flex: bool) -> Case:
     (h_q, h_kv), d = GQA_HEADS, GQA_D
-    q, k, v = _normal(1, h_q, d), _normal(s_kv, h_kv, d), _normal(s_kv, h_kv, d)
+    q, k, v = _normal(1, h_q, d), _cache(s_kv, h_kv, d), _cache(s_kv, h_kv, d)
     # Cold: every call selects other rows, so that no cache holds them.
     selections = torch.randperm(s_kv)[: max(1, s_kv // TOPK) * TOPK].int().split(TOPK)
     selections = itertools.cycle([s.sort().values[None] for s in selections][: None if cold else 1])
     indices = next(selections)
     rows = q[0].unflatten(0, (h_kv, -1))  # [h_kv, group, d]
-    keys, values = (x.transpose(0, 1).contiguous() for x in (k, v))  # the layout that dense forms like best
+    # The layout that dense forms like best.
+    keys, values = (
+        huge_pages(torch.empty(h_kv, s_kv, d, dtype=x.dtype)).copy_(x.transpose(0, 1)) for x in (k, v)
+    )
 
     def ours() -> Tensor:
         return sparse_gqa(q, k, v, next(selections))
@@ -236,6 +240,11 @@ OPERATIONS: dict[str, Callable[[bool], Cases]] = {
     "gqa": grouped,
     "memory": memory,
 }
+
+
+def _cache(*shape: int) -> Tensor:
+    """As DSACache allocates."""
+    return huge_pages(torch.empty(shape, dtype=torch.bfloat16)).normal_()
 
 
 def _normal(*shape: int) -> Tensor:
