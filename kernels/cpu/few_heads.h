@@ -39,7 +39,7 @@ class FewHeads {
 
   void run() {
     const int64_t kv_head = unit_.head / group_, kv_heads = unit_.heads / group_;
-    const int64_t n = n_ = rows_.select(unit_.t, kv_head);
+    const int64_t n = rows_.select(unit_.t, kv_head);
     const Query* q = static_cast<const Query*>(args_.q) + unit_.t * args_.q_query + unit_.head * args_.q_head;
     for (int64_t h = 0; h < unit_.heads; h++) {
       to_words<Fp32>(q + h * args_.q_head, args_.d_qk, q_ + h * depth_, depth_);
@@ -50,8 +50,11 @@ class FewHeads {
     for (int64_t i = 0; i < n; i += kBlock) {
       const int rows = static_cast<int>(n - i < kBlock ? n - i : kBlock);
       rows_.take(i, rows);
-      next_ = i + kBlock;
       for (int64_t g = 0; g < kv_heads; g++) {
+        if (g + 1 < kv_heads)
+          next_ = {i, g + 1, rows};
+        else
+          next_ = {i + kBlock, 0, static_cast<int>(std::clamp<int64_t>(n - i - kBlock, 0, kBlock))};
         scores(g, rows);
         softmax(g, rows);
         accumulate(g, rows);
@@ -87,7 +90,8 @@ class FewHeads {
   void dots(int64_t g, const float* q, int row, int head) {
     const T* k[R];
     for (int r = 0; r < R; r++) k[r] = key(row + r, g);
-    for (int r = row; r < row + R && r < later(head); r++) rows_.prefetch_key(next_ + r, g);
+    for (int r = row; head == 0 && r < row + R && r < next_.rows; r++)
+      rows_.prefetch_key(next_.row + r, next_.kv_head);
     Float c[R][H];
     FromZero{}(0, c);
     const auto step = [&](int64_t d, auto&& load_keys) ALWAYS_INLINE {
@@ -102,12 +106,6 @@ class FewHeads {
     for (int64_t d = 0; d < whole; d += kWidth) step(d, [](const T* p) ALWAYS_INLINE { return load(p); });
     if (whole < args_.d_qk) step(whole, [&](const T* p) { return load_tail(p, args_.d_qk - whole); });
     ToMatrix{sums_ + (row * lanes_ + head) * kWidth, lanes_ * kWidth}(0, c);
-  }
-
-  // How many rows of the next block are fetched by the work on one head after the other of a group: the
-  // first.
-  int later(int head) const {
-    return head == 0 && next_ < n_ ? static_cast<int>(n_ - next_ < kBlock ? n_ - next_ : kBlock) : 0;
   }
 
   // scores_ become probabilities; what was summed so far is scaled to a new reference where it is needed.
@@ -166,11 +164,11 @@ class FewHeads {
 
   template <int H, int N, class Load>
   void add_values(int64_t g, int rows, int64_t column, int head, float* acc, Load&& load_values) {
-    const int fetched = later(head);
+    const int fetched = head == 0 ? next_.rows : 0;
     Float c[H][N];
     FromMatrix{acc, columns_}(0, c);
     for (int r = 0; r < rows; r++) {
-      if (r < fetched) rows_.prefetch_value(next_ + r, g, column, N * kWidth);
+      if (r < fetched) rows_.prefetch_value(next_.row + r, next_.kv_head, column, N * kWidth);
       const T* row = value(r, g) + column;
       const float* probabilities = scores_ + r * lanes_ + head;
       Float values[N];
@@ -188,7 +186,10 @@ class FewHeads {
   int group_;      // heads a kv head
   int lanes_ = 1;  // the power of two that holds them
   int64_t depth_, columns_;
-  int64_t n_ = 0, next_ = 0;  // rows, and the first of the next block: fetched while this one is attended to
+  struct {
+    int64_t row, kv_head;
+    int rows;
+  } next_ = {};  // what comes next is fetched by the work on the first heads of a group
   Rows rows_;
   float *q_, *acc_;                 // [heads, depth], [heads, columns]
   float *top_, *highest_, *total_;  // [heads]
