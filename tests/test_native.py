@@ -326,7 +326,6 @@ def test_what_torch_must_do():
 # Memory
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def build_driver(driver, options):
     """tests/native_driver.cpp with every kernel; CalledProcessError with what the compiler said."""
     spec = importlib.util.spec_from_file_location("setup_of_sparse_attn", ROOT / "setup.py")
@@ -337,6 +336,7 @@ def build_driver(driver, options):
         setup.build_library(driver, options, link=(), more_sources=["tests/native_driver.cpp"])
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     driver = tmp_path / "driver"
     options = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
