@@ -12,9 +12,7 @@ valid are not read, whatever they hold, and come back as zeros.
 import triton
 import triton.language as tl
 
-from .quantised import from_ue8m0, opaque
-
-TWO_TO_120 = tl.constexpr(2.0**120)
+from .quantised import from_e4m3, from_ue8m0, opaque
 
 
 @triton.jit
@@ -98,13 +96,6 @@ def _rows(kv_ptr, stride_kv_page, stride_kv_n, index, LAYOUT: tl.constexpr, PAGE
 @triton.jit
 def _scaled(code, scale, BLOCK_N: tl.constexpr, NATIVE_FP8: tl.constexpr):
     """e4m3 codes [BLOCK_N, 512] times scale [BLOCK_N, n], each for 512 / n neighbours, in fp32."""
-    if NATIVE_FP8:
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        # The code's exponent and mantissa moved into place; 2^120 makes up for the other bias.
-        bits = code.to(tl.uint32)
-        value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * TWO_TO_120
-        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
     groups: tl.constexpr = scale.shape[1]
-    value = tl.reshape(value, [BLOCK_N, groups, 512 // groups]) * scale[:, :, None]
+    value = tl.reshape(from_e4m3(code, NATIVE_FP8), [BLOCK_N, groups, 512 // groups]) * scale[:, :, None]
     return tl.reshape(value, [BLOCK_N, 512])

@@ -10,22 +10,38 @@ choice is obeyed or refused, never replaced. fp64 runs on "cpu" and "reference".
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .formats import FP8_MIN_SCALE, INDEX_K_FORMATS, KV_FORMATS, Format, format_of
+from .checks import (
+    FLOATS,
+    WRITER_FLOATS,
+    check_attention_outputs,
+    check_block_table,
+    check_call,
+    check_index_inputs,
+    check_latent,
+    check_output,
+    check_parts,
+    check_quantised_pages,
+    check_ranges,
+    check_rope,
+    check_scale,
+    check_selection,
+    check_sink,
+    check_slots,
+    check_tensor,
+    check_topk,
+    check_triton_latent,
+    check_warp_specialized,
+    runs_triton,
+)
+from .formats import FP8_MIN_SCALE, INDEX_K_FORMATS, KV_FORMATS
 from .reference import compute_dtype
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-WRITER_FLOATS = FLOATS[:3]
-PAIRINGS = ("half", "interleaved")
 DEFAULT_WORKSPACE_BYTES = 256 << 20
-QUANTISED_D_V = 512  # of every latent format
-E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
-TRITON_KV_BYTES = (656, 584)  # a token, in the quantised caches that the Triton kernels read
 
 __all__ = [
     "index_logits",
@@ -84,8 +100,8 @@ def index_logits(
 
     Source: DeepSeek-V3.2 report, equation 1; quantised operands are DeepGEMM's.
     """
-    keys, width = _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend)
-    out = _output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
+    keys, width = check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend)
+    out = check_output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
     ops.call("index_logits", backend, (q, keys.k, weights, ks, ke, *keys[1:]), (out,))
     return out
 
@@ -107,12 +123,12 @@ def select_topk(
     Returns:
         ``[s_q, topk]`` int32, ascending within a row, padded with -1 at its end.
     """
-    _check_topk(topk)
+    check_topk(topk)
     dims: dict[str, int] = {}
-    _check("logits", logits, "s_q s_kv", dims, (torch.float32, torch.float64))
-    _check_ranges(ks, ke, dims, logits.device)
-    _check_call(backend, logits.device, logits)
-    out = _output("out", out, {"s_q": logits.shape[0], "topk": topk}, torch.int32, logits.device)
+    check_tensor("logits", logits, "s_q s_kv", dims, (torch.float32, torch.float64))
+    check_ranges(ks, ke, dims, logits.device)
+    check_call(backend, logits.device, logits)
+    out = check_output("out", out, {"s_q": logits.shape[0], "topk": topk}, torch.int32, logits.device)
     ops.call("select_topk", backend, (logits, topk, ks, ke), (out,))
     return out
 
@@ -143,11 +159,11 @@ def lightning_topk(
     Returns:
         ``[s_q, topk]`` int32 positions, ascending, -1 padded.
     """
-    _check_topk(topk)
-    keys, _ = _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend)
+    check_topk(topk)
+    keys, _ = check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
-    out = _output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
+    out = check_output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
     inputs = (q, keys.k, weights, topk, ks, ke, *keys[1:], workspace_bytes)
     ops.call("lightning_topk", backend, inputs, (out,))
     return out
@@ -171,13 +187,13 @@ def physical_slots(
         table holds a negative page or one whose slots int32 cannot number.
     """
     dims: dict[str, int] = {}
-    _check("indices", indices, "s_q topk", dims, (torch.int32,))
-    _check_block_table(block_table, dims, indices.shape[0], indices.device)
+    check_tensor("indices", indices, "s_q topk", dims, (torch.int32,))
+    check_block_table(block_table, dims, indices.shape[0], indices.device)
     if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
         raise ValueError(f"page_size: expected a positive int, got {page_size!r}")
-    _check_call(backend, indices.device)
+    check_call(backend, indices.device)
     dims = {"s_q": indices.shape[0], "topk": indices.shape[1]}
-    out = _output("out", out, dims, torch.int32, indices.device)
+    out = check_output("out", out, dims, torch.int32, indices.device)
     ops.call("physical_slots", backend, (indices, block_table, page_size), (out,))
     return out
 
@@ -224,17 +240,17 @@ def write_kv(
         )
     fmt = KV_FORMATS[cache.shape[-1]]
     dims: dict[str, int] = {}
-    _check("kv", kv, f"tokens {fmt.width}", dims, WRITER_FLOATS)
-    cache = _quantised_pages("cache", cache, fmt, kv.device)
+    check_tensor("kv", kv, f"tokens {fmt.width}", dims, WRITER_FLOATS)
+    cache = check_quantised_pages("cache", cache, fmt, kv.device)
     fmt.check_in_place("cache", cache)
     if fmt.bytes == 584 and not power_of_two:
         raise ValueError("power_of_two: expected True, as cache has 584 bytes a token, got False")
     if norm_weight is not None:
-        _check("norm_weight", norm_weight, "512", dims, WRITER_FLOATS, kv.device)
-    _check_slots(slots, dims, kv.device)
-    _check_rope(cos, sin, pairing, "32", 64, dims, kv.device)
-    _check_scale(min_scale)
-    _check_call(backend, kv.device, kv, norm_weight)
+        check_tensor("norm_weight", norm_weight, "512", dims, WRITER_FLOATS, kv.device)
+    check_slots(slots, dims, kv.device)
+    check_rope(cos, sin, pairing, "32", 64, dims, kv.device)
+    check_scale(min_scale)
+    check_call(backend, kv.device, kv, norm_weight)
     inputs = (kv, slots, norm_weight, eps, cos, sin, pairing, power_of_two, min_scale)
     ops.call("write_kv", backend, inputs, (cache,))
 
@@ -275,18 +291,18 @@ def write_index_k(
     Source: DeepSeek-V3.2's inference code.
     """
     dims: dict[str, int] = {}
-    _check("k", k, "tokens 128", dims, WRITER_FLOATS)
-    _check("cache", cache, "pages page_size 132", dims, (torch.uint8,), k.device)
+    check_tensor("k", k, "tokens 128", dims, WRITER_FLOATS)
+    check_tensor("cache", cache, "pages page_size 132", dims, (torch.uint8,), k.device)
     INDEX_K_FORMATS[132].check_in_place("cache", cache)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
     if norm_weight is not None:
-        _check("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)
-        _check("norm_bias", norm_bias, "128", dims, WRITER_FLOATS, k.device)
-    _check_slots(slots, dims, k.device)
-    _check_rope(cos, sin, pairing, "half_rope_dim", 128, dims, k.device)
-    _check_scale(min_scale)
-    _check_call(backend, k.device, k, norm_weight, norm_bias)
+        check_tensor("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)
+        check_tensor("norm_bias", norm_bias, "128", dims, WRITER_FLOATS, k.device)
+    check_slots(slots, dims, k.device)
+    check_rope(cos, sin, pairing, "half_rope_dim", 128, dims, k.device)
+    check_scale(min_scale)
+    check_call(backend, k.device, k, norm_weight, norm_bias)
     inputs = (k, slots, norm_weight, norm_bias, eps, cos, sin, pairing, hadamard, power_of_two, min_scale)
     ops.call("write_index_k", backend, inputs, (cache,))
 
@@ -321,20 +337,20 @@ def quantise_index_q(
     Source: DeepSeek-V3.2's inference code; folding the scale is DeepGEMM's convention.
     """
     dims: dict[str, int] = {}
-    _check("q", q, "tokens index_n_heads index_head_dim", dims, WRITER_FLOATS)
+    check_tensor("q", q, "tokens index_n_heads index_head_dim", dims, WRITER_FLOATS)
     d = q.shape[2]
     if d < 16 or d & (d - 1):
         raise ValueError(f"q: expected a power of two from 16 on as index_head_dim, got {d}")
-    _check("weights", weights, "tokens index_n_heads", dims, (torch.float32,), q.device)
-    _check_rope(cos, sin, pairing, "half_rope_dim", d, dims, q.device)
-    _check_scale(min_scale)
-    _check_call(backend, q.device, q, weights)
+    check_tensor("weights", weights, "tokens index_n_heads", dims, (torch.float32,), q.device)
+    check_rope(cos, sin, pairing, "half_rope_dim", d, dims, q.device)
+    check_scale(min_scale)
+    check_call(backend, q.device, q, weights)
     if out is not None and (not isinstance(out, tuple) or len(out) != 2):
         raise TypeError(f"out: expected the pair (q, weights), got {type(out).__name__}")
     out_q, out_weights = out or (None, None)
     shape = {"tokens": q.shape[0], "index_n_heads": q.shape[1]}
-    out_weights = _output("out weights", out_weights, shape, torch.float32, q.device)
-    out_q = _output("out q", out_q, {**shape, "index_head_dim": d}, torch.float8_e4m3fn, q.device)
+    out_weights = check_output("out weights", out_weights, shape, torch.float32, q.device)
+    out_q = check_output("out q", out_q, {**shape, "index_head_dim": d}, torch.float8_e4m3fn, q.device)
     inputs = (q, weights, cos, sin, pairing, hadamard, power_of_two, min_scale)
     ops.call("quantise_index_q", backend, inputs, (out_q.view(torch.uint8), out_weights))
     return out_q, out_weights
@@ -394,18 +410,18 @@ def sparse_mla(
     Source: DeepSeek-V2 report, section 2.1; the argument names are FlashMLA's.
     """
     dims: dict[str, int] = {}
-    _check("q", q, "s_q h_q d_qk", dims, FLOATS)
-    kv = _check_latent("kv", kv, dims, q, d_v)
-    _check_selection("indices", indices, "s_q topk", "topk_length", topk_length, dims, q.device)
+    check_tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
+    kv = check_latent("kv", kv, dims, q, d_v)
+    check_selection("indices", indices, "s_q topk", "topk_length", topk_length, dims, q.device)
     if not 1 <= d_v <= q.shape[2]:
         raise ValueError(f"d_v: expected 1 to d_qk={q.shape[2]}, got {d_v}")
-    _check_sink(attn_sink, dims, q.device)
+    check_sink(attn_sink, dims, q.device)
     if (extra_kv is None) != (extra_indices is None):
         raise ValueError("extra_kv and extra_indices: expected both or neither")
     if extra_kv is not None:
         extra_dims = {name: size for name, size in dims.items() if name in ("s_q", "d_qk")}
-        extra_kv = _check_latent("extra_kv", extra_kv, extra_dims, q, d_v)
-        _check_selection(
+        extra_kv = check_latent("extra_kv", extra_kv, extra_dims, q, d_v)
+        check_selection(
             "extra_indices",
             extra_indices,
             "s_q extra_topk",
@@ -416,17 +432,17 @@ def sparse_mla(
         )
     elif extra_topk_length is not None:
         raise ValueError("extra_topk_length: expected None without extra_kv")
-    _check_call(backend, q.device, q, kv, attn_sink, extra_kv)
-    if _runs_triton(backend, q.device):
-        _check_triton_latent("kv", kv, q)
-        _check_triton_latent("extra_kv", extra_kv, q)
+    check_call(backend, q.device, q, kv, attn_sink, extra_kv)
+    if runs_triton(backend, q.device):
+        check_triton_latent("kv", kv, q)
+        check_triton_latent("extra_kv", extra_kv, q)
     asked = {"lse": return_lse, "max_logits": return_max_logits}
-    outputs = _attention_outputs(out, q, d_v, asked)
+    outputs = check_attention_outputs(out, q, d_v, asked)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     inputs = (q, kv, indices, d_v, scale, topk_length, attn_sink)
     name = "sparse_mla"
     if variant is not None:
-        _check_warp_specialized(variant, backend, q, kv, extra_kv, d_v, scale, outputs[0])
+        check_warp_specialized(variant, backend, q, kv, extra_kv, d_v, scale, outputs[0])
         name, backend = "sparse_mla_hopper", "triton"
     ops.call(name, backend, (*inputs, extra_kv, extra_indices, extra_topk_length), outputs)
     if not (return_lse or return_max_logits):
@@ -460,17 +476,17 @@ def sparse_gqa(
         out ``[s_q, h_q, d_v]`` in q's dtype, and with ``return_lse`` lse ``[s_q, h_q]``.
     """
     dims: dict[str, int] = {}
-    _check("q", q, "s_q h_q d", dims, FLOATS)
-    _check("k", k, "s_kv h_kv d", dims, (q.dtype,), q.device)
-    _check("v", v, "s_kv h_kv d_v", dims, (q.dtype,), q.device)
+    check_tensor("q", q, "s_q h_q d", dims, FLOATS)
+    check_tensor("k", k, "s_kv h_kv d", dims, (q.dtype,), q.device)
+    check_tensor("v", v, "s_kv h_kv d_v", dims, (q.dtype,), q.device)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q: expected h_q to be a multiple of k's h_kv={k.shape[1]}, got h_q={q.shape[1]}")
     per_head = isinstance(indices, Tensor) and indices.dim() == 3
     spec = "s_q h_kv topk" if per_head else "s_q topk"
-    _check_selection("indices", indices, spec, "topk_length", topk_length, dims, q.device)
-    _check_sink(attn_sink, dims, q.device)
-    _check_call(backend, q.device, q, k, v, attn_sink)
-    out, lse = _attention_outputs(out, q, v.shape[2], {"lse": return_lse})
+    check_selection("indices", indices, spec, "topk_length", topk_length, dims, q.device)
+    check_sink(attn_sink, dims, q.device)
+    check_call(backend, q.device, q, k, v, attn_sink)
+    out, lse = check_attention_outputs(out, q, v.shape[2], {"lse": return_lse})
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     ops.call("sparse_gqa", backend, (q, k, v, indices, scale, topk_length, attn_sink), (out, lse))
     return (out, lse) if return_lse else out
@@ -494,325 +510,11 @@ def merge_attention(
     Returns:
         out ``[s_q, h, d_v]`` in outs' dtype and lse ``[s_q, h]``.
     """
-    outs, lses = _stack("outs", outs), _stack("lses", lses)
+    outs, lses = check_parts("outs", outs), check_parts("lses", lses)
     dims: dict[str, int] = {}
-    _check("outs", outs, "n s_q h d_v", dims, FLOATS)
-    _check("lses", lses, "n s_q h", dims, (compute_dtype(outs.dtype),), outs.device)
-    _check_call(backend, outs.device, outs, lses)
-    merged, lse = _attention_outputs(out, outs, outs.shape[3], {"lse": True})
+    check_tensor("outs", outs, "n s_q h d_v", dims, FLOATS)
+    check_tensor("lses", lses, "n s_q h", dims, (compute_dtype(outs.dtype),), outs.device)
+    check_call(backend, outs.device, outs, lses)
+    merged, lse = check_attention_outputs(out, outs, outs.shape[3], {"lse": True})
     ops.call("merge_attention", backend, (outs, lses), (merged, lse))
     return merged, lse
-
-
-# Checks. ``dims`` collects the size that each name was first seen with, so that a later tensor
-# which disagrees is told what was expected of it.
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    spec: str,
-    dims: dict[str, int],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device | None = None,
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor [{_named(spec, dims)}], got {type(tensor).__name__}")
-    axes, shape = spec.split(), tensor.shape
-    fits = len(axes) == len(shape)
-    for axis, n in zip(axes, shape, strict=False):  # a generator would cost more than the rest of a check
-        fits = fits and n == (int(axis) if axis.isdigit() else dims.get(axis, n))
-    if not fits:
-        raise ValueError(f"{name}: expected shape [{_named(spec, dims)}], got {list(shape)}")
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
-    dims.update(zip(axes, shape, strict=True))
-
-
-def _named(spec: str, dims: dict[str, int]) -> str:
-    return ", ".join(
-        f"{axis}={dims[axis]}" if axis in dims and not axis.isdigit() else axis for axis in spec.split()
-    )
-
-
-class _IndexKeys(NamedTuple):
-    """Where the keys are, and the scales of both operands, as the ops take them."""
-
-    k: Tensor  # values [s_kv, ...] or [pages, page_size, ...], whatever they came in
-    q_scale: Tensor | None  # [s_q, index_n_heads, 4] ue8m0 bytes
-    k_scale: Tensor | None  # [...] fp32, or [..., 4] ue8m0 bytes
-    block_table: Tensor | None
-
-
-def _check_index_inputs(
-    q, k, weights, ks, ke, q_scale, k_scale, block_table, backend: str
-) -> tuple[_IndexKeys, int]:
-    """The keys and scales for the op, and the width of a row of logits."""
-    dims: dict[str, int] = {}
-    q_scale = _check_index_q(q, q_scale, dims)
-    k, k_scale, block_table = _check_index_k(k, k_scale, block_table, q, dims)
-    _check("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
-    _check_ranges(ks, ke, dims, q.device)
-    _check_call(backend, q.device, q, k, weights)
-    if _runs_triton(backend, q.device) and q.dtype == torch.float16 and k.dtype == torch.uint8:
-        raise TypeError("q: expected bfloat16 or float32, as k is e2m1, got float16 (triton backend)")
-    width = k.shape[0]
-    if block_table is not None:
-        _check_block_table(block_table, dims, q.shape[0], q.device)
-        width = block_table.shape[1] * k.shape[1]
-    return _IndexKeys(k, q_scale, k_scale, block_table), width
-
-
-def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> Tensor | None:
-    """The scales of q, in bytes."""
-    if isinstance(q, Tensor) and q.dtype == torch.uint8:
-        _check("q", q, f"s_q index_n_heads {E2M1_WIDTH // 2}", dims, (torch.uint8,))
-        dims["index_head_dim"] = E2M1_WIDTH
-        _check("q_scale", q_scale, "s_q index_n_heads", dims, (torch.int32,), q.device)
-        return _ue8m0_bytes(q_scale)
-    _check("q", q, "s_q index_n_heads index_head_dim", dims, (*FLOATS, torch.float8_e4m3fn))
-    if q_scale is not None:
-        raise ValueError("q_scale: expected None, as q is not e2m1 (scales of e4m3 go into weights)")
-    return None
-
-
-def _check_index_k(k, k_scale, block_table, q: Tensor, dims: dict[str, int]):
-    """k, its scales and the block table as the ops take them; a packed cache becomes views of its parts."""
-    dtype = k.dtype if isinstance(k, Tensor) else None
-    if dtype == torch.uint8 and k_scale is None:
-        fmt = format_of("k", k, INDEX_K_FORMATS)
-        _check("k", k, f"pages page_size {fmt.bytes}", dims, (torch.uint8,), q.device)
-        _check_format("k", k, fmt, dims["index_head_dim"], "index_head_dim")
-        if block_table is None:
-            block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[None]
-        return *fmt.views(k), block_table
-    rows = "s_kv" if block_table is None else "pages page_size"
-    if dtype == torch.uint8:
-        if dims["index_head_dim"] != E2M1_WIDTH:
-            raise ValueError(
-                f"q: expected index_head_dim={E2M1_WIDTH}, as k is e2m1, got {dims['index_head_dim']}"
-            )
-        _check("k", k, f"{rows} {E2M1_WIDTH // 2}", dims, (torch.uint8,), q.device)
-        _check("k_scale", k_scale, rows, dims, (torch.int32,), q.device)
-        return k, _ue8m0_bytes(k_scale), block_table
-    if dtype == torch.float8_e4m3fn:
-        _check("k", k, f"{rows} index_head_dim", dims, (torch.float8_e4m3fn,), q.device)
-        _check("k_scale", k_scale, rows, dims, (torch.float32,), q.device)
-        return k, k_scale, block_table
-    if q.dtype not in FLOATS:
-        kind = type(k).__name__ if dtype is None else str(dtype).removeprefix("torch.")
-        raise TypeError(f"k: expected quantised keys (float8_e4m3fn or uint8), as q is quantised, got {kind}")
-    _check("k", k, f"{rows} index_head_dim", dims, (q.dtype,), q.device)
-    if k_scale is not None:
-        raise ValueError("k_scale: expected None, as k is not quantised")
-    return k, None, block_table
-
-
-def _ue8m0_bytes(scales: Tensor) -> Tensor:
-    """``[..., 4]`` uint8 of int32 scales, the low byte first; a view."""
-    return scales[..., None].view(torch.uint8)
-
-
-def _check_block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
-    _check("block_table", block_table, "n max_pages", dims, (torch.int32,), device)
-    n = block_table.shape[0]
-    if (n == 0 and s_q > 0) or (n > 0 and s_q % n):
-        raise ValueError(f"block_table: expected a number of rows that divides s_q={s_q}, got {n}")
-
-
-def _check_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: str) -> None:
-    if width != fmt.width:
-        raise ValueError(
-            f"q: expected {width_name}={fmt.width}, as {name} has {fmt.bytes} bytes a token, got {width}"
-        )
-    fmt.check_in_place(name, cache)
-
-
-def _check_ranges(ks: Tensor, ke: Tensor, dims: dict[str, int], device: torch.device) -> None:
-    _check("ks", ks, "s_q", dims, (torch.int32,), device)
-    _check("ke", ke, "s_q", dims, (torch.int32,), device)
-
-
-def _check_slots(slots: Tensor, dims: dict[str, int], device: torch.device) -> None:
-    _check("slots", slots, "tokens", dims, (torch.int32, torch.int64), device)
-
-
-def _check_rope(cos, sin, pairing, columns: str, d: int, dims: dict[str, int], device) -> None:
-    """cos and sin of a rotation of at most d dimensions, or neither."""
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin: expected both or neither")
-    if cos is None:
-        return
-    _check("cos", cos, f"tokens {columns}", dims, (torch.float32,), device)
-    _check("sin", sin, f"tokens {columns}", dims, (torch.float32,), device)
-    if 2 * cos.shape[1] > d:
-        raise ValueError(f"cos: expected at most {d // 2} columns, got {cos.shape[1]}")
-    if pairing not in PAIRINGS:
-        raise ValueError(f"pairing: expected 'half' or 'interleaved' with cos, got {pairing!r}")
-
-
-def _check_scale(min_scale: float) -> None:
-    if not min_scale > 0:
-        raise ValueError(f"min_scale: expected a positive number, got {min_scale}")
-
-
-def _check_topk(topk: int) -> None:
-    if isinstance(topk, bool | Tensor | float):
-        raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
-    if topk < 1:
-        raise ValueError(f"topk: expected at least 1, got {topk}")
-
-
-def _check_selection(name, indices, spec, length_name, length, dims, device) -> None:
-    _check(name, indices, spec, dims, (torch.int32,), device)
-    if length is not None:
-        _check(length_name, length, "s_q", dims, (torch.int32,), device)
-
-
-def _check_sink(attn_sink: Tensor | None, dims: dict[str, int], device: torch.device) -> None:
-    if attn_sink is not None:
-        _check("attn_sink", attn_sink, "h_q", dims, (torch.float32,), device)
-
-
-def _check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> None:
-    ops.check_backend(backend, device)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError(
-            "gradients: sparse_attn is for inference and has no backward, but an input requires grad; "
-            "call it under torch.no_grad() or torch.inference_mode()"
-        )
-    if _runs_triton(backend, device) and any(t is not None and t.dtype == torch.float64 for t in tensors):
-        raise TypeError("dtype: the triton backend takes bfloat16, float16 or float32, got float64")
-
-
-def _runs_triton(backend: str, device: torch.device) -> bool:
-    return backend == "triton" or (backend == "auto" and device.type == "cuda")
-
-
-def _check_triton_latent(name: str, kv: Tensor | None, q: Tensor) -> None:
-    if kv is None or kv.dtype != torch.uint8:
-        return
-    if kv.shape[-1] not in TRITON_KV_BYTES:
-        sizes = " or ".join(map(str, TRITON_KV_BYTES))
-        raise ValueError(
-            f"{name}: the triton backend reads {sizes} bytes a token, got {kv.shape[-1]}; unpack it"
-        )
-    if q.dtype == torch.float16:  # a value times its scale need not fit
-        raise TypeError(
-            f"q: expected bfloat16 or float32, as {name} is quantised, got float16 (triton backend)"
-        )
-
-
-def _check_warp_specialized(variant, backend, q, kv, extra_kv, d_v, scale, out) -> None:
-    if variant != "warp_specialized":
-        raise ValueError(f"variant: expected None or 'warp_specialized', got {variant!r}")
-    if backend not in ("auto", "triton") or q.device.type != "cuda":
-        raise ValueError(
-            f"variant: {variant!r} needs backend 'triton' and cuda tensors, got {backend!r} and {q.device}"
-        )
-    major, minor = torch.cuda.get_device_capability(q.device)
-    if (major, minor) != (9, 0):
-        raise ValueError(f"variant: {variant!r} needs sm_90, {q.device} is sm_{major}{minor}")
-    _, h_q, d_qk = q.shape
-    if h_q % 64:
-        raise ValueError(f"q: expected h_q to be a multiple of 64 for {variant!r}, got {h_q}")
-    if (d_qk, d_v) != (576, 512):
-        raise ValueError(f"q, d_v: expected d_qk=576 and d_v=512 for {variant!r}, got {d_qk} and {d_v}")
-    if not scale > 0:
-        raise ValueError(f"softmax_scale: expected a positive number for {variant!r}, got {scale}")
-    for name, tensor in (("q", q), ("kv", kv), ("extra_kv", extra_kv), ("out", out)):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.bfloat16:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise TypeError(f"{name}: expected dtype bfloat16 for {variant!r}, got {dtype}")
-        if tensor.stride(-1) != 1 or any(n % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
-            raise ValueError(
-                f"{name}: expected contiguous rows that begin at multiples of 32 bytes for {variant!r}, "
-                f"got strides {tensor.stride()} and offset {tensor.storage_offset()}"
-            )
-    for name, tensor in (("kv", kv), ("extra_kv", extra_kv)):
-        if tensor is not None and tensor.shape[0] * tensor.stride(0) >= 2**36:
-            raise ValueError(f"{name}: expected less than 128 GiB for {variant!r}, got {list(tensor.shape)}")
-
-
-def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: int) -> Tensor:
-    """kv as the ops take it: rows ``[slots, d_qk]`` or pages ``[pages, page_size, bytes]``, never a copy."""
-    if isinstance(kv, Tensor) and kv.dtype == torch.uint8:
-        return _check_quantised_latent(name, kv, q, d_v)
-    specs = {3: "pages page_size d_qk", 4: "pages page_size 1 d_qk"}
-    spec = specs.get(kv.dim(), "s_kv d_qk") if isinstance(kv, Tensor) else "s_kv d_qk"
-    _check(name, kv, spec, dict(dims), (q.dtype,), q.device)
-    if kv.dim() == 2:
-        return kv
-    if kv.dim() == 4:
-        kv = kv.squeeze(2)
-    pages, page_size, size = kv.shape
-    if page_size == 1:  # whose stride says nothing
-        return kv[:, 0]
-    if pages > 1 and kv.stride(0) != page_size * kv.stride(1):
-        raise ValueError(
-            f"{name}: expected pages that follow each other without gaps, got strides {kv.stride()}; "
-            "a slot number could not address it without a copy of the cache"
-        )
-    return kv.as_strided((pages * page_size, size), kv.stride()[1:])
-
-
-def _check_quantised_latent(name: str, kv: Tensor, q: Tensor, d_v: int) -> Tensor:
-    fmt = format_of(name, kv, KV_FORMATS)
-    kv = _quantised_pages(name, kv, fmt, q.device)
-    _check_format(name, kv, fmt, q.shape[2], "d_qk")
-    if d_v != QUANTISED_D_V:
-        raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
-    return kv
-
-
-def _quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) -> Tensor:
-    """A view ``[pages, page_size, bytes]`` of a cache in any of its shapes."""
-    specs = {2: f"s_kv {fmt.bytes}", 3: f"pages page_size {fmt.bytes}", 4: f"pages page_size 1 {fmt.bytes}"}
-    rank = kv.dim() if kv.dim() in specs and not (fmt.by_page and kv.dim() == 2) else 3
-    _check(name, kv, specs[rank], {}, (torch.uint8,), device)
-    if rank == 2:
-        return kv[:, None]  # pages of one token
-    return kv.squeeze(2) if rank == 4 else kv
-
-
-def _stack(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:
-    if isinstance(parts, Tensor):
-        return parts
-    if not isinstance(parts, Sequence) or not parts or not all(isinstance(p, Tensor) for p in parts):
-        raise TypeError(f"{name}: expected a tensor or a non-empty sequence of tensors, got {parts!r:.80}")
-    if any(p.shape != parts[0].shape for p in parts):
-        shapes = ", ".join(str(list(p.shape)) for p in parts)
-        raise ValueError(f"{name}: expected parts of one shape, got {shapes}")
-    return torch.stack(list(parts))
-
-
-def _output(
-    name: str, out: Tensor | None, dims: dict[str, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    if out is None:
-        return torch.empty(tuple(dims.values()), dtype=dtype, device=device)
-    _check(name, out, " ".join(dims), dims, (dtype,), device)
-    return out
-
-
-def _attention_outputs(out, q: Tensor, d_v: int, asked: dict[str, bool]) -> tuple[Tensor, ...]:
-    """What the op fills: out ``[s_q, h_q, d_v]``, and one ``[s_q, h_q]`` for each name of ``asked``.
-
-    The caller may own those that it asked for: ``out`` is then the first of them, or the tuple of all.
-    """
-    returned = ["out", *(name for name, wanted in asked.items() if wanted)]
-    if out is None or len(returned) == 1:
-        out = (out,)
-    elif not isinstance(out, tuple) or len(out) != len(returned):
-        got = f"{len(out)} of them" if isinstance(out, tuple) else type(out).__name__
-        raise TypeError(f"out: expected the tuple ({', '.join(returned)}), as these are returned, got {got}")
-    given = dict(zip(returned, out, strict=False))
-    dims = {"s_q": q.shape[-3], "h_q": q.shape[-2]}
-    result = _output("out", given.get("out"), {**dims, "d_v": d_v}, q.dtype, q.device)
-    dtype = compute_dtype(q.dtype)
-    return result, *(_output(name, given.get(name), dims, dtype, q.device) for name in asked)

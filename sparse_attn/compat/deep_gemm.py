@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor
 from ..formats.elements import split_pages
-from ..functional import _check, index_logits
+from ..functional import index_logits
 
 INF = float("inf")
 WORKSPACE_BYTES = 64 << 20  # fp32 logits held at a time, where the result is not simply these
@@ -79,8 +80,8 @@ def fp8_fp4_mqa_logits(
     k, k_scale = _keys(kv, q, dims)
     weights = _weights(weights, "s_q heads", logits_dtype, dims, q)
     ks, ke = cu_seq_len_k_start, cu_seq_len_k_end
-    _check("cu_seq_len_k_start", ks, "s_q", dims, (torch.int32,), q.device)
-    _check("cu_seq_len_k_end", ke, "s_q", dims, (torch.int32,), q.device)
+    check_tensor("cu_seq_len_k_start", ks, "s_q", dims, (torch.int32,), q.device)
+    check_tensor("cu_seq_len_k_end", ke, "s_q", dims, (torch.int32,), q.device)
     _check_size("max_seqlen_k", max_seqlen_k, 0)
     if max_seqlen_k and clean_logits:
         raise ValueError("clean_logits: expected False with max_seqlen_k, whose rows are not cleaned")
@@ -111,7 +112,7 @@ def get_paged_mqa_logits_metadata(
     """
     dims: dict[str, int] = {}
     spec = "batch" if isinstance(context_lens, Tensor) and context_lens.dim() == 1 else "batch next_n"
-    _check("context_lens", context_lens, spec, dims, (torch.int32,))
+    check_tensor("context_lens", context_lens, spec, dims, (torch.int32,))
     _check_size("block_kv", block_kv, 1)
     _check_size("num_sms", num_sms, 1)
     _check_sequences(indices, dims, context_lens.device)
@@ -181,8 +182,8 @@ def fp8_fp4_paged_mqa_logits(
     dims["tokens"] = batch * next_n
     weights = _weights(weights, "tokens heads", logits_dtype, dims, q)
     ends = _visible(context_lens, dims, q)
-    _check("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
-    _check("schedule_meta", schedule_meta, "num_sms+1 2", {}, (torch.int32,), q.device)
+    check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
+    check_tensor("schedule_meta", schedule_meta, "num_sms+1 2", {}, (torch.int32,), q.device)
     _check_size("max_context_len", max_context_len, 0)
     _check_sequences(indices, dims, q.device)
 
@@ -227,28 +228,28 @@ def _queries(q: tuple, spec: str, dims: dict[str, int]) -> tuple[Tensor, Tensor 
     """Values (uint8 in fp4) and scales as the library takes them."""
     values, scales = _pair("q", q)
     if scales is None:
-        _check("q", values, f"{spec} d", dims, FP8)
+        check_tensor("q", values, f"{spec} d", dims, FP8)
         return values, None
-    _check("q[0]", values, f"{spec} {FP4_VALUES // 2}", dims, PACKED_FP4)
-    _check("q[1]", scales, spec, dims, (torch.int32,), values.device)
+    check_tensor("q[0]", values, f"{spec} {FP4_VALUES // 2}", dims, PACKED_FP4)
+    check_tensor("q[1]", scales, spec, dims, (torch.int32,), values.device)
     return values.view(torch.uint8), scales
 
 
 def _keys(kv: tuple, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
     values, scales = _pair("kv", kv)
     if q.dtype == torch.uint8:
-        _check("kv[0]", values, f"s_kv {FP4_VALUES // 2}", dims, PACKED_FP4, q.device)
-        _check("kv[1]", scales, "s_kv", dims, (torch.int32,), q.device)
+        check_tensor("kv[0]", values, f"s_kv {FP4_VALUES // 2}", dims, PACKED_FP4, q.device)
+        check_tensor("kv[1]", scales, "s_kv", dims, (torch.int32,), q.device)
         return values.view(torch.uint8), scales
-    _check("kv[0]", values, "s_kv d", dims, FP8, q.device)
-    _check("kv[1]", scales, "s_kv", dims, (torch.float32,), q.device)
+    check_tensor("kv[0]", values, "s_kv d", dims, FP8, q.device)
+    check_tensor("kv[1]", scales, "s_kv", dims, (torch.float32,), q.device)
     return values, scales
 
 
 def _pages(kv_cache: Tensor, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
     """Values ``[pages, page_size, ...]`` and scales ``[pages, page_size]`` of a cache, views."""
     size = FP4_VALUES // 2 if q.dtype == torch.uint8 else q.shape[-1]
-    _check("kv_cache", kv_cache, f"pages page_size 1 {size + 4}", {}, (torch.uint8,), q.device)
+    check_tensor("kv_cache", kv_cache, f"pages page_size 1 {size + 4}", {}, (torch.uint8,), q.device)
     steps = kv_cache.stride()
     apart = steps[3] != 1 or (kv_cache.shape[1] > 1 and steps[1] != size + 4)
     if apart or (kv_cache.shape[0] > 1 and steps[0] % 4) or kv_cache.storage_offset() % 4 or size % 4:
@@ -274,24 +275,24 @@ def _weights(
     if logits_dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits_dtype: expected float32 or bfloat16, got {logits_dtype}")
     dtypes = LOGITS_DTYPES[: 1 if logits_dtype == torch.float32 else 2]
-    _check("weights", weights, spec, dims, dtypes, q.device)
+    check_tensor("weights", weights, spec, dims, dtypes, q.device)
     return weights.float()
 
 
 def _visible(context_lens: Tensor, dims: dict[str, int], q: Tensor) -> Tensor:
     """How many tokens each of ``[batch * next_n]`` queries sees."""
     if isinstance(context_lens, Tensor) and context_lens.dim() == 1:
-        _check("context_lens", context_lens, "batch", dims, (torch.int32,), q.device)
+        check_tensor("context_lens", context_lens, "batch", dims, (torch.int32,), q.device)
         earlier = torch.arange(1 - dims["next_n"], 1, dtype=torch.int32, device=q.device)
         return (context_lens[:, None] + earlier).flatten()
-    _check("context_lens", context_lens, "batch next_n", dims, (torch.int32,), q.device)
+    check_tensor("context_lens", context_lens, "batch next_n", dims, (torch.int32,), q.device)
     return context_lens.flatten()
 
 
 def _check_sequences(indices: Tensor | None, dims: dict[str, int], device: torch.device) -> None:
     if indices is None:
         return
-    _check("indices", indices, "batch", dims, (torch.int32,), device)
+    check_tensor("indices", indices, "batch", dims, (torch.int32,), device)
     if dims.get("next_n", 1) != 1:
         raise ValueError(f"indices: expected None with next_n={dims['next_n']}")
 

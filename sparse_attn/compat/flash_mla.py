@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import FLOATS, _check, physical_slots, sparse_mla
+from ..checks import FLOATS, check_tensor
+from ..functional import physical_slots, sparse_mla
 
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # types that FlashMLA's callers give a quantised cache
 DENSE_INDEX_BYTES = 64 << 20  # slots that dense decode numbers at a time
@@ -46,9 +47,9 @@ def flash_mla_sparse_fwd(
         without the sink. Of a query with nothing to attend to: 0, -inf, **+inf**.
     """
     dims: dict[str, int] = {}
-    _check("q", q, "s_q h_q d_qk", dims, FLOATS)
-    _check("kv", kv, "s_kv 1 d_qk", dims, (q.dtype,), q.device)
-    _check("indices", indices, "s_q 1 topk", dims, (torch.int32,), q.device)
+    check_tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
+    check_tensor("kv", kv, "s_kv 1 d_qk", dims, (q.dtype,), q.device)
+    check_tensor("indices", indices, "s_q 1 topk", dims, (torch.int32,), q.device)
     out, lse, max_logits = sparse_mla(
         q,
         kv[:, 0],
@@ -143,7 +144,7 @@ def flash_mla_with_kvcache(
         without the sink. Of a query with nothing to attend to: 0 and **+inf**.
     """
     dims: dict[str, int] = {}
-    _check("q", q, "batch s_q h_q d_qk", dims, FLOATS)
+    check_tensor("q", q, "batch s_q h_q d_qk", dims, FLOATS)
     batch, s_q, h_q, _ = q.shape
     k_cache = _cache("k_cache", k_cache, is_fp8_kvcache, dims, q)
     if extra_k_cache is not None:
@@ -160,8 +161,8 @@ def flash_mla_with_kvcache(
     options = {"d_v": head_dim_v, "softmax_scale": softmax_scale, "return_lse": True}
     if indices is None:
         _check_dense(attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
-        _check("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
-        _check("cache_seqlens", cache_seqlens, "batch", dims, (torch.int32,), q.device)
+        check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
+        check_tensor("cache_seqlens", cache_seqlens, "batch", dims, (torch.int32,), q.device)
         seen = cache_seqlens[:, None].expand(batch, s_q)
         if causal:
             seen = seen + torch.arange(1 - s_q, 1, dtype=torch.int32, device=q.device)
@@ -209,9 +210,9 @@ def _plus_infinity_if_lonely(lse: Tensor) -> Tensor:
 
 def _cache(name: str, cache: Tensor, is_fp8: bool, dims: dict[str, int], q: Tensor) -> Tensor:
     if not is_fp8:
-        _check(name, cache, "pages page_size 1 d_qk", {"d_qk": dims["d_qk"]}, (q.dtype,), q.device)
+        check_tensor(name, cache, "pages page_size 1 d_qk", {"d_qk": dims["d_qk"]}, (q.dtype,), q.device)
         return cache
-    _check(name, cache, "pages page_size 1 bytes", {}, BYTES, q.device)
+    check_tensor(name, cache, "pages page_size 1 bytes", {}, BYTES, q.device)
     return cache.view(torch.uint8)
 
 
@@ -224,7 +225,7 @@ def _indices(name: str, indices: Tensor | None, dims: dict[str, int], q: Tensor)
     """``[batch * s_q, topk]``."""
     if indices is None:
         return None
-    _check(name, indices, "batch s_q topk", {**dims}, (torch.int32,), q.device)
+    check_tensor(name, indices, "batch s_q topk", {**dims}, (torch.int32,), q.device)
     return indices.flatten(0, 1)
 
 
@@ -232,7 +233,7 @@ def _lengths(name: str, lengths: Tensor | None, dims: dict[str, int], q: Tensor)
     """From one a sequence to one a query, ``[batch * s_q]``."""
     if lengths is None:
         return None
-    _check(name, lengths, "batch", dims, (torch.int32,), q.device)
+    check_tensor(name, lengths, "batch", dims, (torch.int32,), q.device)
     return lengths.repeat_interleave(dims["s_q"]) if dims["s_q"] != 1 else lengths
 
 
