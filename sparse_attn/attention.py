@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .cache import DSACache, Placement
+from .checks import WRITER_FLOATS
 from .config import DSAConfig
 from .functional import lightning_topk, sparse_gqa, sparse_mla
 from .indexer import LightningIndexer
@@ -36,8 +37,8 @@ class _SparseAttention(nn.Module):
 
         Args:
             hidden_states: ``[tokens, hidden_size]``, the sequences of a batch one after the other.
-            cache: holds the tokens of earlier calls; the new ones are appended. Without it the call
-                is a causal prefill of its own.
+            cache: holds the tokens of earlier calls; the new ones are appended, and read as it holds them.
+                Without it the call is a causal prefill of its own.
             cu_seqlens_q: ``[batch_size + 1]`` int32 or int64, the boundaries of the sequences in
                 hidden_states, starting at 0; a sequence may have no new tokens. Best kept on the CPU,
                 since it is read there. Default: all tokens belong to one sequence.
@@ -58,15 +59,15 @@ class _SparseAttention(nn.Module):
         else:
             placement = cache.place(counts)
         q, rows, q_lora = self._project(hidden_states, placement.positions)
-        rows["index_k"] = self.indexer.keys(hidden_states, placement.positions)
+        index_k = self.indexer.keys(hidden_states, placement.positions)
         if cache is not None:
-            cache.write(placement, **rows)
+            cache.write(placement, **rows, index_k=index_k, backend=self.backend)
             rows = {name: cache[name].flatten(0, 1) for name in rows}
         if placement.longest <= self.config.index_topk:
             indices = _all_visible(placement)
         else:
             index_q, weights = self.indexer.queries(hidden_states, q_lora, placement.positions)
-            indices = self._select(index_q, rows["index_k"], weights, placement, cache)
+            indices = self._select(index_q, index_k, weights, placement, cache)
         out = self._attend(q, rows, indices)
         if cache is not None:
             cache.commit(placement)
@@ -82,11 +83,12 @@ class _SparseAttention(nn.Module):
             ks, ke = first.int(), (first + visible).int()
             return lightning_topk(q, k, weights, topk, ks, ke, backend=self.backend)
         # The cache is paged with one page a sequence; only as much of a page as is in use is scored.
-        pages = cache["index_k"][:, : placement.longest]
+        pages, scales = cache.index_keys(placement.longest)
         table = placement.sequences[:, None].int() if cache.batch_size > 1 else first.new_zeros(1, 1).int()
         ke = visible.int()
         positions = lightning_topk(
-            q, pages, weights, topk, torch.zeros_like(ke), ke, block_table=table, backend=self.backend
+            *(q, pages, weights, topk, torch.zeros_like(ke), ke),
+            **{"k_scale": scales, "block_table": table, "backend": self.backend},
         )
         return torch.where(positions >= 0, positions + first[:, None], -1).int()
 
@@ -113,7 +115,9 @@ class _SparseAttention(nn.Module):
             raise TypeError(f"cache: expected a DSACache, got {type(cache).__name__}")
         if cache.config != self.config:
             raise ValueError("cache: expected a cache made with this layer's config, got another config")
-        if cache.dtype != weight.dtype or cache.device != weight.device:
+        if cache.dtype == torch.float8_e4m3fn and weight.dtype not in WRITER_FLOATS:
+            raise TypeError(f"cache: float8_e4m3fn expects a layer of at most 32 bits, got {weight.dtype}")
+        if cache.dtype not in (weight.dtype, torch.float8_e4m3fn) or cache.device != weight.device:
             raise ValueError(
                 f"cache: expected the layer's {weight.dtype} on {weight.device}, "
                 f"got {cache.dtype} on {cache.device}"

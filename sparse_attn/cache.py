@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from .config import DSAConfig
+from .formats import INDEX_K_FORMATS, KV_FORMATS, index_k_views
+from .functional import write_index_k, write_kv
+
+V32_KV, FP8_INDEX_K = KV_FORMATS[656], INDEX_K_FORMATS[132]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,11 @@ class DSACache:
             num_key_value_heads, head_dim]``; and ``index_k`` ``[batch_size, max_tokens, index_head_dim]``.
         max_tokens: the room of each sequence.
         batch_size: number of sequences.
-        dtype: of all tensors, that of the hidden states; default torch's default dtype.
+        dtype: of all tensors, that of the hidden states; default torch's default dtype. Or
+            ``torch.float8_e4m3fn`` for MLA of DeepSeek-V3.2's sizes, whatever the layer's dtype: bytes as
+            its engines keep them, ``kv`` ``[..., 656]`` and ``index_k`` ``[..., 132]``, 56 % of bf16
+            (:mod:`sparse_attn.formats`; all keys of a sequence are one page). Tokens are rounded once,
+            when they are written.
         device: where they live.
     """
 
@@ -77,12 +85,15 @@ class DSACache:
         self.config = config
         self.max_tokens = max_tokens
         self.batch_size = batch_size
-        if config.is_mla:
+        if dtype == torch.float8_e4m3fn:
+            _check_fp8(config)
+            rows, dtype = {"kv": (V32_KV.bytes,), "index_k": (FP8_INDEX_K.bytes,)}, torch.uint8
+        elif config.is_mla:
             rows = {"kv": (config.kv_lora_rank + config.qk_rope_head_dim,)}
         else:
             heads = (config.num_key_value_heads, config.head_dim)
             rows = {"k": heads, "v": heads}
-        rows["index_k"] = (config.index_head_dim,)
+        rows.setdefault("index_k", (config.index_head_dim,))
         self._tensors = {
             name: huge_pages(torch.empty(batch_size, max_tokens, *row, dtype=dtype, device=device))
             for name, row in rows.items()
@@ -93,6 +104,15 @@ class DSACache:
         """The tensor ``name`` ("kv", "k", "v" or "index_k"), ``[batch_size, max_tokens, ...]``."""
         return self._tensors[name]
 
+    def index_keys(self, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Keys of the first ``tokens`` positions, ``[batch_size, tokens, index_head_dim]``, and of fp8 ones
+        the scales ``[batch_size, tokens]``: views, for :func:`sparse_attn.lightning_topk` a page a sequence.
+        """
+        if self.dtype != torch.float8_e4m3fn:
+            return self["index_k"][:, :tokens], None
+        k, scales = index_k_views(self["index_k"])
+        return k[:, :tokens], scales[:, :tokens]
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens held for each sequence."""
@@ -100,7 +120,8 @@ class DSACache:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self["index_k"].dtype
+        dtype = self["index_k"].dtype
+        return torch.float8_e4m3fn if dtype == torch.uint8 else dtype
 
     @property
     def device(self) -> torch.device:
@@ -126,13 +147,18 @@ class DSACache:
         first_rows = [b * self.max_tokens for b in range(self.batch_size)]
         return Placement.of(counts, self._lengths, first_rows, self.device)
 
-    def write(self, placement: Placement, **rows: Tensor) -> None:
+    def write(self, placement: Placement, *, backend: str = "auto", **rows: Tensor) -> None:
         """Write the new tokens' ``rows`` (one tensor ``[tokens, ...]`` for each tensor held).
 
         The tokens count from :meth:`commit` on: a call that fails in between leaves the cache as it was.
         """
+        slots = placement.first_rows + placement.positions
+        if self.dtype == torch.float8_e4m3fn:
+            write_kv(rows["kv"], self["kv"], slots, backend=backend)
+            write_index_k(rows["index_k"], self["index_k"], slots, hadamard=False, backend=backend)
+            return
         for name, tensor in self._tensors.items():
-            tensor.flatten(0, 1)[placement.first_rows + placement.positions] = rows[name]
+            tensor.flatten(0, 1)[slots] = rows[name]
 
     def commit(self, placement: Placement) -> None:
         """Count the new tokens of each sequence as held."""
@@ -152,6 +178,17 @@ class DSACache:
     def reset(self) -> None:
         """Forget all tokens."""
         self._lengths = [0] * self.batch_size
+
+
+def _check_fp8(config: DSAConfig) -> None:
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
+    found = {name: getattr(config, name) for name in sizes}
+    if found != sizes:
+        raise ValueError(f"dtype: float8_e4m3fn expects a config with {_listed(sizes)}, got {_listed(found)}")
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 HUGE_PAGE = 2 << 20

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, attention
+from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, attention, formats
 from sparse_attn.rope import apply_rope, rope_cos_sin
 from sparse_attn.testing import relative_error
 
@@ -21,6 +21,11 @@ MLA = DSAConfig(
     **COMMON, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20
 )
 GQA = DSAConfig(**COMMON, num_key_value_heads=2, head_dim=32)
+V32 = DSAConfig.deepseek_v32(  # of the sizes that fp8 caches have
+    **{"hidden_size": 96, "num_attention_heads": 4, "q_lora_rank": 48, "index_n_heads": 4, "index_topk": 12},
+    **{"indexer_fp8": True},
+)
+FP8 = torch.float8_e4m3fn
 BUDGET = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
@@ -283,9 +288,69 @@ def test_fp8_indexer_keeps_scores_close():
         assert torch.equal(x, x.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", BUDGET)
+@pytest.mark.parametrize("chunks", [[60], [20, 40], [13, 1, 1, 30, 4, 11], [59, 1]], ids=str)
+def test_an_fp8_cache_is_read_as_what_its_bytes_mean(selections, dtype, chunks):
+    """The same layer over a cache that holds the fp8 one's values: the same selections and results."""
+    layer, hidden = make(V32, dtype), torch.randn(60, 96, dtype=dtype)
+    cache, meant = DSACache(V32, 64, dtype=FP8), DSACache(V32, 64, dtype=dtype)
+    meant.write = lambda *args, **rows: None  # it is filled here
+    for name in ("kv", "index_k"):
+        cache[name].fill_(0xFF)  # NaN, in values and scales
+    for part in hidden.split(chunks):
+        out = layer(part, cache=cache)
+        meant["kv"].copy_(formats.unpack_v32_kv(cache["kv"]))
+        meant["index_k"].copy_(formats.unpack_index_k(cache["index_k"]))
+        assert relative_error(out, layer(part, cache=meant)) < BUDGET[dtype]
+    assert cache.lengths == meant.lengths == (60,) and len(selections) >= 2
+    for selected, expected in zip(selections[::2], selections[1::2], strict=True):
+        assert torch.equal(selected, expected)
+
+
+def test_an_fp8_cache_rounds_and_selects_as_the_fp8_indexer_does(selections):
+    layer, hidden = make(V32, torch.bfloat16), torch.randn(60, 96, dtype=torch.bfloat16)
+    outs = [layer(hidden, cache=DSACache(V32, 60, dtype=dtype)) for dtype in (FP8, torch.bfloat16)]
+    assert torch.equal(*selections)
+    assert 1e-3 < relative_error(*outs) < 0.05
+
+
+def test_batches_and_rejected_drafts_in_an_fp8_cache():
+    layer = make(V32)
+    sequences = torch.randn(2, 40, 96)
+    cache, alone = (
+        DSACache(V32, 50, batch_size=3, dtype=FP8),
+        [DSACache(V32, 50, dtype=FP8) for _ in range(2)],
+    )
+    for counts in ([30, 0, 17], [4, 0, 4], [1, 0, 2]):
+        starts = cache.lengths
+        new = [sequences[i][starts[b] : starts[b] + counts[b]] for i, b in ((0, 0), (1, 2))]
+        cu = torch.tensor([0, *counts]).cumsum(0)
+        out = layer(torch.cat(new), cache=cache, cu_seqlens_q=cu)
+        expected = torch.cat([layer(part, cache=one) for part, one in zip(new, alone, strict=True)])
+        assert relative_error(out, expected) < 1e-2  # a product's last bit may move a value to the next code
+        if counts[0] == 4:
+            for held, b, n in ((cache, 0, 31), (cache, 2, 18), (alone[0], 0, 31), (alone[1], 0, 18)):
+                held.truncate(n, b)
+    assert cache.lengths == (32, 0, 20)
+
+
+def test_what_an_fp8_cache_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"dtype: float8_e4m3fn expects a config with kv_lora_rank=512.*got"):
+        DSACache(MLA, 10, dtype=FP8)
+    with pytest.raises(ValueError, match=r"kv_lora_rank=512.*got kv_lora_rank=None"):
+        DSACache(GQA, 10, dtype=FP8)
+    cache = DSACache(V32, 10, dtype=FP8)
+    with pytest.raises(TypeError, match=r"cache: float8_e4m3fn expects a layer.*float64"):
+        make(V32, torch.float64)(torch.randn(3, 96).double(), cache=cache)
+    assert cache.lengths == (0,)
+
+
 def test_caches_of_a_layer_hold_what_they_say():
     cache = DSACache(MLA, 10, batch_size=2, dtype=torch.bfloat16)
     assert cache["kv"].shape == (2, 10, 48) and cache["index_k"].shape == (2, 10, 32)
     assert cache.nbytes == 2 * 10 * (48 + 32) * 2
+    cache = DSACache(V32, 10, batch_size=2, dtype=FP8)
+    assert cache.dtype == FP8 and cache.nbytes == 2 * 10 * (656 + 132)
+    assert [part.shape for part in cache.index_keys(7)] == [(2, 7, 128), (2, 7)]
     cache = DSACache(GQA, 10)
     assert cache["k"].shape == cache["v"].shape == (1, 10, 2, 32)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..cache import huge_pages
+from ..formats import index_k_views, pack_index_k, pack_v32_kv, unpack_v32_kv
 from ..functional import index_logits, lightning_topk, select_topk, sparse_gqa, sparse_mla
 from ..testing import adversarial_logits, assert_close, assert_logits_close
 from . import dense, real
@@ -69,11 +70,19 @@ def _indexer(s_q: int, s_kv: int) -> Case:
         scores = (q.to(dtype) @ k.to(dtype).mT).relu_()  # [s_q, heads, s_kv]
         return torch.einsum("th,ths->ts", weights, scores.float())
 
+    codes, scales = index_k_views(_packed(pack_index_k(k[None])))  # one page
+
+    def fp8_keys() -> Tensor:
+        return index_logits(q, codes[0], weights, ks, ke, k_scale=scales[0])
+
     def check() -> None:
-        some = q[:1], k[:CHECKED], weights[:1], ks[:1], ke[:1]
-        assert_logits_close(ours()[:1, :CHECKED], *some)
+        some = weights[:1], ks[:1], ke[:1]
+        assert_logits_close(ours()[:1, :CHECKED], q[:1], k[:CHECKED], *some)
+        quantised = codes[0, :CHECKED], *some, None, scales[0, :CHECKED]
+        assert_logits_close(fp8_keys()[:1, :CHECKED], q[:1], *quantised)
 
     peers = {
+        "fp8 keys": fp8_keys,
         "torch bf16, [s_q, h, s_kv]": partial(naive, torch.bfloat16),
         "torch fp32": partial(naive, torch.float32),
     }
@@ -145,11 +154,18 @@ def _attention(data: str, s_kv: int, flex: bool) -> Case:
         rows = kv[indices[0].long()]
         return (q[0] @ rows.mT * SCALE).softmax(-1) @ rows[:, :D_V]
 
+    packed = _packed(pack_v32_kv(kv))
+
+    def fp8_cache() -> Tensor:
+        return sparse_mla(q, packed, indices, d_v=D_V, softmax_scale=SCALE)
+
     def check() -> None:
-        exact, *_ = reference.sparse_mla(q.double(), kv.double(), indices, D_V, SCALE)
-        assert_close(ours(), exact, 1.5)
+        for result, rows in ((ours(), kv.double()), (fp8_cache(), unpack_v32_kv(packed, torch.float64))):
+            exact, *_ = reference.sparse_mla(q.double(), rows, indices, D_V, SCALE)
+            assert_close(result, exact, 1.5)
 
     peers = {
+        "fp8 cache": fp8_cache,
         "torch, gathered": gathered,
         "dense SDPA": lambda: dense.sdpa_folded(q[0], kv, SCALE),
         "dense GEMM": lambda: dense.gemm_chunked(q[0], kv, SCALE),
@@ -245,6 +261,10 @@ OPERATIONS: dict[str, Callable[[bool], Cases]] = {
 def _cache(*shape: int) -> Tensor:
     """As DSACache allocates."""
     return huge_pages(torch.empty(shape, dtype=torch.bfloat16)).normal_()
+
+
+def _packed(cache: Tensor) -> Tensor:
+    return huge_pages(torch.empty_like(cache)).copy_(cache)
 
 
 def _normal(*shape: int) -> Tensor:
