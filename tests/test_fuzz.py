@@ -39,6 +39,7 @@ from sparse_attn.testing import (
 BACKENDS = ["reference", *(("cpu", name) for name in (*native.instruction_sets(), None))]
 if torch.cuda.is_available():
     BACKENDS.append("triton")
+E4M3_ERROR = 2**-4  # of the worst value with three bits after the first; 2.6 % of many, more of a few
 FACTOR = {"reference": 1.2, "cpu": 1.5, "triton": 2.5}  # as flash attention does, some round probabilities
 PACK = {
     656: formats.pack_v32_kv,
@@ -399,7 +400,7 @@ def check_written(name: str) -> Callable[[str, Arguments, Any], None]:
         written = torch.zeros(len(held), dtype=torch.bool)
         written[slots[exists]] = True
         assert torch.equal(held[~written], old[~written]), "another slot was written"
-        assert relative_error(held[slots[exists]], x[exists]) < 0.04
+        assert relative_error(held[slots[exists]], x[exists]) < E4M3_ERROR
 
     return check
 
@@ -413,7 +414,7 @@ def check_index_q(backend: str, arguments: Arguments, result) -> None:
         q = torch.cat([head, q[..., turned:]], -1)
     q = hadamard_transform(q) if arguments["hadamard"] else q
     scores = result[0].double() * result[1].double()[..., None]  # relu(w * q . k) for positive w and so on
-    assert relative_error(scores, weights[..., None] * q) < 0.04
+    assert relative_error(scores, weights[..., None] * q) < E4M3_ERROR
 
 
 def check_prefill(backend: str, arguments: Arguments, result) -> None:
