@@ -223,7 +223,8 @@ class SparseMLA(_SparseAttention):
             softmax_scale=self.config.softmax_scale,
             backend=self.backend,
         )
-        out = einsum(out, self._wkv_b()[:, self.config.qk_nope_head_dim :], "t h c, h d c -> t h d")
+        values = value_half(self._wkv_b(), self.config.qk_nope_head_dim)
+        out = einsum(out, values, "t h c, h d c -> t h d")
         return self.wo(rearrange(out, "t h d -> t (h d)"))
 
     def _wkv_b(self) -> Tensor:
@@ -270,6 +271,13 @@ class SparseGQA(_SparseAttention):
         scale = self.config.softmax_scale
         out = sparse_gqa(q, rows["k"], rows["v"], indices, softmax_scale=scale, backend=self.backend)
         return self.o_proj(rearrange(out, "t h d -> t (h d)"))
+
+
+def value_half(kv_b: Tensor, qk_nope_head_dim: int) -> Tensor:
+    """``[heads, v_head_dim, kv_lora_rank]`` of ``[heads, qk_nope_head_dim + v_head_dim, kv_lora_rank]``."""
+    values = kv_b[:, qk_nope_head_dim:]
+    # If it were not contiguous, torch's bf16 product on a CPU would transpose it at every call.
+    return values.contiguous() if values.device.type == "cpu" and values.dtype == torch.bfloat16 else values
 
 
 def _all_visible(placement: Placement) -> Tensor:
