@@ -121,6 +121,7 @@ class AmxScorer {
   using QueryElement = bfloat16;
   using KeyElement = bfloat16;
   static constexpr int kKeys = 32;
+  static constexpr int kDecoded = kKeys;
 
   template <class Memory>
   AmxScorer(const IndexArgs& args, Memory& memory)

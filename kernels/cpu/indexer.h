@@ -55,6 +55,7 @@ class TileScorer {
   using KeyElement = Key;
   static constexpr int kKeys = 48;  // at a time: a multiple of a tile's rows and of kWidth
   static constexpr int kAhead = 96;
+  static constexpr int kDecoded = 12;  // of quantised keys: they and the queries fit into L1
 
   template <class Memory>
   TileScorer(const IndexArgs& args, Memory& memory)
@@ -175,7 +176,7 @@ class PackedScorer {
       : args_(args),
         scorer_(args, memory),
         query_(memory.template take<Query>(args.query_format == kPlainKeys ? 0 : args.heads * args.d)),
-        keys_(memory.template take<Key>(Scorer::kKeys * args.d)) {}
+        keys_(memory.template take<Key>(Scorer::kDecoded * args.d)) {}
 
   void prepare(int64_t t) {
     if (args_.query_format == kPlainKeys) return prepare_plain(args_, t, scorer_);
@@ -190,9 +191,9 @@ class PackedScorer {
   void run(int64_t page, int64_t offset, int64_t n, float* out) const {
     const uint8_t* codes = static_cast<const uint8_t*>(args_.k) + page * args_.k_page;
     const uint8_t* scales = args_.k_scale + page * args_.k_scale_page;
-    float factors[Scorer::kKeys];
-    for (int64_t s = 0; s < n; s += Scorer::kKeys) {
-      const int64_t m = n - s < Scorer::kKeys ? n - s : Scorer::kKeys;
+    float factors[Scorer::kDecoded];
+    for (int64_t s = 0; s < n; s += Scorer::kDecoded) {
+      const int64_t m = n - s < Scorer::kDecoded ? n - s : Scorer::kDecoded;
       for (int64_t i = 0; i < m; i++) {
         const int64_t slot = offset + s + i;
         factors[i] = decode_key(args_.key_format, codes + slot * args_.k_row,
