@@ -1,7 +1,8 @@
 // The exact top-k of a row of logits: ties to the lower position, -0 equal to +0, NaN and -inf never chosen.
 //
 // A sample gives a threshold that keeps a little more than k candidates; a radix search over them finds the
-// k-th value. Rows whose sample misleads (plateaus, clusters) are searched whole: slower, never different.
+// k-th value. If too many values equal the threshold, those above it are the candidates, or else it is the
+// k-th value itself. Rows whose sample misleads (clusters) are searched whole: slower, never different.
 #pragma once
 
 #include "simd.h"
@@ -99,14 +100,15 @@ struct Candidates {
       : values(memory.template take<float>(room)), positions(memory.template take<int32_t>(room)) {}
 };
 
-// Values of x not below t with their indices, or -1 when there are more than `room`.
+// Values of x not below t, or only those above it, with their indices; -1 when there are more than `room`.
+template <bool Above>
 inline int64_t filter(const float* x, int64_t n, float t, int64_t room, float* values, int32_t* positions) {
   const Float threshold = splat(t);
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += kWidth) {
     const Bits exists = n - i < kWidth ? (1u << (n - i)) - 1 : ~0u;
     const Float v = load_tail(x + i, n - i);
-    const Bits take = at_least(v, threshold) & exists;
+    const Bits take = (Above ? greater(v, threshold) : at_least(v, threshold)) & exists;
     if (kept + kWidth > room) return -1;
     kept += append(take, v, static_cast<int>(i), values + kept, positions + kept);
   }
@@ -132,7 +134,11 @@ inline void select_row(const float* x, int64_t begin, int64_t n, int64_t topk, i
   if (t > kMinusInfinity) {
     const int64_t room = 2 * topk + n / 16 + 2 * kWidth;
     with_workspace<Candidates>(room, [&](const Candidates& c) {
-      const int64_t kept = filter(x, n, t, room, c.values, c.positions);
+      int64_t kept = filter<false>(x, n, t, room, c.values, c.positions);
+      if (kept < 0) {
+        kept = filter<true>(x, n, t, room, c.values, c.positions);
+        if (kept >= 0 && kept < topk) written = emit(x, nullptr, begin, n, {t, topk - kept}, out);
+      }
       if (kept < topk) return;
       for (int64_t i = 0; i < kept; i++) c.positions[i] += static_cast<int32_t>(begin);
       written = emit(c.values, c.positions, 0, kept, kth_largest(c.values, kept, topk), out);
