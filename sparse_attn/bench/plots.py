@@ -16,7 +16,7 @@ DENSE = {
     "dense_gemm": ("dense, chunked GEMM", "#f58518"),
     "dense_own": ("dense, our own kernel", "#eeca3b"),
 }
-CURVES = ("#4c78a8", "#e45756", "#f58518", "#54a24b", "#b279a2", "#9d755d")  # ours first
+CURVES = ("#4c78a8", "#e45756", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#eeca3b")  # ours first
 
 
 def decode_plot(results: dict[str, Any], path: Path) -> None:
