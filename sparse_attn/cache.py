@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
+from .checks import FLOATS
 from .config import DSAConfig
 from .formats import INDEX_K_FORMATS, KV_FORMATS, index_k_views
 from .functional import write_index_k, write_kv
@@ -82,6 +83,8 @@ class DSACache:
                 "max_tokens: expected batch_size * max_tokens below 2**31 (rows are int32), "
                 f"got {batch_size} * {max_tokens}"
             )
+        if dtype not in (None, *FLOATS, torch.float8_e4m3fn):
+            raise TypeError(f"dtype: expected a floating point layer's or float8_e4m3fn, got {dtype}")
         self.config = config
         self.max_tokens = max_tokens
         self.batch_size = batch_size

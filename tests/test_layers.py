@@ -339,6 +339,9 @@ def test_what_an_fp8_cache_cannot_hold_is_refused():
         DSACache(MLA, 10, dtype=FP8)
     with pytest.raises(ValueError, match=r"kv_lora_rank=512.*got kv_lora_rank=None"):
         DSACache(GQA, 10, dtype=FP8)
+    for dtype in (torch.uint8, torch.float8_e5m2):
+        with pytest.raises(TypeError, match=f"dtype: expected .*float8_e4m3fn, got {dtype}"):
+            DSACache(V32, 10, dtype=dtype)
     cache = DSACache(V32, 10, dtype=FP8)
     with pytest.raises(TypeError, match=r"cache: float8_e4m3fn expects a layer.*float64"):
         make(V32, torch.float64)(torch.randn(3, 96).double(), cache=cache)
