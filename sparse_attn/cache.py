@@ -84,7 +84,9 @@ class DSACache:
                 f"got {batch_size} * {max_tokens}"
             )
         if dtype not in (None, *FLOATS, torch.float8_e4m3fn):
-            raise TypeError(f"dtype: expected a floating point layer's or float8_e4m3fn, got {dtype}")
+            raise TypeError(
+                f"dtype: expected bfloat16, float16, float32, float64 or float8_e4m3fn, got {dtype}"
+            )
         self.config = config
         self.max_tokens = max_tokens
         self.batch_size = batch_size
