@@ -85,10 +85,9 @@ class _SparseAttention(nn.Module):
         # The cache is paged with one page a sequence; only as much of a page as is in use is scored.
         pages, scales = cache.index_keys(placement.longest)
         table = placement.sequences[:, None].int() if cache.batch_size > 1 else first.new_zeros(1, 1).int()
-        ke = visible.int()
+        ranges = torch.zeros_like(visible, dtype=torch.int32), visible.int()
         positions = lightning_topk(
-            *(q, pages, weights, topk, torch.zeros_like(ke), ke),
-            **{"k_scale": scales, "block_table": table, "backend": self.backend},
+            q, pages, weights, topk, *ranges, k_scale=scales, block_table=table, backend=self.backend
         )
         return torch.where(positions >= 0, positions + first[:, None], -1).int()
 

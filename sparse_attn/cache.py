@@ -7,12 +7,17 @@ import sys
 import torch
 from torch import Tensor
 
-from .checks import FLOATS
+from .checks import FLOATS, QUANTISED_D_V, named
 from .config import DSAConfig
 from .formats import INDEX_K_FORMATS, KV_FORMATS, index_k_views
 from .functional import write_index_k, write_kv
 
 V32_KV, FP8_INDEX_K = KV_FORMATS[656], INDEX_K_FORMATS[132]
+FP8_SIZES = {
+    "kv_lora_rank": QUANTISED_D_V,
+    "qk_rope_head_dim": V32_KV.width - QUANTISED_D_V,
+    "index_head_dim": FP8_INDEX_K.width,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +99,11 @@ class DSACache:
             _check_fp8(config)
             rows, dtype = {"kv": (V32_KV.bytes,), "index_k": (FP8_INDEX_K.bytes,)}, torch.uint8
         elif config.is_mla:
-            rows = {"kv": (config.kv_lora_rank + config.qk_rope_head_dim,)}
+            latent = (config.kv_lora_rank + config.qk_rope_head_dim,)
+            rows = {"kv": latent, "index_k": (config.index_head_dim,)}
         else:
             heads = (config.num_key_value_heads, config.head_dim)
-            rows = {"k": heads, "v": heads}
-        rows.setdefault("index_k", (config.index_head_dim,))
+            rows = {"k": heads, "v": heads, "index_k": (config.index_head_dim,)}
         self._tensors = {
             name: huge_pages(torch.empty(batch_size, max_tokens, *row, dtype=dtype, device=device))
             for name, row in rows.items()
@@ -186,14 +191,10 @@ class DSACache:
 
 
 def _check_fp8(config: DSAConfig) -> None:
-    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
-    found = {name: getattr(config, name) for name in sizes}
-    if found != sizes:
-        raise ValueError(f"dtype: float8_e4m3fn expects a config with {_listed(sizes)}, got {_listed(found)}")
-
-
-def _listed(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name}={size}" for name, size in sizes.items())
+    found = {name: getattr(config, name) for name in FP8_SIZES}
+    if found != FP8_SIZES:
+        expected, got = (named(" ".join(sizes), sizes) for sizes in (FP8_SIZES, found))
+        raise ValueError(f"dtype: float8_e4m3fn expects a config with {expected}, got {got}")
 
 
 HUGE_PAGE = 2 << 20

@@ -31,13 +31,13 @@ def check_tensor(
     device: torch.device | None = None,
 ) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor [{_named(spec, dims)}], got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected a tensor [{named(spec, dims)}], got {type(tensor).__name__}")
     axes, shape = spec.split(), tensor.shape
     fits = len(axes) == len(shape)
     for axis, n in zip(axes, shape, strict=False):  # a generator would cost more than the rest of a check
         fits = fits and n == (int(axis) if axis.isdigit() else dims.get(axis, n))
     if not fits:
-        raise ValueError(f"{name}: expected shape [{_named(spec, dims)}], got {list(shape)}")
+        raise ValueError(f"{name}: expected shape [{named(spec, dims)}], got {list(shape)}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -46,7 +46,8 @@ def check_tensor(
     dims.update(zip(axes, shape, strict=True))
 
 
-def _named(spec: str, dims: dict[str, int]) -> str:
+def named(spec: str, dims: dict[str, int]) -> str:
+    """The axes of a shape, with their sizes where they are known."""
     return ", ".join(
         f"{axis}={dims[axis]}" if axis in dims and not axis.isdigit() else axis for axis in spec.split()
     )

@@ -317,10 +317,8 @@ def test_an_fp8_cache_rounds_and_selects_as_the_fp8_indexer_does(selections):
 def test_batches_and_rejected_drafts_in_an_fp8_cache():
     layer = make(V32)
     sequences = torch.randn(2, 40, 96)
-    cache, alone = (
-        DSACache(V32, 50, batch_size=3, dtype=FP8),
-        [DSACache(V32, 50, dtype=FP8) for _ in range(2)],
-    )
+    cache = DSACache(V32, 50, batch_size=3, dtype=FP8)
+    alone = [DSACache(V32, 50, dtype=FP8) for _ in range(2)]
     for counts in ([30, 0, 17], [4, 0, 4], [1, 0, 2]):
         starts = cache.lengths
         new = [sequences[i][starts[b] : starts[b] + counts[b]] for i, b in ((0, 0), (1, 2))]

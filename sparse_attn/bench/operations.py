@@ -70,7 +70,7 @@ def _indexer(s_q: int, s_kv: int) -> Case:
         scores = (q.to(dtype) @ k.to(dtype).mT).relu_()  # [s_q, heads, s_kv]
         return torch.einsum("th,ths->ts", weights, scores.float())
 
-    codes, scales = index_k_views(_packed(pack_index_k(k[None])))  # one page
+    codes, scales = index_k_views(_on_huge_pages(pack_index_k(k[None])))  # one page
 
     def fp8_keys() -> Tensor:
         return index_logits(q, codes[0], weights, ks, ke, k_scale=scales[0])
@@ -154,7 +154,7 @@ def _attention(data: str, s_kv: int, flex: bool) -> Case:
         rows = kv[indices[0].long()]
         return (q[0] @ rows.mT * SCALE).softmax(-1) @ rows[:, :D_V]
 
-    packed = _packed(pack_v32_kv(kv))
+    packed = _on_huge_pages(pack_v32_kv(kv))
 
     def fp8_cache() -> Tensor:
         return sparse_mla(q, packed, indices, d_v=D_V, softmax_scale=SCALE)
@@ -193,9 +193,7 @@ def _grouped(s_kv: int, cold: bool, flex: bool) -> Case:
     indices = next(selections)
     rows = q[0].unflatten(0, (h_kv, -1))  # [h_kv, group, d]
     # The layout that dense forms like best.
-    keys, values = (
-        huge_pages(torch.empty(h_kv, s_kv, d, dtype=x.dtype)).copy_(x.transpose(0, 1)) for x in (k, v)
-    )
+    keys, values = (_on_huge_pages(x.transpose(0, 1)) for x in (k, v))
 
     def ours() -> Tensor:
         return sparse_gqa(q, k, v, next(selections))
@@ -263,8 +261,9 @@ def _cache(*shape: int) -> Tensor:
     return huge_pages(torch.empty(shape, dtype=torch.bfloat16)).normal_()
 
 
-def _packed(cache: Tensor) -> Tensor:
-    return huge_pages(torch.empty_like(cache)).copy_(cache)
+def _on_huge_pages(x: Tensor) -> Tensor:
+    """A contiguous copy."""
+    return huge_pages(torch.empty(x.shape, dtype=x.dtype)).copy_(x)
 
 
 def _normal(*shape: int) -> Tensor:
