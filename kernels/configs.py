@@ -48,3 +48,10 @@ def split_count(programs: int, tiles: int, block_n: int, device: torch.device, b
     most = tiles // triton.cdiv(MIN_KEYS, block_n)
     splits = max(1, min(blocks * multiprocessors(device) // programs, most))
     return triton.cdiv(tiles, triton.cdiv(tiles, splits)) if splits > 1 else 1  # none of them is idle
+
+
+def refuse_fp64(*tensors: torch.Tensor | None) -> str | None:
+    """Why kernels cannot run such tensors, or None: none computes in fp64."""
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return "dtype: the triton backend takes bfloat16, float16 or float32, got float64"
+    return None

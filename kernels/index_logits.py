@@ -13,14 +13,17 @@ A program takes several neighbouring queries that share a row of the block table
 of the product, a tile of keys is the other, so that each key is read and decoded once for all of them.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import for_device, has_native_fp8
+from .configs import for_device, has_native_fp8, refuse_fp64
 from .quantised import from_e2m1, from_e4m3, opaque
+
+if TYPE_CHECKING:
+    from ..ops.index import IndexLogitsOp
 
 KEYS_PER_PROGRAM = 1024  # q is loaded once for so many keys; few enough that one decode query fills a GPU
 
@@ -47,22 +50,20 @@ CONFIGS_FP32_QUANTISED = {80: Config(64, 16, 8, 1)}  # for which decoded keys st
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}
 
 
-def index_logits(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    out: torch.Tensor,
-    clean: bool = True,
-) -> None:
+def refuses(a: "IndexLogitsOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    if a.q.dtype == torch.float16 and a.k.dtype == torch.uint8:  # a value times its scale need not fit
+        return "q: expected bfloat16 or float32, as k is e2m1, got float16 (triton backend)"
+    return refuse_fp64(a.q, a.k, a.weights)
+
+
+def index_logits(a: "IndexLogitsOp") -> None:
     """Fill out [s_q, width] from q [s_q, h, d] and k [s_kv, d], or pages [pages, page_size, d].
 
     Without ``clean``, elements outside the range are left as they are.
     """
+    q, k, weights, ks, ke, out = a[:6]
+    q_scale, k_scale, block_table, clean = a[6:]
     s_q, h, d = q.shape
     width = out.shape[1]
     if s_q == 0 or width == 0:

@@ -7,16 +7,32 @@ summed in fp32 in the order of i. A part with lse = -inf counts for nothing; if 
 Where parts carry their highest score, its maximum goes the same way.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
+from .configs import refuse_fp64
 from .online_softmax import LN_2, LOG2_E, LOWEST
+
+if TYPE_CHECKING:
+    from ..ops.attention import MergeAttentionOp
 
 BLOCK_H = 2  # heads a program, few: when one query's parts are merged, heads are all there is to share out
 
 
-def merge_attention(
+def refuses(a: "MergeAttentionOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    return refuse_fp64(a.outs, a.lses)
+
+
+def merge_attention(a: "MergeAttentionOp") -> None:
+    """Fill out [s_q, h, d_v] and lse [s_q, h] from outs [n, s_q, h, d_v] and lses [n, s_q, h]."""
+    merge_parts(*a)
+
+
+def merge_parts(
     outs: torch.Tensor,
     lses: torch.Tensor,
     out: torch.Tensor,
@@ -25,10 +41,7 @@ def merge_attention(
     maxima: torch.Tensor | None = None,
     max_logits: torch.Tensor | None = None,
 ) -> None:
-    """Fill out [s_q, h, d_v] and lse [s_q, h] from outs [n, s_q, h, d_v] and lses [n, s_q, h].
-
-    Fill max_logits [s_q, h] too, if given with maxima [n, s_q, h].
-    """
+    """The same with a sink; fill max_logits [s_q, h] too, if given with maxima [n, s_q, h]."""
     n, s_q, h, d_v = outs.shape
     if lse.numel() == 0:
         return

@@ -6,17 +6,25 @@ with position = indices[t, i] and row = t // (s_q / n); -1 where the position is
 or the table holds a negative page or one whose slots int32 cannot number.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
+if TYPE_CHECKING:
+    from ..ops.index import PhysicalSlotsOp
+
 BLOCK = 1024
 
 
-def physical_slots(
-    indices: torch.Tensor, block_table: torch.Tensor, page_size: int, out: torch.Tensor
-) -> None:
+def refuses(a: "PhysicalSlotsOp") -> None:
+    """Nothing."""
+
+
+def physical_slots(a: "PhysicalSlotsOp") -> None:
     """Fill out [s_q, topk] from indices [s_q, topk] and block_table [n, max_pages]."""
+    indices, block_table, page_size, out = a
     s_q, topk = indices.shape
     if out.numel() == 0:
         return

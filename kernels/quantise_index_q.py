@@ -7,29 +7,30 @@ RoPE of the leading dimensions where there is a cosine, the Hadamard matrix on d
 Everything in fp32, rounded once.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
+from .configs import refuse_fp64
 from .index_rows import quantise_rows
 from .rotate import partner
+
+if TYPE_CHECKING:
+    from ..ops.writers import QuantiseIndexQOp
 
 ROWS = 8  # heads a program, two a warp
 
 
-def quantise_index_q(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    pairing: str | None,
-    hadamard: bool,
-    power_of_two: bool,
-    min_scale: float,
-    out: torch.Tensor,
-    out_weights: torch.Tensor,
-) -> None:
+def refuses(a: "QuantiseIndexQOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    return refuse_fp64(a.q, a.weights)
+
+
+def quantise_index_q(a: "QuantiseIndexQOp") -> None:
     """Fill out [s_q, h, d], bytes of e4m3, and out_weights [s_q, h] from q [s_q, h, d]."""
+    q, weights, hadamard, power_of_two, min_scale, out, out_weights, cos, sin, pairing = a
     s_q, h, d = q.shape
     if s_q == 0 or h == 0:
         return

@@ -14,11 +14,16 @@ Many rows: one program each. Few long rows: each is cut into segments, one progr
 launch of its own. Only sums of integers join the segments, so their order changes nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from .configs import refuse_fp64
+
+if TYPE_CHECKING:
+    from ..ops.index import SelectTopkOp
 
 BLOCK = 2048  # logits at a time, 8 a thread: at most 128 registers, so two programs an SM
 NUM_WARPS = 8
@@ -32,10 +37,14 @@ BINS_1, BINS_2, BINS_3 = tl.constexpr(1 << 12), tl.constexpr(1 << 12), tl.conste
 NEVER = tl.constexpr(0)  # the key of NaN and -inf, below every other
 
 
-def select_topk(
-    logits: torch.Tensor, topk: int, ks: torch.Tensor, ke: torch.Tensor, out: torch.Tensor
-) -> None:
+def refuses(a: "SelectTopkOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    return refuse_fp64(a.logits)
+
+
+def select_topk(a: "SelectTopkOp") -> None:
     """Fill out [s_q, topk] from logits [s_q, s_kv] fp32."""
+    logits, topk, ks, ke, out = a
     s_q, s_kv = logits.shape
     if s_q == 0 or s_kv == 0:
         out.fill_(-1)

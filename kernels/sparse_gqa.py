@@ -9,15 +9,18 @@ n runs over the valid entries of ``indices[t, g, :topk_length[t]]`` (0 <= index 
 partial results are merged in order.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import for_device, split_count
-from .merge_attention import merge_attention
+from .configs import for_device, refuse_fp64, split_count
+from .merge_attention import merge_parts
 from .online_softmax import LOG2_E, add_tile, empty_softmax, result
+
+if TYPE_CHECKING:
+    from ..ops.attention import SparseGQAOp
 
 
 class Config(NamedTuple):
@@ -41,18 +44,14 @@ BLOCKS = 2  # that should share an SM: one gathers while the other computes
 CONFIGS_FP32 = {80: {16: Config(16, 4, 2)}}  # rows of twice the size, IEEE products on the FMA units
 
 
-def sparse_gqa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    topk_length: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
+def refuses(a: "SparseGQAOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    return refuse_fp64(a.q, a.k, a.v, a.attn_sink)
+
+
+def sparse_gqa(a: "SparseGQAOp") -> None:
     """Fill out [s_q, h_q, d_v] and lse [s_q, h_q] from q [s_q, h_q, d], k [s_kv, h_kv, d] and v."""
+    q, k, v, indices, softmax_scale, out, lse, topk_length, attn_sink = a
     s_q, h_q, d = q.shape
     s_kv, h_kv, d_v = v.shape
     if lse.numel() == 0:
@@ -106,7 +105,7 @@ def sparse_gqa(
             enable_fp_fusion=True,
         )
         if splits > 1:
-            merge_attention(parts, part_lses, out, lse, attn_sink)
+            merge_parts(parts, part_lses, out, lse, attn_sink)
 
 
 @triton.jit(

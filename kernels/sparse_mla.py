@@ -11,16 +11,22 @@ is gathered once and serves as both. When queries are few, several programs shar
 their partial results are merged in order.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import for_device, has_native_fp8, split_count
+from .configs import for_device, has_native_fp8, refuse_fp64, split_count
 from .latent_rows import load_tails, load_values
-from .merge_attention import merge_attention
+from .merge_attention import merge_parts
 from .online_softmax import LOG2_E, add_tile, empty_softmax, result
+
+if TYPE_CHECKING:
+    from ..ops.attention import SparseMLAOp
+
+
+PACKED_BYTES = (656, 584)  # per token, in the quantised caches that latent_rows.py reads
 
 
 class Config(NamedTuple):
@@ -80,25 +86,26 @@ CONFIGS_FP8 = {
 CONFIGS_FP32 = {80: {16: Config(16, 8, 1)}}  # rows of twice the size, IEEE products on the FMA units
 
 
-def sparse_mla(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    d_v: int,
-    softmax_scale: float,
-    topk_length: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    extra_kv: torch.Tensor | None,
-    extra_indices: torch.Tensor | None,
-    extra_topk_length: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    max_logits: torch.Tensor,
-) -> None:
+def refuses(a: "SparseMLAOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    for name, kv in (("kv", a.kv), ("extra_kv", a.extra_kv)):
+        if kv is None or kv.dtype != torch.uint8:
+            continue
+        if kv.shape[-1] not in PACKED_BYTES:
+            sizes = " or ".join(map(str, PACKED_BYTES))
+            return f"{name}: the triton backend reads {sizes} bytes per token, got {kv.shape[-1]}; unpack it"
+        if a.q.dtype == torch.float16:  # a value times its scale need not fit
+            return f"q: expected bfloat16 or float32, as {name} is quantised, got float16 (triton backend)"
+    return refuse_fp64(a.q, a.kv, a.attn_sink, a.extra_kv)
+
+
+def sparse_mla(a: "SparseMLAOp") -> None:
     """Fill out [s_q, h_q, d_v], lse and max_logits [s_q, h_q] from q [s_q, h_q, d_qk] and the rows of kv.
 
     kv and extra_kv are [s_kv, d_qk], packed [s_kv, 656] uint8, or packed [pages, page_size, 584] uint8.
     """
+    q, kv, indices, d_v, softmax_scale, out, lse, max_logits = a[:8]
+    topk_length, attn_sink, extra_kv, extra_indices, extra_topk_length = a[8:]
     s_q, h_q, d_qk = q.shape
     if lse.numel() == 0:
         return
@@ -150,7 +157,7 @@ def sparse_mla(
             enable_fp_fusion=True,
         )
         if splits > 1:
-            merge_attention(parts, part_lses, out, lse, attn_sink, part_maxima, max_logits)
+            merge_parts(parts, part_lses, out, lse, attn_sink, part_maxima, max_logits)
 
 
 def _segment(kv, indices, topk_length) -> tuple:

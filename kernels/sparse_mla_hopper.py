@@ -17,6 +17,8 @@ pair; what that costs is not measured. Every barrier completes once a pair, so o
 each pair, serves them all.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 
@@ -33,10 +35,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+if TYPE_CHECKING:
+    from ..ops.attention import SparseMLAOp
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
 
+VARIANT = "'warp_specialized'"
 BLOCK_H = gl.constexpr(64)
 BLOCK_N = gl.constexpr(64)
 D_V = gl.constexpr(512)
@@ -52,22 +58,39 @@ PROBABILITY = gl.constexpr(gl.DotOperandLayout(0, VALUE, 2))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
 
 
-def sparse_mla_hopper(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    d_v: int,
-    softmax_scale: float,
-    topk_length: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    extra_kv: torch.Tensor | None,
-    extra_indices: torch.Tensor | None,
-    extra_topk_length: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    max_logits: torch.Tensor,
-) -> None:
-    """As sparse_mla, of what functional.py lets through: aligned rows, a positive scale."""
+def refuses(a: "SparseMLAOp") -> str | None:
+    """Why this kernel cannot run ``a``, or None."""
+    major, minor = torch.cuda.get_device_capability(a.q.device)
+    if (major, minor) != (9, 0):
+        return f"variant: {VARIANT} needs sm_90, {a.q.device} is sm_{major}{minor}"
+    _, h_q, d_qk = a.q.shape
+    if h_q % BLOCK_H.value:
+        return f"q: expected h_q to be a multiple of {BLOCK_H.value} for {VARIANT}, got {h_q}"
+    if (d_qk, a.d_v) != (576, 512):
+        return f"q, d_v: expected d_qk=576 and d_v=512 for {VARIANT}, got {d_qk} and {a.d_v}"
+    if not a.softmax_scale > 0:
+        return f"softmax_scale: expected a positive number for {VARIANT}, got {a.softmax_scale}"
+    for name, tensor in (("q", a.q), ("kv", a.kv), ("extra_kv", a.extra_kv), ("out", a.out)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.bfloat16:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"{name}: expected dtype bfloat16 for {VARIANT}, got {dtype}"
+        if tensor.stride(-1) != 1 or any(n % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
+            return (
+                f"{name}: expected contiguous rows that begin at multiples of 32 bytes for {VARIANT}, "
+                f"got strides {tensor.stride()} and offset {tensor.storage_offset()}"
+            )
+    for name, tensor in (("kv", a.kv), ("extra_kv", a.extra_kv)):
+        if tensor is not None and tensor.shape[0] * tensor.stride(0) >= 2**36:
+            return f"{name}: expected less than 128 GiB for {VARIANT}, got {list(tensor.shape)}"
+    return None
+
+
+def sparse_mla_hopper(a: "SparseMLAOp") -> None:
+    """As sparse_mla, of what ``refuses`` lets through: aligned rows, a positive scale."""
+    q, kv, indices, _d_v, softmax_scale, out, lse, max_logits = a[:8]
+    topk_length, attn_sink, extra_kv, extra_indices, extra_topk_length = a[8:]
     s_q, h_q, _ = q.shape
     if lse.numel() == 0:
         return

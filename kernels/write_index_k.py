@@ -6,33 +6,33 @@ LayerNorm where there is a weight, RoPE of the leading dimensions where there is
 on demand. Everything in fp32, rounded once. Slots that do not exist are skipped.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from sparse_attn.formats import index_k_views
 
+from .configs import refuse_fp64
 from .index_rows import quantise_rows
 from .rotate import partner
+
+if TYPE_CHECKING:
+    from ..ops.writers import WriteIndexKOp
 
 ROWS = 4  # keys a program, one a warp
 
 
-def write_index_k(
-    k: torch.Tensor,
-    slots: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    pairing: str | None,
-    hadamard: bool,
-    power_of_two: bool,
-    min_scale: float,
-    cache: torch.Tensor,
-) -> None:
+def refuses(a: "WriteIndexKOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    return refuse_fp64(a.k, a.norm_weight, a.norm_bias)
+
+
+def write_index_k(a: "WriteIndexKOp") -> None:
     """Write k [tokens, 128] to cache [pages, page_size, 132]."""
+    k, slots, eps, hadamard, power_of_two, min_scale, cache = a[:7]
+    norm_weight, norm_bias, cos, sin, pairing = a[7:]
     tokens, d = k.shape
     if tokens == 0 or cache.numel() == 0:
         return

@@ -7,29 +7,30 @@ DeepSeek-V3.2 (656: the 64 lie behind the 512) or of DeepSeek-V4 (584: they are 
 latent_rows.py reads. Everything in fp32, rounded once. Slots that do not exist are skipped.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from sparse_attn.formats import v4_kv_views, v32_kv_views
 
+from .configs import refuse_fp64
 from .quantised import e4m3_scale, largest, to_e4m3
 from .rotate import partner, rope
 
+if TYPE_CHECKING:
+    from ..ops.writers import WriteKVOp
 
-def write_kv(
-    kv: torch.Tensor,
-    slots: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    pairing: str | None,
-    power_of_two: bool,
-    min_scale: float,
-    cache: torch.Tensor,
-) -> None:
+
+def refuses(a: "WriteKVOp") -> str | None:
+    """Why these kernels cannot run ``a``, or None."""
+    return refuse_fp64(a.kv, a.norm_weight)
+
+
+def write_kv(a: "WriteKVOp") -> None:
     """Write kv [tokens, 576 or 512] to cache [pages, page_size, 656 or 584]."""
+    kv, slots, eps, power_of_two, min_scale, cache, norm_weight, cos, sin, pairing = a
     tokens, width = kv.shape
     if tokens == 0 or cache.numel() == 0:
         return

@@ -4,19 +4,10 @@ from ._version import __version__
 from .attention import SparseGQA, SparseMLA
 from .cache import DSACache
 from .config import DSAConfig, YaRN
-from .functional import (
-    index_logits,
-    lightning_topk,
-    merge_attention,
-    physical_slots,
-    quantise_index_q,
-    select_topk,
-    sparse_gqa,
-    sparse_mla,
-    write_index_k,
-    write_kv,
-)
 from .indexer import LightningIndexer
+from .ops.attention import merge_attention, sparse_gqa, sparse_mla
+from .ops.index import index_logits, lightning_topk, physical_slots, select_topk
+from .ops.writers import quantise_index_q, write_index_k, write_kv
 
 __all__ = [
     "DSACache",

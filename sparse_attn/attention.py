@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .cache import DSACache, Placement
-from .checks import WRITER_FLOATS
 from .config import DSAConfig
-from .functional import lightning_topk, sparse_gqa, sparse_mla
 from .indexer import LightningIndexer
+from .ops.arguments import WRITER_FLOATS
+from .ops.attention import sparse_gqa, sparse_mla
+from .ops.index import lightning_topk
 from .rope import apply_rope, rope_cos_sin
 
 

@@ -7,10 +7,11 @@ import sys
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, QUANTISED_D_V, named
 from .config import DSAConfig
 from .formats import INDEX_K_FORMATS, KV_FORMATS, index_k_views
-from .functional import write_index_k, write_kv
+from .ops.arguments import FLOATS, named
+from .ops.attention import QUANTISED_D_V
+from .ops.writers import write_index_k, write_kv
 
 V32_KV, FP8_INDEX_K = KV_FORMATS[656], INDEX_K_FORMATS[132]
 FP8_SIZES = {

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formats, functional, native, ops
+from . import formats, ops
 from . import reference as exact
 from ._version import __version__
 from .bench.timing import cpu_flags, processor
+from .ops import attention, index, writers
+from .ops.backends import native
 from .testing import (
     assert_close,
     assert_logits_close,
@@ -82,8 +84,8 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
     problems += _cpu_problems(found, flags) + _cuda_problems(found, bool(cuda))
     usable = [device for device in cuda if found["triton"] and _architecture(device) >= OLDEST_GPU]
     for device in (torch.device("cpu"), *usable):
-        for name in ops.SCHEMAS:
-            if device.type == "cuda" or name not in ops.TRITON_ONLY:
+        for name in ops.RECORDS:
+            if device.type == "cuda" or name not in OPT_IN:
                 found["ops"].setdefault(name, {})[str(device)] = _op(name, device, problems)
     if found["triton"]:
         for architecture in sorted({*map(_architecture, usable), *architectures}):
@@ -94,7 +96,7 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
 def configurations(architecture: int) -> dict[str, dict[str, Any]]:
     """Op -> name of a table in its kernel's file -> what that table gives ``architecture`` (90 is sm_90)."""
     found = {}
-    for name in ops.SCHEMAS:
+    for name in ops.RECORDS:
         if name in OPT_IN or importlib.util.find_spec(f"sparse_attn.kernels.{name}") is None:
             continue
         module = importlib.import_module(f"sparse_attn.kernels.{name}")
@@ -222,34 +224,34 @@ def _check_index(name: str, backend: str, device: torch.device) -> None:
     inputs = index_inputs(4, 300, 16, 64)
     here = _on(device, inputs)
     ranges = here["ks"], here["ke"]
-    logits = functional.index_logits(**here, backend=backend)
+    logits = index.index_logits(**here, backend=backend)
     if name == "index_logits":
         return assert_logits_close(logits, **inputs)
     if name == "select_topk":
-        chosen = functional.select_topk(logits, 32, *ranges, backend=backend)
+        chosen = index.select_topk(logits, 32, *ranges, backend=backend)
     else:
-        chosen = functional.lightning_topk(**here, topk=32, backend=backend)
+        chosen = index.lightning_topk(**here, topk=32, backend=backend)
     _equal(chosen, exact.select_topk(logits.cpu(), 32, inputs["ks"], inputs["ke"]), "the selection")
 
 
 def _check_slots(backend: str, device: torch.device) -> None:
     _, table = to_pages(torch.zeros(40, 1), 16)
     indices = torch.tensor([[0, 39, -1, 47, 48, 2**31 - 1]], dtype=torch.int32)
-    slots = functional.physical_slots(indices.to(device), table.to(device), 16, backend=backend)
+    slots = index.physical_slots(indices.to(device), table.to(device), 16, backend=backend)
     _equal(slots, exact.physical_slots(indices, table, 16), "a slot")
 
 
 def _check_mla(backend: str, device: torch.device) -> None:
     inputs = mla_inputs(3, 40, 20, 16, 576, dtype=torch.bfloat16)
-    _check_attention(functional.sparse_mla, backend, device, inputs)
+    _check_attention(attention.sparse_mla, backend, device, inputs)
     packed = formats.pack_v32_kv(inputs["kv"].nan_to_num()[:, None])
     kv = formats.unpack_v32_kv(packed, torch.float64)[:, 0]
-    _check_attention(functional.sparse_mla, backend, device, {**inputs, "kv": packed}, {"kv": kv})
+    _check_attention(attention.sparse_mla, backend, device, {**inputs, "kv": packed}, {"kv": kv})
 
 
 def _check_gqa(backend: str, device: torch.device) -> None:
     inputs = gqa_inputs(3, 40, 8, 2, 16, 64, 64, dtype=torch.bfloat16)
-    _check_attention(functional.sparse_gqa, backend, device, inputs)
+    _check_attention(attention.sparse_gqa, backend, device, inputs)
 
 
 def _check_attention(
@@ -272,7 +274,7 @@ def _check_merge(backend: str, device: torch.device) -> None:
     lses[0] = float("-inf")  # an empty part, whose output nobody reads
     outs[0] = float("nan")
     lses[:, 1] = float("-inf")
-    merged, lse = functional.merge_attention(outs.to(device), lses.to(device), backend=backend)
+    merged, lse = attention.merge_attention(outs.to(device), lses.to(device), backend=backend)
     expected, expected_lse = exact.merge_attention(outs.double(), lses.double())
     assert_close(merged.cpu(), expected)
     assert_close(lse.cpu(), expected_lse)
@@ -286,7 +288,7 @@ def _check_writer(name: str, backend: str, device: torch.device) -> None:
     rows = torch.randn(5, 576 if name == "write_kv" else 128, generator=torch.Generator().manual_seed(0))
     cache = pack(torch.zeros(1, 32, rows.shape[1]))
     written, options = cache.to(device, copy=True), {} if name == "write_kv" else {"hadamard": False}
-    getattr(functional, name)(rows.to(device), written, SLOTS.to(device), **options, backend=backend)
+    getattr(writers, name)(rows.to(device), written, SLOTS.to(device), **options, backend=backend)
     expected, packed = formats.views(cache), formats.views(pack(rows[None]))
     for part, source in zip(expected, packed, strict=True):
         part[0, [5, 0, 31]] = source[0, [0, 2, 3]]
@@ -296,7 +298,7 @@ def _check_writer(name: str, backend: str, device: torch.device) -> None:
 def _check_index_q(backend: str, device: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
     q, weights = torch.randn(3, 4, 128, generator=g), torch.randn(3, 4, generator=g)
-    packed, scaled = functional.quantise_index_q(
+    packed, scaled = writers.quantise_index_q(
         q.to(device), weights.to(device), hadamard=False, backend=backend
     )
     keys, scales = formats.index_k_views(formats.pack_index_k(q))

@@ -4,8 +4,8 @@ All other implementations are compared with these functions. They compute in fp3
 when they are given fp64, on any device. Memory is not bounded here: selected rows are gathered
 as ``[s_q, topk, d]``.
 
-Shapes and the meaning of each argument are those of :mod:`sparse_attn.functional`, which checks
-them; these functions trust their arguments.
+Shapes and the meaning of each argument are those of :mod:`sparse_attn.ops`, whose functions check
+them; these trust their arguments. The ops call them by keyword, with the names of their records.
 """
 
 import torch
@@ -41,10 +41,12 @@ def index_logits(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
+    clean: bool = True,
 ) -> Tensor:
     """``logits[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])`` for ``ks[t] <= s < ke[t]``, else -inf.
 
-    Quantised q and k are what :func:`sparse_attn.formats.dequantise` makes of values and scales.
+    Quantised q and k are what :func:`sparse_attn.formats.dequantise` makes of values and scales. Logits are
+    -inf outside the range whatever ``clean`` allows.
 
     Source: the lightning indexer of the DeepSeek-V3.2 report, equation 1.
     """
@@ -124,7 +126,7 @@ def sparse_mla(
     extra_kv: Tensor | None = None,
     extra_indices: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every head over the selected rows of one shared latent key/value.
 
     Source: multi-head latent attention in its absorbed form, DeepSeek-V2 report, section 2.1.
@@ -171,11 +173,12 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out.to(outs.dtype), lse
 
 
-# Writers. They fill their last arguments, and serve the CPU as they are: each value is read and written once.
+# Writers. They serve the CPU as they are: each value is read and written once.
 
 
 def write_kv(
     kv: Tensor,
+    cache: Tensor,
     slots: Tensor,
     norm_weight: Tensor | None,
     eps: float,
@@ -184,7 +187,6 @@ def write_kv(
     pairing: str | None,
     power_of_two: bool,
     min_scale: float,
-    cache: Tensor,
 ) -> None:
     """RMSNorm of the first 512 values, RoPE of the last 64, and the token's bytes into its slot."""
     x = kv.float()
@@ -201,6 +203,7 @@ def write_kv(
 
 def write_index_k(
     k: Tensor,
+    cache: Tensor,
     slots: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -211,7 +214,6 @@ def write_index_k(
     hadamard: bool,
     power_of_two: bool,
     min_scale: float,
-    cache: Tensor,
 ) -> None:
     """LayerNorm, RoPE, the Hadamard matrix, and the key's bytes into its slot."""
     x = k.float()
@@ -234,14 +236,11 @@ def quantise_index_q(
     hadamard: bool,
     power_of_two: bool,
     min_scale: float,
-    out: Tensor,
-    out_weights: Tensor,
-) -> None:
-    """RoPE, the Hadamard matrix, e4m3 under one scale a head, and weights times that scale."""
+) -> tuple[Tensor, Tensor]:
+    """RoPE, the Hadamard matrix, e4m3 bytes under one scale per head, and weights times that scale."""
     x = _rotate(q.float(), cos, sin, pairing, hadamard)
     scale = fp8_scale(x.abs().amax(-1), power_of_two, min_scale)
-    out.copy_(to_e4m3(x / scale[..., None]).view(torch.uint8))
-    out_weights.copy_(weights * scale)
+    return to_e4m3(x / scale[..., None]).view(torch.uint8), weights * scale
 
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, pairing: str | None, hadamard: bool) -> Tensor:

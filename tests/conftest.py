@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from sparse_attn import native
+from sparse_attn.ops.backends import native
 
 # The same few examples every time; `make fuzz` takes the other profile and a seed.
 COMMON = {

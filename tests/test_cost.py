@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
-from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, native, ops
+from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, ops
 from sparse_attn.bench.timing import peak_memory
+from sparse_attn.ops.backends import native
 
 CONTEXTS = (2048, 4096, 8192)  # each a multiple of the keys that torch scores at a time
 PAGE = mmap.PAGESIZE
@@ -43,7 +44,7 @@ class Work(TorchDispatchMode):
             self.inside = function._schema.name.split("::")[1]
             try:
                 with self:  # what the op does in torch is counted too
-                    return ops.implementation(self.inside, "cpu")(*args)
+                    return ops.implementation(self.inside, "cpu")(ops.RECORDS[self.inside](*args))
             finally:
                 self.inside = ""
         result = function(*args, **(kwargs or {}))
@@ -162,7 +163,7 @@ def test_the_workspace_bounds_what_selection_holds():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function.namespace == "sparse_attn":
                 with self:
-                    return ops.implementation("lightning_topk", "cpu")(*args)
+                    return ops.implementation("lightning_topk", "cpu")(ops.RECORDS["lightning_topk"](*args))
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and not function.is_view:
                 held.append(result.nbytes)

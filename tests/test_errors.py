@@ -267,12 +267,6 @@ def test_a_wrong_argument_is_named(name, good, change, error, words):
         function(**{**good, **change})
 
 
-def test_fp64_is_refused_by_triton(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(TypeError, match="triton backend takes bfloat16, float16 or float32, got float64"):
-        sparse_attn.index_logits(**index_inputs(3, 20, dtype=torch.float64), backend="triton")
-
-
 SMALL = {
     "hidden_size": 32,
     "num_attention_heads": 4,

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import cpu, formats, native, ops, reference
+from sparse_attn import formats, ops, reference
+from sparse_attn.ops.attention import SparseMLAOp
+from sparse_attn.ops.backends import native
+from sparse_attn.ops.backends import torch as torch_backend
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
     adversarial_logits,
@@ -46,8 +49,12 @@ def threads():
 @pytest.fixture
 def only_cpp(monkeypatch):
     """The torch path is gone: what still computes is the C++ library."""
+
+    def fail(a):
+        raise AssertionError("torch was to do the work")
+
     for name in ("index_logits", "select_topk", "sparse_mla", "sparse_gqa"):
-        monkeypatch.setattr(cpu, name, None)
+        monkeypatch.setattr(torch_backend, name, fail)
     ops.implementation.cache_clear()
     yield
     ops.implementation.cache_clear()
@@ -303,7 +310,7 @@ def test_two_python_threads_at_once(isa):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_one_openmp_runtime_is_loaded():
-    script = "from sparse_attn import native; native.available(); print(open('/proc/self/maps').read())"
+    script = "import sparse_attn.doctor as d; d.native.available(); print(open('/proc/self/maps').read())"
     maps = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}
     assert len(runtimes) <= 1, runtimes
@@ -315,12 +322,14 @@ def test_one_openmp_runtime_is_loaded():
 def test_what_torch_must_do():
     q, kv = torch.zeros(2, 4, 40), torch.zeros(9, 40)
     indices, out, lse = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, 4, 32), torch.zeros(2, 4)
-    rest = (None, None, None, None, None)
-    assert native.supports("sparse_mla", q, kv, indices, 32, 1.0, *rest, out, lse, lse)
-    assert not native.supports("sparse_mla", q, kv.T.contiguous().T, indices, 32, 1.0, *rest, out, lse, lse)
-    assert not native.supports("sparse_mla", q.double(), kv.double(), indices, 32, 1.0, *rest, out, lse, lse)
+    a = SparseMLAOp(q, kv, indices, 32, 1.0, out, lse, lse)
+    assert native.refuses("sparse_mla", a) is None
+    gaps = a._replace(kv=kv.T.contiguous().T)
+    assert "kv: expected a contiguous last dimension" in native.refuses("sparse_mla", gaps)
+    fp64 = a._replace(q=q.double(), kv=kv.double())
+    assert "torch.float64" in native.refuses("sparse_mla", fp64)
     with native.use(None):
-        assert not native.supports("sparse_mla", q, kv, indices, 32, 1.0, *rest, out, lse, lse)
+        assert "not in use" in native.refuses("sparse_mla", a)
 
 
 # Memory

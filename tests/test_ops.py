@@ -1,60 +1,96 @@
-"""The ops behind the functions: schemas and fakes by opcheck, torch.compile, and bounded memory."""
+"""The ops behind the functions: records, schemas and fakes by opcheck, torch.compile, and bounded memory."""
 
 import resource
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import sparse_attn
+from sparse_attn import ops
+from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
+from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
+from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs, selection_indices, to_pages
 
 ON_DEVICES = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 
 
-def op_arguments():
+def records():
     index = index_inputs(3, 40)
     pages, table = to_pages(index["k"], 8)
-    ranges = index["ks"], index["ke"]
-    logits = torch.zeros(3, 40)
+    q, weights, ranges = index["q"], index["weights"], (index["ks"], index["ke"])
     mla, gqa = mla_inputs(3, 20), gqa_inputs(3, 20)
     extra_kv, extra_indices = torch.randn(9, 40), selection_indices(3, 9, 5)
     length = torch.tensor([3, 0, 16], dtype=torch.int32)
     picked = torch.zeros(3, 6, dtype=torch.int32)
     out, lse = torch.zeros(3, 4, 32), torch.zeros(3, 4)
-    q, weights, turn = index["q"], index["weights"], torch.randn(3, 32)
+    turn, slots = torch.randn(3, 32), torch.arange(3)
+    caches = [torch.zeros(2, 4, size, dtype=torch.uint8) for size in (656, 132)]
+    rotation = {"cos": turn, "sin": turn, "pairing": "half"}
+    selected = {"topk_length": length, "extra_kv": extra_kv, "extra_indices": extra_indices}
     return {
-        "index_logits": (q, index["k"], weights, *ranges, None, None, None, logits),
-        "select_topk": (torch.randn(3, 40), 6, *ranges, picked),
-        "lightning_topk": (q, pages, weights, 6, *ranges, None, None, table, 1 << 20, picked),
-        "physical_slots": (picked, table, 8, torch.zeros_like(picked)),
-        "write_kv": (
-            *(torch.randn(3, 576), torch.arange(3), None, 1e-6, None, None, None, True, 1e-6),
-            torch.zeros(2, 4, 656, dtype=torch.uint8),
+        "index_logits": IndexLogitsOp(**index, out=torch.zeros(3, 40)),
+        "select_topk": SelectTopkOp(torch.randn(3, 40), 6, *ranges, picked),
+        "lightning_topk": LightningTopkOp(q, pages, weights, 6, *ranges, 1 << 20, picked, block_table=table),
+        "physical_slots": PhysicalSlotsOp(picked, table, 8, torch.zeros_like(picked)),
+        "write_kv": WriteKVOp(torch.randn(3, 576), slots, 1e-6, True, 1e-6, caches[0]),
+        "write_index_k": WriteIndexKOp(
+            torch.randn(3, 128), slots, 1e-6, True, True, 1e-6, caches[1], **rotation
         ),
-        "write_index_k": (
-            *(torch.randn(3, 128), torch.arange(3), None, None, 1e-6, turn, turn, "half", True, True, 1e-6),
-            torch.zeros(2, 4, 132, dtype=torch.uint8),
-        ),
-        "quantise_index_q": (
-            *(torch.randn(3, 4, 128), weights, turn, turn, "interleaved", True, True, 1e-6),
+        "quantise_index_q": QuantiseIndexQOp(
+            *(torch.randn(3, 4, 128), weights, True, True, 1e-6),
             *(torch.zeros(3, 4, 128, dtype=torch.uint8), torch.zeros(3, 4)),
+            **{**rotation, "pairing": "interleaved"},
         ),
-        "sparse_mla": (
-            *(mla["q"], mla["kv"], mla["indices"], 32, 0.1, length, torch.zeros(4)),
-            *(extra_kv, extra_indices, None, out, lse, torch.zeros(3, 4)),
+        "sparse_mla": SparseMLAOp(
+            **mla,
+            **{"d_v": 32, "softmax_scale": 0.1, "out": out, "lse": lse, "max_logits": torch.zeros(3, 4)},
+            **{"attn_sink": torch.zeros(4), **selected},
         ),
-        "sparse_gqa": (*gqa.values(), 0.1, length, None, out, lse),
-        "merge_attention": (torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4), out, lse),
+        "sparse_gqa": SparseGQAOp(**gqa, softmax_scale=0.1, out=out, lse=lse, topk_length=length),
+        "merge_attention": MergeAttentionOp(torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4), out, lse),
     }
 
 
 @ON_DEVICES
-@pytest.mark.parametrize("name", list(op_arguments()))
+@pytest.mark.parametrize("name", list(records()))
 def test_opcheck(name, device):
-    arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in op_arguments()[name]]
+    arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in records()[name]]
     torch.library.opcheck(getattr(torch.ops.sparse_attn, name).default, tuple(arguments))
+
+
+def test_every_op_is_checked():
+    assert set(records()) == set(ops.RECORDS) - {"sparse_mla_hopper"}
+    assert all(type(record) is ops.RECORDS[name] for name, record in records().items())
+
+
+def test_the_schema_is_that_of_the_record():
+    class Record(NamedTuple):
+        x: torch.Tensor
+        n: int
+        scale: float
+        out: ops.Output
+        cache: ops.Cache
+        y: torch.Tensor | None = None
+        name: str | None = None
+        flag: bool = True
+
+    assert ops.schema(Record) == (
+        "(Tensor x, int n, float scale, Tensor(a!) out, Tensor(b!) cache, Tensor? y=None, str? name=None, "
+        "bool flag=True) -> ()"
+    )
+    with pytest.raises(KeyError):  # a type that a schema cannot say is no argument
+        ops.schema(NamedTuple("Wrong", [("x", list)]))
+
+
+def test_optional_arguments_may_be_left_out_of_an_op_call():
+    inputs = mla_inputs(3, 20)
+    outputs = torch.zeros(3, 4, 32), torch.zeros(3, 4), torch.zeros(3, 4)
+    torch.ops.sparse_attn.sparse_mla(*inputs.values(), 32, 40**-0.5, *outputs)
+    assert torch.equal(outputs[0], sparse_attn.sparse_mla(**inputs, d_v=32))
 
 
 def select(q, k, weights, ks, ke):

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import cpu, formats, native, ops
+from sparse_attn import formats
+from sparse_attn.ops import attention
+from sparse_attn.ops.backends import native
+from sparse_attn.ops.backends import torch as torch_backend
 from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, assert_logits_close, index_inputs, mla_inputs
 
 PACK = {
@@ -105,7 +108,7 @@ def test_the_bytes_reach_an_op_in_place(size, monkeypatch):
     inputs = latent_inputs(size, 40)
     cache = hostile_cache(size, inputs["kv"], 8, gap=44)
     seen = []
-    monkeypatch.setattr(ops, "call", lambda name, backend, inputs, outputs: seen.append(inputs[1]))
+    monkeypatch.setattr(attention, "call", lambda name, a, backend: seen.append(a.kv))
     sparse_attn.sparse_mla(inputs["q"], cache, inputs["indices"])
     sparse_attn.sparse_mla(inputs["q"], cache[:, :, None], inputs["indices"])
     for kv in seen:
@@ -168,14 +171,14 @@ def test_caches_without_a_slot(backend, size, shape):
 def test_torch_dequantises_selected_rows_in_bounded_chunks(size, monkeypatch):
     s_q, topk, pages = 12, 512, 400
     cache = torch.zeros(pages, 64, size, dtype=torch.uint8)
-    monkeypatch.setattr(cpu, "GATHER_BYTES", 3 * topk * D_QK[size] * 4)
+    monkeypatch.setattr(torch_backend, "GATHER_BYTES", 3 * topk * D_QK[size] * 4)
     counts, dequantise = [], formats.dequantise
 
     def counted(*parts, dtype):
         counts.append(parts[0].shape[0])
         return dequantise(*parts, dtype=dtype)
 
-    monkeypatch.setattr(cpu, "dequantise", counted)
+    monkeypatch.setattr(torch_backend, "dequantise", counted)
     indices = torch.randint(0, pages * 64, (s_q, topk), dtype=torch.int32)
     with native.use(None):
         sparse_attn.sparse_mla(torch.randn(s_q, 2, D_QK[size]), cache, indices)
@@ -258,7 +261,7 @@ def test_torch_dequantises_a_block_of_keys_at_a_time(monkeypatch):
             counts.append(values.shape[0])
         return dequantise(values, scales, dtype=dtype)
 
-    monkeypatch.setattr(cpu, "dequantise", counted)
+    monkeypatch.setattr(torch_backend, "dequantise", counted)
     k = torch.zeros(100, 64, 68, dtype=torch.uint8)
     ks, ke = torch.tensor([64], dtype=torch.int32), torch.tensor([64 + 2500], dtype=torch.int32)
     with native.use(None):
@@ -316,14 +319,14 @@ INDICES = torch.zeros(1, 3, dtype=torch.int32)
             zeros(4, 8, 584),
             {},
             ValueError,
-            "q: expected d_qk=512, as kv has 584 bytes a token, got 576",
+            "q: expected d_qk=512, as kv has 584 bytes per token, got 576",
         ),
         (
             Q512,
             zeros(4, 8, 656),
             {},
             ValueError,
-            "q: expected d_qk=576, as kv has 656 bytes a token, got 512",
+            "q: expected d_qk=576, as kv has 656 bytes per token, got 512",
         ),
         (Q512, zeros(4, 8, 288), {"d_v": 448}, ValueError, "d_v: expected 512, as kv is quantised, got 448"),
         (Q576, zeros(4, 8, 656), {"d_v": 576}, ValueError, "d_v: expected 512, as kv is quantised, got 576"),
@@ -343,7 +346,7 @@ INDICES = torch.zeros(1, 3, dtype=torch.int32)
         ),
         (
             *(Q512, zeros(4, 8, 584), {"extra_kv": zeros(4, 8, 656), "extra_indices": INDICES}),
-            *(ValueError, "q: expected d_qk=576, as extra_kv has 656 bytes a token, got 512"),
+            *(ValueError, "q: expected d_qk=576, as extra_kv has 656 bytes per token, got 512"),
         ),
         (
             *(Q512, zeros(4, 8, 584), {"extra_kv": zeros(8, 576), "extra_indices": INDICES}),
@@ -366,7 +369,7 @@ def test_wrong_latent_caches(q, kv, options, error, words):
         (128, zeros(4, 8, 131), r"k: expected 132 or 68 bytes a token .* got shape \[4, 8, 131\]"),
         (128, zeros(4, 8, 656), "k: expected 132 or 68 bytes a token"),
         (128, zeros(8, 68), r"k: expected shape \[pages, page_size, 68\], got \[8, 68\]"),
-        (64, zeros(4, 8, 68), "q: expected index_head_dim=128, as k has 68 bytes a token, got 64"),
+        (64, zeros(4, 8, 68), "q: expected index_head_dim=128, as k has 68 bytes per token, got 64"),
         (128, zeros(4, 16, 68)[:, ::2], "k: expected pages of adjoining bytes"),
         (128, zeros(4, 8 * 132 + 2)[:, :-2].unflatten(1, (8, 132)), "k: .* at multiples of 4 bytes"),
     ],
@@ -378,24 +381,3 @@ def test_wrong_index_keys(d, k, words):
         sparse_attn.index_logits(**inputs)
     with pytest.raises(ValueError, match=words):
         sparse_attn.lightning_topk(**inputs, topk=2)
-
-
-def test_what_triton_does_not_read_is_refused(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for size in LATENT:
-        kv, words = zeros(4, 8, size), "the triton backend reads 656 or 584 bytes a token, got"
-        q, plain = torch.zeros(1, 2, D_QK[size]), torch.zeros(8, D_QK[size])
-        if size in (656, 584):
-            q, plain, words = q.half(), plain.half(), "q: expected bfloat16 or float32, as .*kv is quantised"
-        with pytest.raises((TypeError, ValueError), match=words):
-            sparse_attn.sparse_mla(q, kv, INDICES, backend="triton")
-        with pytest.raises((TypeError, ValueError), match=words):
-            extra = {"extra_kv": kv, "extra_indices": INDICES}
-            sparse_attn.sparse_mla(q, plain, INDICES, **extra, backend="triton")
-    inputs = index_inputs(1, 8, 2, 128, dtype=torch.float16)
-    inputs["k"] = zeros(4, 8, 68)
-    refused = pytest.raises(TypeError, match="q: expected bfloat16 or float32, as k is e2m1, got float16")
-    with refused:
-        sparse_attn.index_logits(**inputs, backend="triton")
-    with refused:
-        sparse_attn.lightning_topk(**inputs, topk=2, backend="triton")

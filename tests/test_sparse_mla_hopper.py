@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sparse_attn import reference, sparse_mla
+from sparse_attn.ops.attention import SparseMLAOp
 from sparse_attn.testing import assert_close, mla_inputs
 
 HERE = Path(__file__).parent
@@ -57,7 +58,8 @@ def run(inputs, seed=0, scale=0.05, module=None, results=None):
     logits = [torch.full(q.shape[:2], NAN) for _ in range(2)]  # lse, max_logits
     options = [inputs.get(name) for name in OPTIONS]
     with emulator.seed(seed):
-        module["sparse_mla_hopper"](q, inputs["kv"], inputs["indices"], 512, scale, *options, out, *logits)
+        a = SparseMLAOp(q, inputs["kv"], inputs["indices"], 512, scale, out, *logits, *options)
+        module["sparse_mla_hopper"](a)
     expected_out, *expected_logits = results or expected(inputs, scale)
     assert_close(out, expected_out, factor=2.5)  # probabilities are rounded to bf16 too
     for actual, right in zip(logits, expected_logits, strict=True):
@@ -293,10 +295,9 @@ def compiled():
             extra = meta(999, 576), meta(s_q, topk // 2, dtype=torch.int32)
             lengths = [meta(s_q, dtype=torch.int32) for _ in range(2)]
             options = [lengths[0], meta(h_q, dtype=torch.float32), *extra, lengths[1]]
-        module.sparse_mla_hopper(
-            *(meta(s_q, h_q, 576), meta(s_kv, 576), meta(s_q, topk, dtype=torch.int32), 512, 0.1, *options),
-            *(meta(s_q, h_q, 512), *(meta(s_q, h_q, dtype=torch.float32) for _ in range(2))),
-        )
+        inputs = meta(s_q, h_q, 576), meta(s_kv, 576), meta(s_q, topk, dtype=torch.int32)
+        outputs = meta(s_q, h_q, 512), *(meta(s_q, h_q, dtype=torch.float32) for _ in range(2))
+        module.sparse_mla_hopper(SparseMLAOp(*inputs, 512, 0.1, *outputs, *options))
         return result[-1]
 
     with pytest.MonkeyPatch.context() as patch:

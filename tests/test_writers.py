@@ -299,7 +299,7 @@ LATENTS, KEYS = (torch.zeros(2, 4, size, dtype=torch.uint8) for size in (656, 13
     [
         ({"kv": KV[:, 1:]}, ValueError, r"kv: expected shape \[tokens, 576\], got \[3, 575\]"),
         ({"kv": KV.double()}, TypeError, "kv: expected dtype bfloat16 or float16 or float32, got float64"),
-        ({"cache": LATENTS[..., :528]}, ValueError, "cache: expected 656 or 584 bytes a token .* 528"),
+        ({"cache": LATENTS[..., :528]}, ValueError, "cache: expected 656 or 584 bytes per token .* 528"),
         ({"cache": LATENTS[..., :584]}, ValueError, r"kv: expected shape \[tokens, 512\], got \[3, 576\]"),
         ({"cache": LATENTS.char()}, TypeError, "cache: expected dtype uint8, got int8"),
         ({"cache": None}, TypeError, "cache: expected a tensor .* got NoneType"),
@@ -316,7 +316,7 @@ LATENTS, KEYS = (torch.zeros(2, 4, size, dtype=torch.uint8) for size in (656, 13
         ({"min_scale": 0.0}, ValueError, "min_scale: expected a positive number, got 0.0"),
         (
             {"kv": KV[:, :512], "cache": torch.zeros(2, 4, 584, dtype=torch.uint8), "power_of_two": False},
-            *(ValueError, "power_of_two: expected True, as cache has 584 bytes a token"),
+            *(ValueError, "power_of_two: expected True, as cache has 584 bytes per token"),
         ),
         ({"backend": "triton"}, ValueError, "backend: 'triton' needs cuda tensors"),
     ],

@@ -1,6 +1,6 @@
 """The shapes that the kernels are compiled for, and what one tile of each kernel has to multiply.
 
-A new operation: a function that gives the arguments of its op as meta tensors, and a line in ``CASES`` for
+A new operation: a function that gives its record with meta tensors, and a line in ``CASES`` for
 each class of shapes that leads to other code. A new kernel with matrix products: a line in ``PRODUCTS``.
 """
 
@@ -10,6 +10,9 @@ import torch
 import triton
 
 from ..formats import index_k_views
+from ..ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
+from ..ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
+from ..ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 64, 100_000, 2048
@@ -21,7 +24,7 @@ HOPPER = (90,) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) e
 class Case(NamedTuple):
     op: str
     label: str
-    arguments: tuple  # of the op's schema
+    record: Any  # of the op
     quick: tuple[int, ...] = ()  # architectures that the tests compile it for
     archs: tuple[int, ...] = ALL  # those that the report compiles it for
 
@@ -34,30 +37,30 @@ def int32(*shape: int) -> torch.Tensor:
     return empty(*shape, dtype=torch.int32)
 
 
-def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0) -> tuple:
+def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0) -> SparseMLAOp:
     def cache(slots: int) -> torch.Tensor:
         if not packed:
             return empty(slots, d_qk, dtype=dtype)
         paged = (-(-slots // 64), 64) if packed == 584 else (slots,)
         return empty(*paged, packed, dtype=torch.uint8)
 
-    return (
-        *(empty(s_q, h_q, d_qk, dtype=dtype), cache(s_kv), int32(s_q, topk), 512, 0.1),
+    inputs = empty(s_q, h_q, d_qk, dtype=dtype), cache(s_kv), int32(s_q, topk)
+    logits = empty(s_q, h_q, dtype=FP32)
+    return SparseMLAOp(
+        *(*inputs, 512, 0.1, empty(s_q, h_q, 512, dtype=dtype), logits, logits),
         *(int32(s_q), empty(h_q, dtype=FP32)),
-        *((cache(999), int32(s_q, 128), int32(s_q)) if extra else (None, None, None)),
-        *(empty(s_q, h_q, 512, dtype=dtype), empty(s_q, h_q, dtype=FP32), empty(s_q, h_q, dtype=FP32)),
+        *((cache(999), int32(s_q, 128), int32(s_q)) if extra else ()),
     )
 
 
-def gqa(h_q, h_kv, d, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, per_head=False) -> tuple:
-    return (
-        *(empty(s_q, h_q, d, dtype=dtype), *(empty(s_kv, h_kv, d, dtype=dtype) for _ in "kv")),
-        *(int32(s_q, h_kv, topk) if per_head else int32(s_q, topk), 0.1, int32(s_q), empty(h_q, dtype=FP32)),
-        *(empty(s_q, h_q, d, dtype=dtype), empty(s_q, h_q, dtype=FP32)),
-    )
+def gqa(h_q, h_kv, d, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, per_head=False) -> SparseGQAOp:
+    q, k, v = empty(s_q, h_q, d, dtype=dtype), *(empty(s_kv, h_kv, d, dtype=dtype) for _ in "kv")
+    indices = int32(s_q, h_kv, topk) if per_head else int32(s_q, topk)
+    outputs = empty(s_q, h_q, d, dtype=dtype), empty(s_q, h_q, dtype=FP32)
+    return SparseGQAOp(q, k, v, indices, 0.1, *outputs, int32(s_q), empty(h_q, dtype=FP32))
 
 
-def index(h, q=BF16, k=None, d=128, s_q=S_Q, s_kv=S_KV, paged_rows=0, page_size=64) -> tuple:
+def index(h, q=BF16, k=None, d=128, s_q=S_Q, s_kv=S_KV, paged_rows=0, page_size=64) -> IndexLogitsOp:
     """q and k by dtype, k like q by default; uint8 is e2m1."""
     k = q if k is None else k
     pages = s_kv // page_size
@@ -73,47 +76,49 @@ def index(h, q=BF16, k=None, d=128, s_q=S_Q, s_kv=S_KV, paged_rows=0, page_size=
     q_scale = None if q.dtype == E4M3 else q_scale
     if paged_rows and k.dtype == E4M3 and d == 128:
         k, k_scale = index_k_views(empty(pages, page_size, 132, dtype=UINT8))
-    inputs = q, k, empty(s_q, h, dtype=FP32), int32(s_q), int32(s_q), q_scale, k_scale, table
-    return *inputs, empty(s_q, width, dtype=FP32)
+    inputs = q, k, empty(s_q, h, dtype=FP32), int32(s_q), int32(s_q)
+    return IndexLogitsOp(*inputs, empty(s_q, width, dtype=FP32), q_scale, k_scale, table)
 
 
-def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> tuple:
-    return empty(s_q, s_kv, dtype=FP32), topk, int32(s_q), int32(s_q), int32(s_q, topk)
+def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> SelectTopkOp:
+    return SelectTopkOp(empty(s_q, s_kv, dtype=FP32), topk, int32(s_q), int32(s_q), int32(s_q, topk))
 
 
-def lightning(h, *formats, **options) -> tuple:
-    q, k, weights, ks, ke, *rest, out = index(h, *formats, **options)
-    return q, k, weights, TOPK, ks, ke, *rest, 1 << 28, int32(len(out), TOPK)
+def lightning(h, *formats, **options) -> LightningTopkOp:
+    a = index(h, *formats, **options)
+    required = *a[:3], TOPK, a.ks, a.ke, 1 << 28, int32(len(a.q), TOPK)
+    return LightningTopkOp(*required, a.q_scale, a.k_scale, a.block_table)
 
 
-def slots(page_size=64) -> tuple:
-    return int32(S_Q, TOPK), int32(S_Q, S_KV // page_size), page_size, int32(S_Q, TOPK)
+def slots(page_size=64) -> PhysicalSlotsOp:
+    return PhysicalSlotsOp(int32(S_Q, TOPK), int32(S_Q, S_KV // page_size), page_size, int32(S_Q, TOPK))
 
 
-def written_kv(bytes_a_token, tokens=S_Q) -> tuple:
+def written_kv(bytes_per_token, tokens=S_Q) -> WriteKVOp:
     turn = empty(tokens, 32, dtype=FP32)
     kv, cache = (
-        empty(tokens, 576 if bytes_a_token == 656 else 512),
-        empty(999, 64, bytes_a_token, dtype=UINT8),
+        empty(tokens, 576 if bytes_per_token == 656 else 512),
+        empty(999, 64, bytes_per_token, dtype=UINT8),
     )
-    return kv, int32(tokens), empty(512), 1e-6, turn, turn, "interleaved", True, 1e-6, cache
+    return WriteKVOp(kv, int32(tokens), 1e-6, True, 1e-6, cache, empty(512), turn, turn, "interleaved")
 
 
-def written_index_k(tokens=S_Q) -> tuple:
+def written_index_k(tokens=S_Q) -> WriteIndexKOp:
     turn, norm = empty(tokens, 32, dtype=FP32), empty(128)
-    turned = turn, turn, "half", True, True, 1e-6
-    return empty(tokens, 128), int32(tokens), norm, norm, 1e-6, *turned, empty(999, 64, 132, dtype=UINT8)
+    required = empty(tokens, 128), int32(tokens), 1e-6, True, True, 1e-6, empty(999, 64, 132, dtype=UINT8)
+    return WriteIndexKOp(*required, norm, norm, turn, turn, "half")
 
 
-def quantised_index_q(h, tokens=S_Q) -> tuple:
+def quantised_index_q(h, tokens=S_Q) -> QuantiseIndexQOp:
     turn, weights = empty(tokens, 32, dtype=FP32), empty(tokens, h, dtype=FP32)
-    turned = turn, turn, "half", True, True, 1e-6
-    return empty(tokens, h, 128), weights, *turned, empty(tokens, h, 128, dtype=UINT8), weights
+    outputs = empty(tokens, h, 128, dtype=UINT8), weights
+    return QuantiseIndexQOp(empty(tokens, h, 128), weights, True, True, 1e-6, *outputs, turn, turn, "half")
 
 
-def merge(n, s_q=S_Q, h=128, d_v=512, dtype=BF16) -> tuple:
+def merge(n, s_q=S_Q, h=128, d_v=512, dtype=BF16) -> MergeAttentionOp:
     lses = empty(n, s_q, h, dtype=FP32)
-    return empty(n, s_q, h, d_v, dtype=dtype), lses, empty(s_q, h, d_v, dtype=dtype), lses[0]
+    outs, out = empty(n, s_q, h, d_v, dtype=dtype), empty(s_q, h, d_v, dtype=dtype)
+    return MergeAttentionOp(outs, lses, out, lses[0])
 
 
 CASES = [

@@ -40,8 +40,8 @@ class _Driver:
         return 0
 
 
-def compile_launches(op: str, arch: int, arguments: tuple) -> list[Launch]:
-    """Every kernel that ``op`` launches on sm_``arch`` for ``arguments`` (of its schema), in order.
+def compile_launches(op: str, arch: int, a: Any) -> list[Launch]:
+    """Every kernel that ``op`` launches on sm_``arch`` for the record ``a``, in order.
 
     Tensors may be on the meta device: nothing runs, and launchers look at shapes and strides alone.
     """
@@ -59,7 +59,7 @@ def compile_launches(op: str, arch: int, arguments: tuple) -> list[Launch]:
         return kernel
 
     with _pretend(arch), mock.patch.object(JITFunction, "run", compile_only):
-        ops.implementation(op, "triton")(*arguments)
+        ops.implementation(op, "triton")(a)
     return launches
 
 

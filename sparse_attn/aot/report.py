@@ -84,7 +84,7 @@ def rows(
 def _rows_of(job: tuple[int, int, Path | None]) -> list[Row]:
     number, arch, dump = job
     case, seen, found = CASES[number], Counter(), []
-    for launch in compile_launches(case.op, arch, case.arguments):
+    for launch in compile_launches(case.op, arch, case.record):
         seen[launch.name] += 1
         name = launch.name if seen[launch.name] == 1 else f"{launch.name} ({seen[launch.name]})"
         row, text = read(case, arch, name, launch)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .. import native
 from .._version import __version__
+from ..ops.backends import native
 
 SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within one sample
 

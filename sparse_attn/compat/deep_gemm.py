@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor
 from ..formats.elements import split_pages
-from ..functional import index_logits
+from ..ops.arguments import check_tensor
+from ..ops.index import index_logits
 
 INF = float("inf")
 WORKSPACE_BYTES = 64 << 20  # fp32 logits held at a time, where the result is not simply these

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_tensor
-from ..functional import physical_slots, sparse_mla
+from ..ops.arguments import FLOATS, check_tensor
+from ..ops.attention import sparse_mla
+from ..ops.index import physical_slots
 
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # types that FlashMLA's callers give a quantised cache
 DENSE_INDEX_BYTES = 64 << 20  # slots that dense decode numbers at a time

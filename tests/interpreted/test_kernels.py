@@ -10,11 +10,13 @@ import pytest
 import torch
 from sparse_attn.kernels import configs
 from sparse_attn.kernels.index_logits import KEYS_PER_PROGRAM, index_logits
-from sparse_attn.kernels.merge_attention import merge_attention
+from sparse_attn.kernels.merge_attention import merge_attention, merge_parts
 from sparse_attn.kernels.sparse_gqa import sparse_gqa
 from sparse_attn.kernels.sparse_mla import sparse_mla
 
 from sparse_attn import formats, reference
+from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
+from sparse_attn.ops.index import IndexLogitsOp
 from sparse_attn.testing import (
     INT_MAX,
     INT_MIN,
@@ -61,7 +63,8 @@ def run_mla(inputs, d_v, out=None, lse=None, unpacked=None):
     lse = torch.full(q.shape[:2], NAN) if lse is None else lse
     max_logits = torch.full_like(lse, NAN)
     options = [inputs.get(name) for name in MLA_OPTIONS]
-    sparse_mla(q, inputs["kv"], inputs["indices"], d_v, scale, *options, out, lse, max_logits)
+    required = q, inputs["kv"], inputs["indices"], d_v, scale
+    sparse_mla(SparseMLAOp(*required, out, lse, max_logits, *options))
     expected = wide({**inputs, **(unpacked or {})})
     check((out, lse, max_logits), reference.sparse_mla(**expected, d_v=d_v, softmax_scale=scale))
     return out, lse
@@ -72,7 +75,7 @@ def run_gqa(inputs, out=None, lse=None):
     out = q.new_full((*q.shape[:2], inputs["v"].shape[-1]), NAN) if out is None else out
     lse = torch.full(q.shape[:2], NAN) if lse is None else lse
     options = [inputs.get(name) for name in ("topk_length", "attn_sink")]
-    sparse_gqa(q, inputs["k"], inputs["v"], inputs["indices"], scale, *options, out, lse)
+    sparse_gqa(SparseGQAOp(q, inputs["k"], inputs["v"], inputs["indices"], scale, out, lse, *options))
     check((out, lse), reference.sparse_gqa(**wide(inputs), softmax_scale=scale))
     return out, lse
 
@@ -81,8 +84,7 @@ def run_index(inputs, block_table=None, out=None):
     k = inputs["k"]
     width = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
     out = torch.full((len(inputs["q"]), width), NAN) if out is None else out
-    scales = inputs.get("q_scale"), inputs.get("k_scale")
-    index_logits(*(inputs[n] for n in ("q", "k", "weights", "ks", "ke")), *scales, block_table, out)
+    index_logits(IndexLogitsOp(**inputs, out=out, block_table=block_table))
     assert_logits_close(out, **inputs, block_table=block_table)
     return out
 
@@ -220,7 +222,7 @@ def test_every_code_and_scale(architecture, size, dtype):
     q = torch.zeros(12, 1, expected.shape[1], dtype=dtype)
     out, lse = torch.full((12, 1, 512), NAN, dtype=dtype), torch.full((12, 1), NAN)
     indices = torch.arange(12, dtype=torch.int32)[:, None]
-    sparse_mla(q, cache, indices, 512, 1.0, *[None] * 5, out, lse, torch.empty_like(lse))
+    sparse_mla(SparseMLAOp(q, cache, indices, 512, 1.0, out, lse, torch.empty_like(lse)))
     assert torch.equal(out[:, 0], expected[:, :512].float().to(dtype))
     assert (lse == 0).all()
 
@@ -239,7 +241,7 @@ def test_nan_in_a_selected_token_shows(architecture, size, where):
     out, lse = torch.zeros(3, 2, 512).bfloat16(), torch.zeros(3, 2)
     indices = torch.tensor([[0, 2], [0, 1], [2, 2]], dtype=torch.int32)
     cache = packed_cache(size, codes, scales, halves)
-    sparse_mla(q, cache, indices, 512, 0.1, *[None] * 5, out, lse, torch.empty_like(lse))
+    sparse_mla(SparseMLAOp(q, cache, indices, 512, 0.1, out, lse, torch.empty_like(lse)))
     assert lse.isnan().any(1).tolist() == [False, True, False]
     assert not out[::2].isnan().any()
 
@@ -388,7 +390,7 @@ def test_an_infinite_key_meets_padded_heads():
     q, k = torch.ones(1, 3, 8), torch.ones(5, 8)
     k[2] = INF
     out = torch.full((1, 5), NAN)
-    index_logits(q, k, torch.ones(1, 3), int32(0), int32(5), None, None, None, out)
+    index_logits(IndexLogitsOp(q, k, torch.ones(1, 3), int32(0), int32(5), out))
     assert out.tolist() == [[24.0, 24.0, INF, 24.0, 24.0]]
 
 
@@ -403,23 +405,21 @@ def test_huge_finite_scores(sign):
     k, best = kv[:, None], 2 if sign > 0 else 0
     out, lse = torch.full((1, 1, 16), NAN), torch.full((1, 1), NAN)
     max_logits = torch.full((1, 1), NAN)
-    sparse_mla(q, kv, int32(0, 1, 2)[None], 16, 1.0, None, None, None, None, None, out, lse, max_logits)
+    sparse_mla(SparseMLAOp(q, kv, int32(0, 1, 2)[None], 16, 1.0, out, lse, max_logits))
     assert torch.equal(out[0, 0], kv[best])
     assert lse.item() == pytest.approx(16 * 1e18 * kv[best, 0].item(), rel=1e-5)
     assert torch.equal(max_logits, lse)
     out, lse = torch.full((1, 1, 16), NAN), torch.full((1, 1), NAN)
-    sparse_gqa(q, k, k, int32(0, 1, 2)[None], 1.0, None, None, out, lse)
+    sparse_gqa(SparseGQAOp(q, k, k, int32(0, 1, 2)[None], 1.0, out, lse))
     assert torch.equal(out[0, 0], kv[best])
 
 
 def test_scores_of_minus_infinity_are_not_an_empty_row():
     q, kv = torch.full((1, 1, 16), 1e20), torch.full((3, 16), -1e20)
-    max_logits = torch.zeros(1, 1)
+    max_logits, chosen = torch.zeros(1, 1), int32(0, 1)[None]
     for run in (
-        lambda out, lse: sparse_mla(q, kv, int32(0, 1)[None], 16, 1.0, *[None] * 5, out, lse, max_logits),
-        lambda out, lse: sparse_gqa(
-            q, kv[:, None], kv[:, None], int32(0, 1)[None], 1.0, None, None, out, lse
-        ),
+        lambda *outputs: sparse_mla(SparseMLAOp(q, kv, chosen, 16, 1.0, *outputs, max_logits)),
+        lambda *outputs: sparse_gqa(SparseGQAOp(q, kv[:, None], kv[:, None], chosen, 1.0, *outputs)),
     ):
         out, lse = torch.zeros(1, 1, 16), torch.zeros(1, 1)
         run(out, lse)
@@ -444,7 +444,7 @@ def test_merge(dtype):
     lses[2, 1, 1] = NAN
     lses[2, 2, 2] = INF
     out, lse = outs.new_full((3, 17, 24), NAN), torch.full((3, 17), NAN)
-    merge_attention(outs, lses, out, lse)
+    merge_attention(MergeAttentionOp(outs, lses, out, lse))
     expected, expected_lse = reference.merge_attention(outs.double(), lses)
     assert_close(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6, equal_nan=True)
@@ -458,7 +458,7 @@ def test_merge_with_sinks():
     )
     lses[1, :, 0], lses[:, 1, 4] = -INF, -INF
     out, lse = torch.full((2, 5, 24), NAN), torch.full((2, 5), NAN)
-    merge_attention(outs, lses, out, lse, sink)
+    merge_parts(outs, lses, out, lse, sink)
     expected, expected_lse = reference.merge_attention(outs.double(), lses)
     kept = torch.sigmoid(expected_lse - sink).nan_to_num()
     assert_close(out, expected * kept[..., None])
@@ -468,7 +468,7 @@ def test_merge_with_sinks():
 def test_merging_one_part_changes_no_bit():
     outs, lses = torch.randn(1, 3, 5, 24), torch.randn(1, 3, 5).mul(50)
     out, lse = torch.full((3, 5, 24), NAN), torch.full((3, 5), NAN)
-    merge_attention(outs, lses, out, lse)
+    merge_attention(MergeAttentionOp(outs, lses, out, lse))
     assert torch.equal(out, outs[0]) and torch.equal(lse, lses[0])
 
 
@@ -530,7 +530,7 @@ def test_strided_index_logits(paged):
 def test_strided_merge():
     outs, lses = torch.randn(2, 3, 9, 24), torch.randn(2, 3, 9)
     (out, lse), buffers = strided_outputs((3, 9, 24), (3, 9))
-    merge_attention(strided(outs)[0], strided(lses)[0], out, lse)
+    merge_attention(MergeAttentionOp(strided(outs)[0], strided(lses)[0], out, lse))
     check((out, lse), reference.merge_attention(outs.double(), lses))
     for buffer in buffers:
         assert_gaps_untouched(buffer)
@@ -613,7 +613,7 @@ def test_far_merge(dim):
     outs, lses = torch.randn(3, 3, 4, 8), torch.randn(3, 3, 4)
     out = far(torch.full((3, 4, 8), NAN), max(dim, 1) - 1)
     lse = far(torch.full((3, 4), NAN), dim % 2)
-    merge_attention(far(outs, dim), far(lses, min(dim, 2)), out, lse)
+    merge_attention(MergeAttentionOp(far(outs, dim), far(lses, min(dim, 2)), out, lse))
     check((out, lse), reference.merge_attention(outs.double(), lses))
 
 

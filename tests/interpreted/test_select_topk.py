@@ -5,6 +5,7 @@ import torch
 from sparse_attn.kernels import select_topk as kernels
 
 from sparse_attn import ops, reference
+from sparse_attn.ops.index import LightningTopkOp, SelectTopkOp
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
     INT_MAX,
@@ -17,7 +18,7 @@ from sparse_attn.testing import (
 
 def check(logits, topk, ks, ke):
     out = torch.full((len(logits), topk), INT_MAX, dtype=torch.int32)
-    kernels.select_topk(logits, topk, ks, ke, out)
+    kernels.select_topk(SelectTopkOp(logits, topk, ks, ke, out))
     assert torch.equal(out, reference.select_topk(logits, topk, ks, ke))
 
 
@@ -78,7 +79,7 @@ def test_strided_logits_and_out():
     logits = torch.randn(300, 5).T
     ks, ke = (t[::2] for t in ranges(10, 300, 1))
     out = torch.full((5, 40, 2), INT_MAX, dtype=torch.int32)
-    kernels.select_topk(logits, 20, ks, ke, out[:, ::2, 1])
+    kernels.select_topk(SelectTopkOp(logits, 20, ks, ke, out[:, ::2, 1]))
     assert torch.equal(out[:, ::2, 1], reference.select_topk(logits, 20, ks, ke))
     assert (out[..., 0] == INT_MAX).all() and (out[:, 1::2] == INT_MAX).all()
 
@@ -116,18 +117,10 @@ def test_one_chunk_keeps_to_the_workspace(paged):
         table = table.repeat(12, 1)
     out = torch.empty(12, 9, dtype=torch.int32)
     lightning_topk = ops.implementation("lightning_topk", "triton")
-    arguments = (
-        *(inputs[n] for n in ("q", "k", "weights")),
-        9,
-        inputs["ks"],
-        inputs["ke"],
-        None,
-        None,
-        table,
-    )
+    a = LightningTopkOp(**inputs, topk=9, workspace_bytes=1 << 30, out=out, block_table=table)
     with Allocations() as made:
-        lightning_topk(*arguments, 1 << 30, out)
+        lightning_topk(a)
     used = made.bytes
     with Allocations() as made:
-        lightning_topk(*arguments, used, torch.empty_like(out))
+        lightning_topk(a._replace(workspace_bytes=used, out=torch.empty_like(out)))
     assert made.bytes == used  # the workspace that it needed is enough to do it in one chunk again

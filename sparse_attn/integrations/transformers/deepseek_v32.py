@@ -11,7 +11,8 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
 from ...attention import value_half
 from ...checkpoint import dequantize_blocks
-from ...functional import lightning_topk, sparse_mla
+from ...ops.attention import sparse_mla
+from ...ops.index import lightning_topk
 from . import growth
 from .inputs import check, check_padding, check_slots, query_chunks, slots_of
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 
-from ...functional import lightning_topk, sparse_mla
+from ...ops.attention import sparse_mla
+from ...ops.index import lightning_topk
 from .inputs import PACKED, check, check_padding, check_slots, query_chunks, slots_of
 
 

@@ -1,0 +1,175 @@
+"""Operations: each is a record of its arguments, a ``torch.library`` op, and one implementation per backend.
+
+A record is a NamedTuple: required inputs, what the op fills, then optional inputs with defaults. The schema
+is made from it, and every implementation takes it. :mod:`.index`, :mod:`.attention` and :mod:`.writers` hold
+the records beside their public functions. An op returns nothing, so one schema serves plain calls, ``out=``,
+CUDA graphs and ``torch.compile``. Implementations are imported at their first call.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .backends import native
+from .backends import torch as torch_backend
+
+Output = Annotated[Tensor, "output"]  # the op fills all of it; the reference returns it
+Cache = Annotated[Tensor, "cache"]  # the op writes slots of it, and so does the reference
+
+SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str | None: "str?",
+}
+DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
+BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
+
+RECORDS: dict[str, Any] = {}  # op -> its record
+COMPOSED: dict[str, Callable[[Any, str], None]] = {}  # op -> what makes it of other ops, on a given backend
+_OPS: dict[str, Callable[..., None]] = {}
+
+
+class Refused(TypeError, ValueError):
+    """The backend that was asked for cannot do this. It is both, as the reason may be a dtype or a shape."""
+
+
+Record = TypeVar("Record", bound=type)
+
+
+def register(
+    name: str,
+    *,
+    composed: Callable[[Any, str], None] | None = None,
+    backends: tuple[str, ...] = tuple(DISPATCH_KEYS),
+) -> Callable[[Record], Record]:
+    """Make a record the op ``name``.
+
+    Args:
+        composed: ``composed(a, backend)`` runs the op where a backend has no implementation of its own.
+        backends: those that have the op.
+    """
+
+    def define(record: Record) -> Record:
+        RECORDS[name] = record
+        if composed is not None:
+            COMPOSED[name] = composed
+        op = f"sparse_attn::{name}"
+        torch.library.define(op, schema(record), tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(op, lambda *args: _fake(name, record(*args)))
+        for backend in backends:
+            torch.library.impl(op, DISPATCH_KEYS[backend], _run_record(name, record, backend))
+        _OPS[name] = getattr(torch.ops.sparse_attn, name).default
+        return record
+
+    return define
+
+
+def _run_record(name: str, record: type, backend: str) -> Callable[..., None]:
+    return lambda *args: implementation(name, backend)(record(*args))
+
+
+def _fake(name: str, a: Any) -> None:
+    """Outputs come from the caller, so there is nothing to make; what cannot run is refused while tracing."""
+    if a[0].device.type == "cuda" and name not in COMPOSED:
+        _check_triton(name, a)
+
+
+def schema(record: Any) -> str:
+    """The ``torch.library`` schema of a record."""
+    aliases, arguments = iter("abcdefgh"), []
+    for field, hint in get_type_hints(record, include_extras=True).items():
+        kind = f"Tensor({next(aliases)}!)" if hint in (Output, Cache) else SCHEMA_TYPES[hint]
+        default = f"={record._field_defaults[field]}" if field in record._field_defaults else ""
+        arguments.append(f"{kind} {field}{default}")
+    return f"({', '.join(arguments)}) -> ()"
+
+
+def call(name: str, a: Any, backend: str) -> None:
+    """Run op ``name`` on the record ``a``, whose first field is a tensor on the device to run on."""
+    if backend == "reference":
+        run_reference(name, a)
+    elif backend == "triton" and a[0].device.type == "cpu":  # Triton's interpreter
+        implementation(name, "triton")(a)
+    else:
+        _OPS[name](*a)
+
+
+@functools.cache
+def implementation(name: str, backend: str) -> Callable[[Any], None]:
+    """What runs op ``name`` on ``backend`` ("cpu" or "triton"), a function of its record."""
+    if backend == "triton":
+        return _composition(name, backend) or functools.partial(_run_triton, name)
+    serve = getattr(torch_backend, name, None) or _composition(name, backend)
+    serve = serve or functools.partial(run_reference, name)
+    in_cpp = getattr(native, name, None)
+    if in_cpp is None:
+        return serve
+    return lambda a: serve(a) if native.refuses(name, a) else in_cpp(a)
+
+
+def _composition(name: str, backend: str) -> Callable[[Any], None] | None:
+    return functools.partial(COMPOSED[name], backend=backend) if name in COMPOSED else None
+
+
+def _run_triton(name: str, a: Any) -> None:
+    _check_triton(name, a)
+    getattr(_kernel(name), name)(a)
+
+
+def _check_triton(name: str, a: Any) -> None:
+    if reason := _kernel(name).refuses(a):
+        raise Refused(reason)
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    return importlib.import_module(f"sparse_attn.kernels.{name}")
+
+
+def run_reference(name: str, a: Any) -> None:
+    """Run the definition, by keyword: the outputs that it returns are copied, caches it writes itself."""
+    outputs = _outputs(type(a))
+    results = getattr(reference, name)(
+        **{f: x for f, x in zip(a._fields, a, strict=True) if f not in outputs}
+    )
+    for field, result in zip(outputs, results if isinstance(results, tuple) else (results,), strict=False):
+        getattr(a, field).copy_(result)
+
+
+@functools.cache
+def _outputs(record: Any) -> tuple[str, ...]:
+    hints = get_type_hints(record, include_extras=True)
+    return tuple(field for field, hint in hints.items() if hint == Output)
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise ValueError unless ``backend`` can run tensors on ``device``."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "reference":
+        return
+    if backend == "auto" and device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"backend: 'auto' runs on cpu and cuda tensors, got tensors on {device}; "
+            "backend='reference' runs on any device, slowly"
+        )
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' needs cpu tensors, got tensors on {device}")
+    if backend == "triton" and device.type != "cuda" and not _interpreting(device):
+        raise ValueError(
+            f"backend: 'triton' needs cuda tensors, got tensors on {device} "
+            "(cpu tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported)"
+        )
+
+
+def _interpreting(device: torch.device) -> bool:
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,96 @@
+"""What the arguments of the public functions must be; each check says what came instead.
+
+``dims`` collects the size that each name was first seen with, so that a later tensor which disagrees is told
+what was expected of it. Some checks return their argument in the form that the ops take.
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats import Format
+from . import check_backend
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WRITER_FLOATS = FLOATS[:3]
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    spec: str,
+    dims: dict[str, int],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> Tensor:
+    """The tensor itself, of the axes that ``spec`` names: a number is a size, a name stands for one."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{named(spec, dims)}], got {type(tensor).__name__}")
+    axes, shape = spec.split(), tensor.shape
+    fits = len(axes) == len(shape)
+    for axis, n in zip(axes, shape, strict=False):  # a generator would cost more than the rest of a check
+        fits = fits and n == (int(axis) if axis.isdigit() else dims.get(axis, n))
+    if not fits:
+        raise ValueError(f"{name}: expected shape [{named(spec, dims)}], got {list(shape)}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(map(dtype_name, dtypes))
+        raise TypeError(f"{name}: expected dtype {expected}, got {dtype_name(tensor.dtype)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    dims.update(zip(axes, shape, strict=True))
+    return tensor
+
+
+def named(spec: str, dims: dict[str, int]) -> str:
+    """The axes of a shape, with their sizes where they are known."""
+    return ", ".join(
+        f"{axis}={dims[axis]}" if axis in dims and not axis.isdigit() else axis for axis in spec.split()
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> None:
+    """The backend can run on the device, and no tensor wants a gradient."""
+    check_backend(backend, device)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            "gradients: sparse_attn is for inference and has no backward, but an input requires grad; "
+            "call it under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def check_block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
+    check_tensor("block_table", block_table, "n max_pages", dims, (torch.int32,), device)
+    n = block_table.shape[0]
+    if (n == 0 and s_q > 0) or (n > 0 and s_q % n):
+        raise ValueError(f"block_table: expected a number of rows that divides s_q={s_q}, got {n}")
+
+
+def check_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: str) -> None:
+    """A quantised cache holds values of q's width, and its bytes lie where they can be read."""
+    if width != fmt.width:
+        raise ValueError(
+            f"q: expected {width_name}={fmt.width}, as {name} has {fmt.bytes} bytes per token, got {width}"
+        )
+    fmt.check_in_place(name, cache)
+
+
+def check_quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) -> Tensor:
+    """A view ``[pages, page_size, bytes]`` of a latent cache in any of its shapes."""
+    specs = {2: f"s_kv {fmt.bytes}", 3: f"pages page_size {fmt.bytes}", 4: f"pages page_size 1 {fmt.bytes}"}
+    rank = kv.dim() if kv.dim() in specs and not (fmt.by_page and kv.dim() == 2) else 3
+    check_tensor(name, kv, specs[rank], {}, (torch.uint8,), device)
+    if rank == 2:
+        return kv[:, None]  # pages of one token
+    return kv.squeeze(2) if rank == 4 else kv
+
+
+def check_output(
+    name: str, out: Tensor | None, dims: dict[str, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The caller's tensor of these sizes, or a new one."""
+    if out is None:
+        return torch.empty(tuple(dims.values()), dtype=dtype, device=device)
+    return check_tensor(name, out, " ".join(dims), dims, (dtype,), device)

@@ -1,0 +1,352 @@
+"""The CPU kernels in C++ (``kernels/cpu``): loading them, what they take, and calling them.
+
+The library knows nothing of torch: tensors go over as addresses, sizes and strides. It runs on
+torch's OpenMP runtime, with torch's number of threads, which is why torch is imported before it is
+loaded. ctypes releases the GIL for the length of a call.
+
+Each operation has a function of its record here, and ``refuses`` says what the library does not take: it
+takes bf16, fp16 and fp32 whose last dimension is contiguous, and quantised caches.
+"""
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..attention import SparseGQAOp, SparseMLAOp
+    from ..index import IndexLogitsOp, LightningTopkOp, SelectTopkOp
+
+LIBRARY = Path(__file__).parents[2] / "_native.so"
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# Quantised caches: the library's number of a format, by the bytes per token.
+ROW_FORMATS = {656: 1, 584: 2, 528: 3, 288: 4}
+# Index queries and keys, by their dtype.
+INDEX_FORMATS = {torch.float8_e4m3fn: 1, torch.uint8: 2}
+INSTALL = (
+    "Install a C++17 compiler and then sparse_attn again: pip install --force-reinstall --no-deps "
+    "sparse_attn, or pip install -e . in a checkout."
+)
+PEAK_KINDS = {"fp32": 0, "bf16": 1}
+
+_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+# The structures of kernels/cpu/common.h; strides count elements, those of scales bytes.
+class _IndexArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("q", "k", "weights", "ks", "ke")),
+        *((name, _POINTER) for name in ("q_scale", "k_scale", "block_table")),
+        *(
+            (name, _SIZE)
+            for name in ("q_query", "q_head", "k_page", "k_row", "weights_query", "block_table_row")
+        ),
+        *((name, _SIZE) for name in ("q_scale_query", "q_scale_head", "k_scale_page", "k_scale_row")),
+        *((name, _SIZE) for name in ("s_q", "heads", "d", "pages", "page_size", "tables", "width")),
+        *((name, _INT) for name in ("dtype", "key_format", "query_format")),
+    ]
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("k", "v", "indices", "topk_length")),
+        *((name, _SIZE) for name in ("k_row", "k_head", "v_row", "v_head", "indices_query", "indices_head")),
+        *((name, _SIZE) for name in ("s_kv", "topk", "page_size", "k_page", "format")),
+    ]
+
+
+class _AttentionArgs(ctypes.Structure):
+    _fields_ = [
+        ("segments", _Segment * 2),
+        *((name, _POINTER) for name in ("q", "attn_sink", "out", "lse", "max_logits")),
+        *((name, _SIZE) for name in ("q_query", "q_head", "out_query", "out_head", "lse_query")),
+        ("max_logits_query", _SIZE),
+        *((name, _SIZE) for name in ("s_q", "h_q", "h_kv", "d_qk", "d_v")),
+        *(("n_segments", _INT), ("dtype", _INT), ("softmax_scale", _FLOAT)),
+    ]
+
+
+class _SelectArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("logits", "ks", "ke", "out")),
+        *((name, _SIZE) for name in ("logits_query", "out_query", "s_q", "s_kv", "topk")),
+    ]
+
+
+_STRUCTURES = {
+    "IndexArgs": _IndexArgs,
+    "Segment": _Segment,
+    "AttentionArgs": _AttentionArgs,
+    "SelectArgs": _SelectArgs,
+}
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "sizeof": (_SIZE, [ctypes.c_char_p]),
+    "isas": (_INT, []),
+    "isa_name": (ctypes.c_char_p, [_INT]),
+    "isa_supported": (_INT, [_INT]),
+    "default_isa": (_INT, []),
+    "has_openmp": (_INT, []),
+    "index_logits": (None, [_INT, _INT, _POINTER, _POINTER, _SIZE]),
+    "select_topk": (None, [_INT, _INT, _POINTER]),
+    "lightning_topk": (None, [_INT, _INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
+    "attend": (None, [_INT, _INT, _POINTER]),
+    "peak": (_SIZE, [_INT, _INT, _SIZE]),
+}
+
+
+class _Library:
+    """The loaded library: its functions, and the instruction sets that this machine runs, the best first."""
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, f"sparse_attn_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        for name, structure in _STRUCTURES.items():
+            theirs, ours = self.sizeof(name.encode()), ctypes.sizeof(structure)
+            if theirs != ours:
+                raise ImportError(
+                    f"sparse_attn: {path.name} was built from other sources ({name}: {theirs} bytes there, "
+                    f"{ours} here). {INSTALL}"
+                )
+        supported = [isa for isa in range(self.isas()) if self.isa_supported(isa)]
+        self.numbers = {self.isa_name(isa).decode(): isa for isa in supported}
+        self.isa = self.default_isa()  # in use
+
+
+@functools.cache
+def _library() -> _Library | None:
+    """The library, or None with one warning that says why it is not in use."""
+    try:
+        return _Library(LIBRARY)
+    except (OSError, AttributeError) as error:
+        reason = f"cannot be loaded ({error})" if LIBRARY.exists() else "was not built"
+    warnings.warn(
+        f"sparse_attn: {LIBRARY.name} {reason}, so the CPU runs on torch, several times slower. {INSTALL}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def _loaded() -> _Library:
+    library = _library()
+    assert library is not None  # else ``refuses`` has said so
+    return library
+
+
+_disabled = False
+
+
+def available() -> bool:
+    """Whether the C++ kernels are in use."""
+    return not _disabled and _library() is not None
+
+
+def instruction_sets() -> list[str]:
+    """Those that the library has and this machine runs, the widest first."""
+    library = _library()
+    return list(library.numbers) if library else []
+
+
+def instruction_set() -> str | None:
+    """The one in use; None when torch does the work."""
+    library = _library()
+    return library.isa_name(library.isa).decode() if library and not _disabled else None
+
+
+def has_openmp() -> bool:
+    """Whether the library was built with OpenMP; without it, it runs on one thread."""
+    library = _library()
+    return bool(library and library.has_openmp())
+
+
+@contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Within the block everything runs on the named instruction set, on torch if it is None. For tests."""
+    global _disabled
+    library = _library()
+    before = _disabled, library and library.isa
+    if name is not None and (library is None or name not in library.numbers):
+        raise ValueError(f"name: expected one of {instruction_sets()} or None, got {name!r}")
+    _disabled = name is None
+    if name is not None:
+        library.isa = library.numbers[name]
+    try:
+        yield
+    finally:
+        _disabled = before[0]
+        if library:
+            library.isa = before[1]
+
+
+def peak(kind: str, rounds: int) -> int:
+    """Run multiply-adds ("fp32" or "bf16") in registers only; how many operations it made, 0 if none."""
+    library = _library()
+    return library.peak(library.isa, PEAK_KINDS[kind], rounds) if library else 0
+
+
+def refuses(name: str, a: Any) -> str | None:
+    """Why the library does not run op ``name`` of the record ``a``, or None."""
+    if not available():
+        return "the C++ kernels are not in use"
+    for field, tensor in zip(a._fields, a, strict=True):
+        if isinstance(tensor, Tensor) and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"{field}: expected a contiguous last dimension, got strides {tensor.stride()}"
+    if name == "select_topk":
+        return None if a.logits.dtype == torch.float32 else f"logits: expected fp32, got {a.logits.dtype}"
+    q, k = a[:2]
+    if min(q.shape[1:]) == 0:
+        return f"q: expected heads and a head dimension, got shape {list(q.shape)}"
+    taken = q.dtype == k.dtype and q.dtype in DTYPES
+    if name in ("sparse_mla", "sparse_gqa"):
+        taken |= q.dtype in DTYPES and k.dtype == torch.uint8
+    else:  # e4m3 keys are decoded a whole vector at a time
+        taken |= k.dtype in INDEX_FORMATS and q.dtype != torch.float64 and k.shape[-1] % 16 == 0
+    return None if taken else f"q and keys: not read as {q.dtype} and {k.dtype} of {list(k.shape)}"
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _index_args(a: "IndexLogitsOp | LightningTopkOp") -> _IndexArgs:
+    q, k, table, q_scale, k_scale = a.q, a.k, a.block_table, a.q_scale, a.k_scale
+    s_q, heads, d = q.shape
+    args = _IndexArgs(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        weights=a.weights.data_ptr(),
+        ks=a.ks.data_ptr(),
+        ke=a.ke.data_ptr(),
+        q_query=q.stride(0),
+        q_head=q.stride(1),
+        k_page=k.stride(0),
+        k_row=k.stride(-2),
+        weights_query=a.weights.stride(0),
+        s_q=s_q,
+        heads=heads,
+        d=2 * d if q.dtype == torch.uint8 else d,
+        dtype=DTYPES.get(q.dtype, DTYPES[torch.bfloat16]),  # bf16 holds every value of a quantised query
+        key_format=INDEX_FORMATS.get(k.dtype, 0),
+        query_format=INDEX_FORMATS.get(q.dtype, 0),
+    )
+    if table is None:
+        args.pages, args.page_size, args.tables, args.width = 1, k.shape[0], 1, k.shape[0]
+    else:
+        args.pages, args.page_size = k.shape[:2]
+        args.tables, args.width = table.shape[0], table.shape[1] * k.shape[1]
+        args.block_table, args.block_table_row = table.data_ptr(), table.stride(0)
+    if q_scale is not None:
+        args.q_scale, (args.q_scale_query, args.q_scale_head) = q_scale.data_ptr(), q_scale.stride()[:2]
+    if k_scale is not None:
+        size, strides = k_scale.element_size(), k_scale.stride()
+        args.k_scale, args.k_scale_row = k_scale.data_ptr(), size * strides[0 if table is None else 1]
+        args.k_scale_page = 0 if table is None else size * strides[0]
+    return args
+
+
+def index_logits(a: "IndexLogitsOp") -> None:
+    if a.out.numel() == 0:
+        return
+    library, args = _loaded(), _index_args(a)
+    threads = torch.get_num_threads()
+    library.index_logits(library.isa, threads, ctypes.byref(args), a.out.data_ptr(), a.out.stride(0))
+
+
+def select_topk(a: "SelectTopkOp") -> None:
+    library = _loaded()
+    args = _SelectArgs(
+        logits=a.logits.data_ptr(),
+        ks=a.ks.data_ptr(),
+        ke=a.ke.data_ptr(),
+        out=a.out.data_ptr(),
+        logits_query=a.logits.stride(0),
+        out_query=a.out.stride(0),
+        s_q=a.logits.shape[0],
+        s_kv=a.logits.shape[1],
+        topk=a.topk,
+    )
+    library.select_topk(library.isa, torch.get_num_threads(), ctypes.byref(args))
+
+
+def lightning_topk(a: "LightningTopkOp") -> None:
+    library, args = _loaded(), _index_args(a)
+    library.lightning_topk(
+        *(library.isa, torch.get_num_threads(), ctypes.byref(args), a.topk, a.workspace_bytes),
+        *(a.out.data_ptr(), a.out.stride(0)),
+    )
+
+
+def sparse_mla(a: "SparseMLAOp") -> None:
+    args = _attention_args(a, h_kv=1, d_v=a.d_v)
+    args.max_logits, args.max_logits_query = a.max_logits.data_ptr(), a.max_logits.stride(0)
+    _fill_latent(args.segments[0], a.kv, a.indices, a.topk_length)
+    if a.extra_kv is not None and a.extra_indices is not None:
+        args.n_segments = 2
+        _fill_latent(args.segments[1], a.extra_kv, a.extra_indices, a.extra_topk_length)
+    _attend(args)
+
+
+def _fill_latent(segment: _Segment, kv: Tensor, indices: Tensor, topk_length: Tensor | None) -> None:
+    page_size = 1
+    if kv.dtype == torch.uint8:
+        page_size, segment.format = kv.shape[1], ROW_FORMATS[kv.shape[2]]
+    segment.k = segment.v = kv.data_ptr()
+    segment.k_row = segment.v_row = kv.stride(-2)
+    segment.k_page, segment.page_size = kv.stride(0), page_size
+    segment.s_kv = kv.shape[0] * page_size
+    _fill_selection(segment, indices, topk_length)
+
+
+def sparse_gqa(a: "SparseGQAOp") -> None:
+    args = _attention_args(a, h_kv=a.k.shape[1], d_v=a.v.shape[2])
+    segment = args.segments[0]
+    segment.k, segment.v = a.k.data_ptr(), a.v.data_ptr()
+    (segment.k_row, segment.k_head), (segment.v_row, segment.v_head) = a.k.stride()[:2], a.v.stride()[:2]
+    segment.s_kv, segment.page_size = a.k.shape[0], 1
+    if a.indices.dim() == 3:
+        segment.indices_head = a.indices.stride(1)
+    _fill_selection(segment, a.indices, a.topk_length)
+    _attend(args)
+
+
+def _fill_selection(segment: _Segment, indices: Tensor, topk_length: Tensor | None) -> None:
+    segment.indices, segment.indices_query = indices.data_ptr(), indices.stride(0)
+    segment.topk, segment.topk_length = indices.shape[-1], _address(topk_length)
+
+
+def _attention_args(a: "SparseMLAOp | SparseGQAOp", h_kv: int, d_v: int) -> _AttentionArgs:
+    """Everything but the rows and their selection: one segment of them."""
+    s_q, h_q, d_qk = a.q.shape
+    return _AttentionArgs(
+        q=a.q.data_ptr(),
+        attn_sink=_address(a.attn_sink),
+        out=a.out.data_ptr(),
+        lse=a.lse.data_ptr(),
+        q_query=a.q.stride(0),
+        q_head=a.q.stride(1),
+        out_query=a.out.stride(0),
+        out_head=a.out.stride(1),
+        lse_query=a.lse.stride(0),
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=h_kv,
+        d_qk=d_qk,
+        d_v=d_v,
+        n_segments=1,
+        dtype=DTYPES[a.q.dtype],
+        softmax_scale=a.softmax_scale,
+    )
+
+
+def _attend(args: _AttentionArgs) -> None:
+    library = _loaded()
+    library.attend(library.isa, torch.get_num_threads(), ctypes.byref(args))

@@ -1,0 +1,370 @@
+"""The lightning indexer and the selection: logits, the exact top-k, the two together, and slots of a cache.
+
+Shapes use these names: ``s_q`` query tokens and ``s_kv`` key tokens (packed: all sequences of a batch one
+after the other), ``h_q`` and ``h_kv`` heads, ``d`` sizes of a head, ``topk`` columns of an index row. Wrong
+arguments raise TypeError (not a tensor, wrong dtype) or ValueError (shape, device, range, gradients) before
+anything runs.
+
+``backend`` is "auto" (by device: cpu or triton), "cpu", "triton" or "reference"; an explicit choice is
+obeyed or refused, never replaced. "cpu" is the C++ library, and torch for what that does not take: fp64, a
+last dimension with gaps, or a machine without a C++ compiler. fp64 runs on "cpu" and "reference".
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats import INDEX_K_FORMATS, format_of
+from ..reference import compute_dtype
+from . import Output, call, implementation, register
+from .arguments import (
+    FLOATS,
+    check_block_table,
+    check_call,
+    check_format,
+    check_output,
+    check_tensor,
+    dtype_name,
+)
+
+DEFAULT_WORKSPACE_BYTES = 256 << 20
+E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
+
+# What scoring and selection hold for each logit of a row. In torch: the logit, its masked and sorted
+# copies, int64 positions. In Triton: the logit, and the list of kernels/select_topk.py.
+BYTES_PER_LOGIT = {"cpu": 40, "triton": 5}
+
+
+@register("index_logits")
+class IndexLogitsOp(NamedTuple):
+    q: Tensor  # [s_q, h, d]; e4m3, or e2m1 as bytes [s_q, h, d / 2]
+    k: Tensor  # [s_kv, d], or pages [pages, page_size, d]; of e2m1 d / 2
+    weights: Tensor  # [s_q, h]
+    ks: Tensor  # [s_q] int32
+    ke: Tensor  # [s_q] int32
+    out: Output  # [s_q, width]
+    q_scale: Tensor | None = None  # of e2m1: [s_q, h, d / 32] bytes of ue8m0
+    k_scale: Tensor | None = None  # of e4m3: [...] fp32; of e2m1: [..., d / 32] bytes of ue8m0
+    block_table: Tensor | None = None  # [n, max_pages] int32
+    clean: bool = True  # without it a backend may leave logits outside [ks, ke) as they are
+
+
+@register("select_topk")
+class SelectTopkOp(NamedTuple):
+    logits: Tensor  # [s_q, s_kv]
+    topk: int
+    ks: Tensor  # [s_q] int32
+    ke: Tensor  # [s_q] int32
+    out: Output  # [s_q, topk] int32
+
+
+def _lightning_topk_in_chunks(a: "LightningTopkOp", backend: str) -> None:
+    """Score and select as many queries at a time as fit the workspace, at least one."""
+    score, select = implementation("index_logits", backend), implementation("select_topk", backend)
+    s_q = a.q.shape[0]
+    width = a.k.shape[0] if a.block_table is None else a.block_table.shape[1] * a.k.shape[1]
+    queries = s_q if a.block_table is None else s_q // max(1, len(a.block_table))  # of each table row
+    padded = -(-width // 16) * 16  # rows of logits that start at multiples of 64 bytes are read faster
+    rows = max(1, min(s_q, a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
+    logits = torch.empty(rows, padded, dtype=compute_dtype(a.q.dtype), device=a.q.device)
+    ke = a.ke.clamp(max=width)
+    for t in _chunks(s_q, queries, rows):
+        part, q_scale, table = logits[: t.stop - t.start], a.q_scale, a.block_table
+        if q_scale is not None:
+            q_scale = q_scale[t]
+        if table is not None:
+            table = table[t.start // queries : -(-t.stop // queries)]
+        inputs = a.q[t], a.k, a.weights[t], a.ks[t], ke[t]
+        # Nobody reads logits outside the ranges, so they need not be cleaned.
+        score(IndexLogitsOp(*inputs, part[:, :width], q_scale, a.k_scale, table, clean=False))
+        select(SelectTopkOp(part, a.topk, a.ks[t], ke[t], a.out[t]))
+
+
+def _chunks(s_q: int, queries: int, rows: int) -> Iterator[slice]:
+    """Slices of s_q queries, at most ``rows`` each, that hold whole table rows or a part of one."""
+    group = max(1, rows // max(1, queries)) * queries
+    for first in range(0, s_q, max(1, group)):
+        last = min(first + group, s_q)
+        yield from (slice(t, min(t + rows, last)) for t in range(first, last, rows))
+
+
+@register("lightning_topk", composed=_lightning_topk_in_chunks)
+class LightningTopkOp(NamedTuple):
+    q: Tensor  # these as in IndexLogitsOp
+    k: Tensor
+    weights: Tensor
+    topk: int
+    ks: Tensor
+    ke: Tensor
+    workspace_bytes: int
+    out: Output  # [s_q, topk] int32
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+    block_table: Tensor | None = None
+
+
+@register("physical_slots")
+class PhysicalSlotsOp(NamedTuple):
+    indices: Tensor  # [s_q, topk] int32
+    block_table: Tensor  # [n, max_pages] int32
+    page_size: int
+    out: Output  # [s_q, topk] int32
+
+
+def index_logits(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    ks: Tensor | None = None,
+    ke: Tensor | None = None,
+    *,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Lightning-indexer scores, ``sum_j weights[t, j] * relu(q[t, j] . k[s])``.
+
+    Args:
+        q: ``[s_q, index_n_heads, index_head_dim]``, bf16, fp16, fp32 or fp64. Or quantised, where k is too:
+            float8_e4m3fn, whose scales the caller multiplies into ``weights``; or e2m1, uint8
+            ``[s_q, index_n_heads, 64]`` of index_head_dim 128, two values in a byte, the even one low.
+        k: ``[s_kv, index_head_dim]`` in q's dtype; with ``block_table`` a paged cache
+            ``[pages, page_size, index_head_dim]``. Or quantised in the same shapes, beside ``k_scale``:
+            float8_e4m3fn, or e2m1 (uint8, 64 bytes per key). Or a packed cache that holds its scales,
+            uint8 ``[pages, page_size, bytes]`` with 132 bytes (fp8) or 68 (mxfp4) per key
+            (:mod:`sparse_attn.formats`); without ``block_table`` it is read in the order of the pages.
+        weights: ``[s_q, index_n_heads]`` fp32 (fp64 with fp64 q); may be negative.
+        ks, ke: ``[s_q]`` int32. Query t sees keys ``ks[t] <= s < ke[t]``, clamped to the keys that
+            exist; a reversed range is empty. By default a query sees all keys, also those after it: for
+            causal attention of the last s_q tokens pass ``ke = torch.arange(s_kv - s_q, s_kv) + 1``, int32.
+        q_scale: with e2m1 q, ``[s_q, index_n_heads]`` int32: four ue8m0 scales, one per 32 values, the
+            first in the low byte.
+        k_scale: with e4m3 k one fp32 scale per key, not negative; with e2m1 k int32 as in ``q_scale``.
+            ``[s_kv]``, or with ``block_table`` ``[pages, page_size]``.
+        block_table: ``[n, max_pages]`` int32, s_q a multiple of n; consecutive queries share a row.
+            Position s is found in page ``block_table[row, s // page_size]``; a page id outside
+            ``[0, pages)`` holds nothing.
+        out: ``[s_q, width]`` to fill.
+
+    Returns:
+        ``[s_q, width]`` fp32 (fp64 with fp64 q), -inf outside the range; width is s_kv, or
+        ``max_pages * page_size``, or for a packed cache without ``block_table`` ``pages * page_size``. This
+        is the one function whose memory grows with s_q * s_kv.
+
+    Source: DeepSeek-V3.2 report, equation 1; quantised operands are DeepGEMM's.
+    """
+    dims: dict[str, int] = {}
+    keys, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
+    ks, ke = _check_ranges(ks, ke, width, dims, q.device)
+    check_call(backend, q.device, q, k, weights)
+    out = check_output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
+    call("index_logits", IndexLogitsOp(q, keys.k, weights, ks, ke, out, *keys[1:]), backend)
+    return out
+
+
+def select_topk(
+    logits: Tensor,
+    topk: int,
+    ks: Tensor | None = None,
+    ke: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The positions of the ``topk`` highest logits of each row, exactly.
+
+    Highest score first into the set, ties to the lower position; -0.0 equals +0.0; NaN and -inf
+    are never selected. Equal logits give equal indices on every backend and at every run.
+
+    Args:
+        logits: ``[s_q, s_kv]`` fp32 or fp64.
+        topk: how many positions to keep, at least 1.
+        ks, ke: ``[s_q]`` int32; only positions ``ks[t] <= s < ke[t]`` count. By default all do.
+        out: ``[s_q, topk]`` int32 to fill.
+
+    Returns:
+        ``[s_q, topk]`` int32, ascending within a row, padded with -1 at its end.
+    """
+    _check_topk(topk)
+    dims: dict[str, int] = {}
+    check_tensor("logits", logits, "s_q s_kv", dims, (torch.float32, torch.float64))
+    ks, ke = _check_ranges(ks, ke, logits.shape[1], dims, logits.device)
+    check_call(backend, logits.device, logits)
+    out = check_output("out", out, {"s_q": logits.shape[0], "topk": topk}, torch.int32, logits.device)
+    call("select_topk", SelectTopkOp(logits, topk, ks, ke, out), backend)
+    return out
+
+
+def lightning_topk(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    ks: Tensor | None = None,
+    ke: Tensor | None = None,
+    *,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`select_topk` of :func:`index_logits`, without ever holding ``[s_q, s_kv]``.
+
+    Queries are scored and selected in chunks that fit ``workspace_bytes``, one query at least; the
+    size of the chunks never changes the selection, given the same logits.
+
+    Args: see the two functions; ``workspace_bytes`` bounds the temporary memory ("reference" keeps
+        all logits and ignores it).
+
+    Returns:
+        ``[s_q, topk]`` int32 positions, ascending, -1 padded.
+    """
+    _check_topk(topk)
+    dims: dict[str, int] = {}
+    keys, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
+    ks, ke = _check_ranges(ks, ke, width, dims, q.device)
+    check_call(backend, q.device, q, k, weights)
+    if workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
+    out = check_output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
+    a = LightningTopkOp(q, keys.k, weights, topk, ks, ke, workspace_bytes, out, *keys[1:])
+    call("lightning_topk", a, backend)
+    return out
+
+
+def physical_slots(
+    indices: Tensor, block_table: Tensor, page_size: int, *, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Positions in a sequence to slots of a paged cache, ``page * page_size + offset``.
+
+    What :func:`lightning_topk` selects through a block table becomes what :func:`sparse_mla` reads.
+
+    Args:
+        indices: ``[s_q, topk]`` int32 positions.
+        block_table: ``[n, max_pages]`` int32, s_q a multiple of n; consecutive queries share a row.
+        page_size: tokens per page.
+        out: ``[s_q, topk]`` int32 to fill.
+
+    Returns:
+        ``[s_q, topk]`` int32; -1 where the position is negative or beyond the table, and where the
+        table holds a negative page or one whose slots int32 cannot number.
+    """
+    dims: dict[str, int] = {}
+    check_tensor("indices", indices, "s_q topk", dims, (torch.int32,))
+    check_block_table(block_table, dims, indices.shape[0], indices.device)
+    if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
+        raise ValueError(f"page_size: expected a positive int, got {page_size!r}")
+    check_call(backend, indices.device)
+    sizes = {"s_q": indices.shape[0], "topk": indices.shape[1]}
+    out = check_output("out", out, sizes, torch.int32, indices.device)
+    call("physical_slots", PhysicalSlotsOp(indices, block_table, page_size, out), backend)
+    return out
+
+
+class _Keys(NamedTuple):
+    """Where the keys are, and the scales of both operands, as the ops take them."""
+
+    k: Tensor  # values [s_kv, ...] or [pages, page_size, ...], whatever they came in
+    q_scale: Tensor | None  # [s_q, index_n_heads, 4] ue8m0 bytes
+    k_scale: Tensor | None  # [...] fp32, or [..., 4] ue8m0 bytes
+    block_table: Tensor | None
+
+
+def _check_index_inputs(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    block_table: Tensor | None,
+    dims: dict[str, int],
+) -> tuple[_Keys, int]:
+    """The keys and scales for the op, and the width of a row of logits."""
+    q_scale = _check_index_q(q, q_scale, dims)
+    k, k_scale, block_table = _check_index_k(k, k_scale, block_table, q, dims)
+    check_tensor("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
+    width = k.shape[0]
+    if block_table is not None:
+        check_block_table(block_table, dims, q.shape[0], q.device)
+        width = block_table.shape[1] * k.shape[1]
+    return _Keys(k, q_scale, k_scale, block_table), width
+
+
+def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> Tensor | None:
+    """The scales of q, in bytes."""
+    if isinstance(q, Tensor) and q.dtype == torch.uint8:
+        check_tensor("q", q, f"s_q index_n_heads {E2M1_WIDTH // 2}", dims, (torch.uint8,))
+        dims["index_head_dim"] = E2M1_WIDTH
+        return _ue8m0_bytes(
+            check_tensor("q_scale", q_scale, "s_q index_n_heads", dims, (torch.int32,), q.device)
+        )
+    check_tensor("q", q, "s_q index_n_heads index_head_dim", dims, (*FLOATS, torch.float8_e4m3fn))
+    if q_scale is not None:
+        raise ValueError("q_scale: expected None, as q is not e2m1 (scales of e4m3 go into weights)")
+    return None
+
+
+def _check_index_k(
+    k: Tensor, k_scale: Tensor | None, block_table: Tensor | None, q: Tensor, dims: dict[str, int]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """k, its scales and the block table as the ops take them; a packed cache becomes views of its parts."""
+    dtype = k.dtype if isinstance(k, Tensor) else None
+    if dtype == torch.uint8 and k_scale is None:
+        fmt = format_of("k", k, INDEX_K_FORMATS)
+        check_tensor("k", k, f"pages page_size {fmt.bytes}", dims, (torch.uint8,), q.device)
+        check_format("k", k, fmt, dims["index_head_dim"], "index_head_dim")
+        if block_table is None:
+            block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[None]
+        keys, k_scale = fmt.views(k)
+        return keys, k_scale, block_table
+    rows = "s_kv" if block_table is None else "pages page_size"
+    if dtype == torch.uint8:
+        if dims["index_head_dim"] != E2M1_WIDTH:
+            raise ValueError(
+                f"q: expected index_head_dim={E2M1_WIDTH}, as k is e2m1, got {dims['index_head_dim']}"
+            )
+        check_tensor("k", k, f"{rows} {E2M1_WIDTH // 2}", dims, (torch.uint8,), q.device)
+        k_scale = check_tensor("k_scale", k_scale, rows, dims, (torch.int32,), q.device)
+        return k, _ue8m0_bytes(k_scale), block_table
+    if dtype == torch.float8_e4m3fn:
+        check_tensor("k", k, f"{rows} index_head_dim", dims, (torch.float8_e4m3fn,), q.device)
+        check_tensor("k_scale", k_scale, rows, dims, (torch.float32,), q.device)
+        return k, k_scale, block_table
+    if q.dtype not in FLOATS:
+        kind = type(k).__name__ if dtype is None else dtype_name(dtype)
+        raise TypeError(f"k: expected quantised keys (float8_e4m3fn or uint8), as q is quantised, got {kind}")
+    check_tensor("k", k, f"{rows} index_head_dim", dims, (q.dtype,), q.device)
+    if k_scale is not None:
+        raise ValueError("k_scale: expected None, as k is not quantised")
+    return k, None, block_table
+
+
+def _ue8m0_bytes(scales: Tensor) -> Tensor:
+    """``[..., 4]`` uint8 of int32 scales, the low byte first; a view."""
+    return scales[..., None].view(torch.uint8)
+
+
+def _check_ranges(
+    ks: Tensor | None, ke: Tensor | None, width: int, dims: dict[str, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The ranges, by default of all ``width`` positions."""
+    if ks is None:
+        ks = torch.zeros(dims["s_q"], dtype=torch.int32, device=device)
+    if ke is None:
+        ke = torch.full((dims["s_q"],), width, dtype=torch.int32, device=device)
+    check_tensor("ks", ks, "s_q", dims, (torch.int32,), device)
+    check_tensor("ke", ke, "s_q", dims, (torch.int32,), device)
+    return ks, ke
+
+
+def _check_topk(topk: int) -> None:
+    if isinstance(topk, bool | Tensor | float):
+        raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
+    if topk < 1:
+        raise ValueError(f"topk: expected at least 1, got {topk}")

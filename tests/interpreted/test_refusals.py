@@ -1,0 +1,53 @@
+"""What the Triton kernels cannot do is refused, by name, before any of them starts."""
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn.formats import KV_FORMATS
+from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs
+
+INDICES = torch.zeros(1, 3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "function, inputs",
+    [
+        ("index_logits", index_inputs(3, 20, dtype=torch.float64)),
+        ("lightning_topk", {**index_inputs(3, 20, dtype=torch.float64), "topk": 4}),
+        ("select_topk", {"logits": torch.zeros(3, 20).double(), "topk": 4}),
+        ("sparse_mla", {**mla_inputs(3, 20, dtype=torch.float64), "d_v": 32}),
+        ("sparse_gqa", gqa_inputs(3, 20, dtype=torch.float64)),
+        (
+            "merge_attention",
+            {"outs": torch.zeros(2, 3, 4, 8).double(), "lses": torch.zeros(2, 3, 4).double()},
+        ),
+    ],
+)
+def test_fp64(function, inputs):
+    with pytest.raises(TypeError, match="triton backend takes bfloat16, float16 or float32, got float64"):
+        getattr(sparse_attn, function)(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize("size", KV_FORMATS)
+def test_latent_caches(size):
+    d_qk = KV_FORMATS[size].width
+    kv, words = torch.zeros(4, 8, size, dtype=torch.uint8), "reads 656 or 584 bytes per token, got"
+    q, plain = torch.zeros(1, 2, d_qk), torch.zeros(8, d_qk)
+    if size in (656, 584):
+        q, plain, words = q.half(), plain.half(), "q: expected bfloat16 or float32, as .*kv is quantised"
+    with pytest.raises((TypeError, ValueError), match=words):
+        sparse_attn.sparse_mla(q, kv, INDICES, backend="triton")
+    with pytest.raises((TypeError, ValueError), match=words):
+        extra = {"extra_kv": kv, "extra_indices": INDICES}
+        sparse_attn.sparse_mla(q, plain, INDICES, **extra, backend="triton")
+
+
+def test_index_keys():
+    inputs = index_inputs(1, 8, 2, 128, dtype=torch.float16)
+    inputs["k"] = torch.zeros(4, 8, 68, dtype=torch.uint8)
+    refused = pytest.raises(TypeError, match="q: expected bfloat16 or float32, as k is e2m1, got float16")
+    with refused:
+        sparse_attn.index_logits(**inputs, backend="triton")
+    with refused:
+        sparse_attn.lightning_topk(**inputs, topk=2, backend="triton")
