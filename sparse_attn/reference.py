@@ -133,7 +133,7 @@ def sparse_mla(
     """
     dtype = compute_dtype(q.dtype)
     rows, valid = _gather(_latent(kv, dtype), indices[:, None], topk_length, dtype)
-    if extra_kv is not None:
+    if extra_kv is not None and extra_indices is not None:
         extra_kv = _latent(extra_kv, dtype)
         extra_rows, extra_valid = _gather(extra_kv, extra_indices[:, None], extra_topk_length, dtype)
         rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
@@ -192,7 +192,7 @@ def write_kv(
     x = kv.float()
     if norm_weight is not None:
         x = torch.cat([F.rms_norm(x[:, :512], (512,), norm_weight.float(), eps), x[:, 512:]], -1)
-    if cos is not None:
+    if cos is not None and sin is not None and pairing is not None:
         x = torch.cat([x[:, :-64], apply_rope(x[:, None, -64:], cos, sin, pairing)[:, 0]], -1)
     if cache.shape[2] == 656:
         packed = pack_v32_kv(x[:, None], power_of_two=power_of_two, min_scale=min_scale)
@@ -217,7 +217,7 @@ def write_index_k(
 ) -> None:
     """LayerNorm, RoPE, the Hadamard matrix, and the key's bytes into its slot."""
     x = k.float()
-    if norm_weight is not None:
+    if norm_weight is not None and norm_bias is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight.float(), norm_bias.float(), eps)
     x = _rotate(x[:, None], cos, sin, pairing, hadamard)
     _store(
@@ -244,7 +244,8 @@ def quantise_index_q(
 
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, pairing: str | None, hadamard: bool) -> Tensor:
-    x = x if cos is None else apply_rope(x, cos, sin, pairing)
+    if cos is not None and sin is not None and pairing is not None:
+        x = apply_rope(x, cos, sin, pairing)
     return hadamard_transform(x) if hadamard else x
 
 

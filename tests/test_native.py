@@ -1,5 +1,6 @@
 """The C++ kernels: beyond what every backend is tested for, on each instruction set of this machine."""
 
+import ctypes
 import importlib.util
 import shutil
 import subprocess
@@ -314,6 +315,35 @@ def test_one_openmp_runtime_is_loaded():
     maps = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}
     assert len(runtimes) <= 1, runtimes
+
+
+# A library of other sources is refused
+
+
+@pytest.fixture
+def library_loads_anew():
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+@pytest.mark.parametrize("name", native._STRUCTURES)
+def test_a_library_with_other_structures_is_refused(name, library_loads_anew, monkeypatch):
+    class Longer(native._STRUCTURES[name]):
+        _fields_ = [("one_more", ctypes.c_void_p)]
+
+    monkeypatch.setitem(native._STRUCTURES, name, Longer)
+    theirs = ctypes.sizeof(Longer) - 8
+    for _ in range(2):  # at every call, not only at the first
+        with pytest.raises(ImportError, match=rf"built from other sources \({name}: {theirs} bytes there"):
+            sparse_attn.sparse_mla(**mla_inputs(3, 20), d_v=32)
+
+
+def test_every_structure_is_known_to_the_library():
+    library = native._library()
+    for name, structure in native._STRUCTURES.items():
+        assert library.sizeof(name.encode()) == ctypes.sizeof(structure)
+    assert library.sizeof(b"Nothing") == -1
 
 
 # What it does not take goes to torch

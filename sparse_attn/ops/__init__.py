@@ -34,7 +34,7 @@ DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
 BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 
 RECORDS: dict[str, Any] = {}  # op -> its record
-COMPOSED: dict[str, Callable[[Any, str], None]] = {}  # op -> what makes it of other ops, on a given backend
+COMPOSED: dict[str, Callable[..., None]] = {}  # op -> what makes it of other ops, on a given backend
 _OPS: dict[str, Callable[..., None]] = {}
 
 
@@ -48,7 +48,7 @@ Record = TypeVar("Record", bound=type)
 def register(
     name: str,
     *,
-    composed: Callable[[Any, str], None] | None = None,
+    composed: Callable[..., None] | None = None,
     backends: tuple[str, ...] = tuple(DISPATCH_KEYS),
 ) -> Callable[[Record], Record]:
     """Make a record the op ``name``.

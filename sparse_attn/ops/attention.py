@@ -180,13 +180,13 @@ def sparse_mla(
     check_call(backend, q.device, q, kv, attn_sink, extra_kv)
     name, backend = _check_variant(variant, backend, q.device)
     asked = {"lse": return_lse, "max_logits": return_max_logits}
-    outputs = _check_outputs(out, q, d_v, asked)
+    result, lse, max_logits = _check_outputs(out, q, d_v, asked)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    optional = topk_length, attn_sink, extra_kv, extra_indices, extra_topk_length
-    call(name, SparseMLAOp(q, kv, indices, d_v, scale, *outputs, *optional), backend)
-    if not (return_lse or return_max_logits):
-        return outputs[0]
-    return outputs[0], *(tensor for tensor, wanted in zip(outputs[1:], asked.values(), strict=True) if wanted)
+    required = q, kv, indices, d_v, scale, result, lse, max_logits
+    extra = extra_kv, extra_indices, extra_topk_length
+    call(name, SparseMLAOp(*required, topk_length, attn_sink, *extra), backend)
+    logits = [x for x, wanted in ((lse, return_lse), (max_logits, return_max_logits)) if wanted]
+    return (result, *logits) if logits else result
 
 
 @overload
@@ -214,9 +214,9 @@ def sparse_gqa(
     topk_length: Tensor | None = None,
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
-    out: Tensor | tuple[Tensor, Tensor] | None = None,
+    out: Tensor | tuple[Tensor, ...] | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Grouped-query attention over the selected tokens of each query (multi-query when h_kv is 1).
 
     Args:

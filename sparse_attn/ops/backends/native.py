@@ -100,13 +100,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-class _Library:
+class _Library(ctypes.CDLL):
     """The loaded library: its functions, and the instruction sets that this machine runs, the best first."""
 
     def __init__(self, path: Path):
-        library = ctypes.CDLL(str(path))
+        super().__init__(str(path))
         for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(library, f"sparse_attn_{name}")
+            function = self[f"sparse_attn_{name}"]
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
         for name, structure in _STRUCTURES.items():
@@ -172,19 +172,19 @@ def has_openmp() -> bool:
 def use(name: str | None) -> Iterator[None]:
     """Within the block everything runs on the named instruction set, on torch if it is None. For tests."""
     global _disabled
-    library = _library()
-    before = _disabled, library and library.isa
-    if name is not None and (library is None or name not in library.numbers):
+    library, before = _library(), _disabled
+    if name is not None and name not in instruction_sets():
         raise ValueError(f"name: expected one of {instruction_sets()} or None, got {name!r}")
+    isa = library.isa if library else 0
     _disabled = name is None
-    if name is not None:
+    if library and name is not None:
         library.isa = library.numbers[name]
     try:
         yield
     finally:
-        _disabled = before[0]
+        _disabled = before
         if library:
-            library.isa = before[1]
+            library.isa = isa
 
 
 def peak(kind: str, rounds: int) -> int:
