@@ -12,6 +12,7 @@ TRITON ?=
 SEED ?= $(shell date +%s)
 FUZZ_SECONDS ?= 600
 READY := .venv/.ready
+CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h tests/*.cpp benchmarks/*.cpp)
 
 # Waiting threads sleep instead of spinning: on a machine that is busy with other work, two spinning
 # threads are ten times slower than one.
@@ -40,10 +41,12 @@ test: $(READY)
 check: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(READY)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+	.venv/bin/clang-format -i $(CPP)
 
 bench: $(READY)
 	.venv/bin/sparse-attn bench --quick

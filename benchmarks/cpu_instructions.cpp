@@ -1,5 +1,5 @@
 // Prepares the data of one operation and calls it on one thread: driver SET OPERATION CALLS SIZE.., see main.
-// Without arguments it prints the instruction sets that can run. The script of this name counts instructions.
+// Without arguments it prints the instruction sets that can run. cpu_instructions.py counts its instructions.
 
 #include <cstdio>
 #include <cstdlib>

@@ -17,7 +17,7 @@ if not (ROOT / "setup.py").exists():
 CODE = ("sparse_attn", "kernels")
 BESIDE_CODE = ("tests", "benchmarks", "examples")
 FILES = (
-    *("setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "Makefile"),
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "Makefile", ".clang-format"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
 )
 IGNORED = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.so", "*.o", "build")

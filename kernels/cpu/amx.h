@@ -13,11 +13,11 @@ namespace {
 constexpr int kTileSide = 16;
 constexpr int64_t kTileWords = kTileSide * kTileSide;
 
-// GCC's tile intrinsics do not say that they read memory: what was written before must be there.
+// GCC's tile intrinsics do not declare that they read memory; this keeps earlier writes before them.
 inline void settle(const void* written) { asm volatile("" ::"r"(written) : "memory"); }
 
-// The tile registers of this thread for the length of a block; torch's own use of them finds its setting
-// again.
+// Sets up this thread's tile registers for the length of a C++ scope, then restores the setting before it:
+// torch uses them too.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -114,8 +114,8 @@ inline void score_tiles(const void* keys, int64_t key_bytes, const uint32_t* que
   }
 }
 
-// The scorer of one query. Scores of 32 keys are multiplied while those of the 32 before are weighted and
-// summed.
+// The scorer of one query. While the tiles multiply 32 keys, vector instructions weight and sum the scores of
+// the 32 keys before.
 class AmxScorer {
  public:
   using QueryElement = bfloat16;
@@ -150,7 +150,7 @@ class AmxScorer {
 
  private:
   void multiply(const bfloat16* k, int64_t stride, int64_t n, float* scores) const {
-    // No prefetch: the hardware's own is faster here, warm and cold; ours only held up the tile loads.
+    // No prefetch instructions: they delay the tile loads. The hardware's prefetcher alone is faster.
     if (n >= kKeys && args_.d == 2 * depth_)
       return score_tiles(k, stride * sizeof *k, queries_, depth_, columns_, scores, columns_);
     for (int64_t i = 0; i < kKeys; i++)
@@ -179,7 +179,7 @@ class AmxScorer {
   float* scores_[2];  // [keys, columns]
 };
 
-// The two products of attention on tiles. Probabilities always keep their second word: tiles are cheap.
+// The two products of attention on tiles. Probabilities always have their second word: it costs little here.
 class AmxEngine {
  public:
   using Math = Bf16Dot;
@@ -278,7 +278,7 @@ class AmxEngine {
   int64_t tokens_ = 0;
 };
 
-// As run_peak, on tiles of zeros.
+// Like run_peak, on tiles of zeros.
 inline int64_t run_tile_peak(int64_t rounds) {
   const TileRegisters registers;
   zero_tiles<2>();

@@ -2,19 +2,20 @@
 #include "api.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "parallel.h"
 #include "workspace.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#endif
 
-// A set whose translation unit the compiler could not build is missing from the library: its address is null.
+// A set that the compiler could not build is missing from the library: its address is null.
 #if defined(__x86_64__)
 extern const Kernels kernels_amx __attribute__((weak));
 extern const Kernels kernels_avx512bf16 __attribute__((weak));
@@ -31,14 +32,14 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() {  // F16C came before it
+bool has_avx2() {  // every CPU with AVX2 has F16C
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-// Bits of cpuid's leaf 7, for what compilers have no name for yet.
+// Leaf 7 of cpuid, for features that not every compiler's __builtin_cpu_supports knows.
 struct Features {
   unsigned a = 0, b = 0, c = 0, d = 0;
   explicit Features(unsigned subleaf) { __get_cpuid_count(7, subleaf, &a, &b, &c, &d); }
@@ -48,7 +49,7 @@ bool has_amx() {
 #if defined(__linux__)
   const unsigned bits = Features(0).d;
   if (!has_avx512bf16() || !(bits >> 22 & 1) || !(bits >> 24 & 1)) return false;  // amx-bf16, amx-tile
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h: grants the tile state
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h: asks for the tile state
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -67,7 +68,7 @@ const Isa kIsas[] = {
 };
 constexpr int32_t kCount = sizeof kIsas / sizeof *kIsas;
 
-// The function that pick finds in this set or the next lower one that has it.
+// What pick returns for this set, or for the next lower set where it is not null.
 template <class Pick>
 auto find(int32_t isa, const Pick& pick) {
   for (const Isa* set = kIsas + isa; set < kIsas + kCount - 1; set++)
@@ -89,7 +90,7 @@ Range visible(const IndexArgs& args, int64_t t) {
   return {begin, std::max(begin, std::clamp<int64_t>(args.ke[t], 0, args.width))};
 }
 
-// Slices of a range, so that a few queries occupy all threads.
+// Into how many slices to cut the range of each query: several if there are too few queries for all threads.
 int64_t slices_for(int64_t s_q, int threads) { return s_q >= 4 * threads ? 1 : threads; }
 
 Range slice(Range range, int64_t part, int64_t parts) {
@@ -104,13 +105,27 @@ int32_t sparse_attn_default_isa() {
   int32_t isa = 0;
   while (!sparse_attn_isa_supported(isa)) isa++;
 #if defined(__x86_64__)
-  // Intel's cores take two cycles for a bf16 dot: half the rate of fp32 multiply-adds, where AMD's take twice
-  // it.
+  // With bf16 dots, Intel's cores multiply at half the rate of fp32 multiply-adds (a dot takes two cycles),
+  // AMD's at twice the rate.
   if (kIsas[isa].kernels == &kernels_avx512bf16 && __builtin_cpu_is("intel")) isa++;
 #endif
   return isa;
 }
 int32_t sparse_attn_has_openmp() { return kHasOpenMP; }
+int64_t sparse_attn_sizeof(const char* name) {
+  constexpr struct {
+    const char* name;
+    int64_t bytes;
+  } kStructures[] = {
+      {"IndexArgs", sizeof(IndexArgs)},
+      {"Segment", sizeof(Segment)},
+      {"AttentionArgs", sizeof(AttentionArgs)},
+      {"SelectArgs", sizeof(SelectArgs)},
+  };
+  for (const auto& structure : kStructures)
+    if (!std::strcmp(structure.name, name)) return structure.bytes;
+  return -1;
+}
 const char* sparse_attn_isa_name(int32_t isa) { return kIsas[isa].kernels ? kIsas[isa].kernels->name : ""; }
 int32_t sparse_attn_isa_supported(int32_t isa) { return kIsas[isa].kernels && kIsas[isa].supported(); }
 
@@ -144,12 +159,12 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
   const auto score = find_score(isa, *args);
   const auto select = find(isa, [](const Kernels& k) { return k.select; });
   const int64_t row_bytes = std::max<int64_t>(1, args->width * sizeof(float));
-  const int64_t rows = std::max<int64_t>(1, workspace_bytes / row_bytes);  // that may exist at a time
+  const int64_t rows = std::max<int64_t>(1, workspace_bytes / row_bytes);  // in memory at a time
   const auto select_from = [&](const float* row, int64_t t) {
     const Range seen = visible(*args, t);
     select(row, seen.begin, seen.end - seen.begin, topk, out + t * out_query);
   };
-  if (args->s_q >= threads && rows >= threads) {  // a thread scores a row and selects from it in its cache
+  if (args->s_q >= threads && rows >= threads) {  // a thread selects from a row that is still in its cache
     parallel_for(args->s_q, threads, [&](int64_t t) {
       const Range seen = visible(*args, t);
       Workspace workspace(Workspace::kRow, row_bytes);
@@ -185,12 +200,12 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
                                     : k.attend_packed;
     return many_or_few[args->dtype];
   });
-  // Heads that stay together: a whole number of kv heads when they are few, else a part of one.
+  // The heads of one call: whole kv heads if each has few heads, else a part of one kv head.
   const bool shared = args->segments[0].indices_head == 0;
   const int64_t unit = few ? group : kHeadUnit;
   int64_t block = few ? (shared ? args->h_q : group) : std::min(group, kMaxHeads);
   while (block > unit && args->s_q * (args->h_q / block) < threads) block = round_up((block + 1) / 2, unit);
-  const int64_t range = few ? args->h_q : group;  // that blocks divide
+  const int64_t range = few ? args->h_q : group;  // of heads, split into blocks
   const int64_t blocks = (range + block - 1) / block, ranges = args->h_q / range;
   parallel_for(args->s_q * ranges * blocks, threads, [&](int64_t i) {
     const int64_t t = i / (ranges * blocks), first = i / blocks % ranges * range,

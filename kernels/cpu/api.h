@@ -1,5 +1,5 @@
-// The C ABI, called through ctypes. `isa` is an index below sparse_attn_isas(), the best first; it must be
-// supported. Functions may run in several threads at once, and each uses at most `threads` threads.
+// The C ABI, called through ctypes. `isa` is an index below sparse_attn_isas(), the widest set first; the set
+// must be supported. Functions may run in several threads at once, and each uses at most `threads` threads.
 #pragma once
 
 #include "common.h"
@@ -13,6 +13,10 @@ int32_t sparse_attn_isa_supported(int32_t isa);
 int32_t sparse_attn_default_isa();  // the fastest that is supported
 int32_t sparse_attn_has_openmp();
 
+// sizeof "IndexArgs", "Segment", "AttentionArgs" or "SelectArgs", so that callers can check their layout; -1
+// for another name.
+int64_t sparse_attn_sizeof(const char* name);
+
 void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out,
                               int64_t out_query);
 void sparse_attn_select_topk(int32_t isa, int32_t threads, const SelectArgs* args);
@@ -20,7 +24,7 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
                                 int64_t workspace_bytes, int32_t* out, int64_t out_query);
 void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args);
 
-// Operations of a loop in registers, see Kernels::peak.
+// The operations of a loop in registers; see Kernels::peak.
 int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds);
 
 int64_t sparse_attn_sizeof(const char* name);

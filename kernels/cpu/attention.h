@@ -1,7 +1,7 @@
 // Attention of many heads that share one kv head: the heads are the columns of register tiles.
 //
-// Selected rows are read where they lie, a block of tokens at a time: scores S [tokens, heads], an online
-// softmax down its columns, and the product with the values. An engine does the two products.
+// Selected rows are read in place, a block of tokens at a time: scores S [tokens, heads], an online softmax
+// down its columns, and the product with the values. An engine does the two products.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// Writes lse and max_logits and returns the factor that turns the accumulated values into the output of a
-// head. In units of log2, top is the softmax's reference and highest the highest score; total is the sum of
+// Writes lse and max_logits of a head and returns the factor that turns its accumulated values into its
+// output. In units of log2, top is the softmax's reference and highest the highest score; total is the sum of
 // 2^(score - top), and zero if all scores are -inf.
 inline float finish_head(const AttentionArgs& args, int64_t t, int64_t head, bool empty, float top,
                          float highest, float total) {
@@ -41,12 +41,11 @@ struct HeadGroup {
   int64_t t, head, heads;
 
   int64_t columns() const { return round_up(heads, kWidth); }
-  // Words from one token's scores or probabilities to the next's. An odd number of cache lines: a product
-  // reads down a column, which would otherwise fall into a few sets of the cache.
+  // Words from one token's scores or probabilities to the next token's.
   int64_t stride() const { return odd_lines(columns()); }
 };
 
-// Queries as columns, [depth words][heads], the form in which every engine wants them.
+// Queries as columns, [depth words][heads], the form that every engine reads.
 template <class Math, class T>
 class Queries {
  public:
@@ -70,7 +69,7 @@ class Queries {
 template <class Math, class T>
 class Values;
 
-// In fp32 one row a token: read where it lies if it holds floats in whole vectors, else converted.
+// In fp32, one row per token: read in place if it holds floats in whole vectors, else converted.
 template <class T>
 class Values<Fp32, T> {
  public:
@@ -109,7 +108,7 @@ class Values<Fp32, T> {
 };
 
 #if defined(__AVX512BF16__)
-// For the bf16 dot pairs of tokens, as panels[token / 2][columns]; zeros for the tokens that pad the block.
+// For the bf16 dot, pairs of tokens: panels[token / 2][columns], with zeros for tokens that pad the block.
 template <class T>
 class Values<Bf16Dot, T> {
  public:
@@ -158,10 +157,11 @@ class Values<Bf16Dot, T> {
 };
 #endif
 
-// Probabilities of a block, where the softmax leaves them: [tokens / kPerWord][stride] words.
+// Probabilities of a block, [tokens / kPerWord][stride] words. The softmax writes them.
 //
-// Rounding a probability to bf16 errs as much as rounding the output does. A second word that holds the rest
-// removes that error and doubles the product's cost; an engine says for how many rows it affords it.
+// Rounding probabilities to bf16 adds as large an error as rounding the output. A second word that holds the
+// remainder removes this error and doubles the product's cost; an engine uses it for fewer than kFineBelow
+// rows.
 template <class Math>
 class Probabilities;
 
@@ -170,7 +170,7 @@ class Probabilities<Fp32> {
  public:
   template <class Memory>
   Probabilities(int64_t, int64_t stride, Memory&) : stride_(stride) {}
-  void prepare(float* scores, bool) { words_ = scores; }  // in their place
+  void prepare(float* scores, bool) { words_ = scores; }  // the probabilities replace them
   void put(int64_t token, int64_t column, Float a, Float b) {
     store(words_ + token * stride_ + column, a);
     store(words_ + (token + 1) * stride_ + column, b);
@@ -210,7 +210,7 @@ class Probabilities<Bf16Dot> {
 };
 #endif
 
-// The two products on register tiles. Keys are read where they lie if that costs nothing, else converted.
+// The two products on register tiles. Keys are read in place if they are words already, else converted.
 template <class MathType, class Query, class Row = Query>
 class TileEngine {
  public:
@@ -219,9 +219,9 @@ class TileEngine {
   using RowElement = Row;
   using Word = typename Math::Word;
   static constexpr int kBlock = 96;        // tokens at a time
-  static constexpr int kGranule = 2;       // to a multiple of which they are padded
+  static constexpr int kGranule = 2;       // tokens are padded to a multiple of it
   static constexpr int kFineBelow = 2048;  // rows; see Probabilities
-  static constexpr float kSlack = 0.0f;  // see OnlineSoftmax; the largest probability is 1, which bf16 holds
+  static constexpr float kSlack = 0.0f;    // see OnlineSoftmax; the largest probability is exactly 1
 
   template <class Memory>
   TileEngine(const HeadGroup& group, Memory& memory)
@@ -247,7 +247,7 @@ class TileEngine {
     v_ = v, n_ = n, padded_ = padded;
   }
 
-  // Meanwhile Bytes a word of what lies at address(i) are fetched for each row i.
+  // Meanwhile it prefetches, for each row i, `Bytes` bytes per word from address(i) on.
   template <int Bytes, class Address>
   [[gnu::noinline]] void scores(float* scores, const Address& address) const {
     for_each_panel(group_.columns() / kWidth, [&](int64_t v, auto width) {
@@ -261,7 +261,7 @@ class TileEngine {
     });
   }
 
-  // acc = acc * alpha + P V; from zero if alpha is null.
+  // acc = acc * alpha + P V, or acc = P V if alpha is null.
   void accumulate(const Probabilities<Math>& p, const float* alpha, float* acc) {
     const int64_t heads = group_.heads;
     if constexpr (Math::kPerWord == 1)
@@ -300,9 +300,9 @@ class TileEngine {
   int64_t n_ = 0, padded_ = 0;
 };
 
-// One softmax over the rows that the group's query selects. Its reference, the highest score so far, moves
-// when a score exceeds it by more than the engine's slack (in units of log2): moving it costs a pass over
-// what was summed.
+// One softmax over the rows that the group's query selects. Its reference is the highest score so far. It
+// moves only when a score exceeds it by more than the engine's kSlack (in units of log2), because each move
+// costs a pass over the sums.
 template <class Engine, class Rows>
 class OnlineSoftmax {
  public:
@@ -329,7 +329,7 @@ class OnlineSoftmax {
     if (n > 0) engine_.prepare();
     probabilities_.prepare(scores_, n < Engine::kFineBelow);
     for (int64_t h = 0; h < columns_; h++) top_[h] = highest_[h] = -3e38f, total_[h] = 0.0f;
-    // Where rows are first touched by the product that reads them, the next tile's; else the next block's.
+    // Prefetch the next tile's rows if the product is the first to read them, else the next block's.
     const int64_t ahead = Rows::kInPlace && Engine::reads_in_place(args) ? kTileRows : Engine::kBlock;
     for (int64_t i = 0; i < n; i += Engine::kBlock) {
       const int64_t tokens = n - i < Engine::kBlock ? n - i : Engine::kBlock;
@@ -353,8 +353,7 @@ class OnlineSoftmax {
   }
 
  private:
-  // The kWidth heads from h on: scores to probabilities, and what their sums so far are to be multiplied
-  // with.
+  // For kWidth heads from h on, turns scores into probabilities and sets alpha, the factor of the old sums.
   void block_softmax(int64_t h, int64_t tokens) {
     const Float scale = splat(group_.args.softmax_scale * kLog2e);
     const float* s = scores_ + h;
@@ -405,7 +404,7 @@ void attend_packed(const AttentionArgs& args, int64_t t, int64_t head, int64_t h
                                                                                           head_end);
 }
 
-// Quantised rows in bf16 where that is exact, else in fp32: a cache may hold any fp32 scale.
+// Computes in bf16 if it holds the selected rows exactly, else in fp32: a cache may have any fp32 scale.
 template <class Bf16Engine>
 void attend_packed_in_bf16(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
   (selected_exact_in_bf16(args, t)

@@ -1,12 +1,11 @@
 // Types that every instruction set shares: the arguments of the operations and the table of their kernels.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 // How the rows of a cache are stored; see sparse_attn/formats.
 enum RowFormat : int64_t { kPlain = 0, kV32Rows = 1, kV4Rows = 2, kV41Rows = 3, kV41Fp4Rows = 4 };
-// Of index keys, and of index queries.
+// How index keys and index queries are stored.
 enum KeyFormat : int32_t { kPlainKeys = 0, kFp8Keys = 1, kMxfp4Keys = 2 };
 
 enum DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kDTypes = 3 };
@@ -18,7 +17,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// Strides count elements, of quantised caches bytes; the last dimension of every tensor is contiguous.
+// Strides count elements, or bytes in quantised tensors. The last dimension of every tensor is contiguous.
 
 // index_logits: q [s_q, heads, d], k [s_kv, d] or pages [pages, page_size, d], weights [s_q, heads].
 struct IndexArgs {
@@ -27,18 +26,19 @@ struct IndexArgs {
   const float* weights;
   const int32_t* ks;  // query t sees positions ks[t] <= s < ke[t]
   const int32_t* ke;
-  const uint8_t* q_scale;      // [s_q, heads, d / 32] of kMxfp4Keys, else null
-  const uint8_t* k_scale;      // [pages, page_size] of kFp8Keys (float), [.., d / 32] of kMxfp4Keys, or null
+  const uint8_t* q_scale;      // [s_q, heads, d / 32] for kMxfp4Keys, else null
+  const uint8_t* k_scale;      // [pages, page_size] floats for kFp8Keys, [.., d / 32] for kMxfp4Keys, or null
   const int32_t* block_table;  // [tables, max_pages], or null: then k is one page of s_kv rows
   int64_t q_query, q_head, k_page, k_row, weights_query, block_table_row;
   int64_t q_scale_query, q_scale_head, k_scale_page, k_scale_row;  // in bytes
   int64_t s_q, heads, d, pages, page_size, tables, width;
-  int32_t dtype;                       // of q; of quantised queries, what they are decoded to: bfloat16
+  int32_t dtype;                       // of q; bfloat16 if q is quantised, because it is decoded to that
   KeyFormat key_format, query_format;  // queries are quantised only where keys are
 };
 
-// One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v], indices [s_q, h_kv,
-// topk]. Of a quantised cache k is v, and row i lies in page i / page_size; pages are k_page bytes apart.
+// One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v],
+// indices [s_q, h_kv, topk]. In a quantised cache v is k, row i lies in page i / page_size, and pages are
+// k_page bytes apart.
 struct Segment {
   const void* k;
   const void* v;
@@ -72,30 +72,29 @@ struct SelectArgs {
   int64_t logits_query, out_query, s_q, s_kv, topk;
 };
 
-// What one instruction set offers. A null entry is served by the next lower set.
+// The kernels of one instruction set. Where an entry is null, the next lower set's kernel runs.
 struct Kernels {
   const char* name;
-  // Scores of positions [begin, end) of query t, which exist, into out[0 .. end - begin).
+  // Writes the scores of query t at positions [begin, end), which must exist, to out[0 .. end - begin).
   void (*score[kDTypes])(const IndexArgs&, int64_t t, int64_t begin, int64_t end, float* out);
   // The same for quantised keys.
   void (*score_packed[kDTypes])(const IndexArgs&, int64_t t, int64_t begin, int64_t end, float* out);
-  // The top-k of the n logits x, which stand at positions begin, begin + 1, ..: into out[0 .. topk).
+  // Writes the positions of the topk largest of n logits to out[0 .. topk). x[i] is at position begin + i.
   void (*select)(const float* x, int64_t begin, int64_t n, int64_t topk, int32_t* out);
-  // Heads [head, head_end) of query t: of one kv head, at most kMaxHeads of them.
+  // Attention of heads [head, head_end) of query t: at most kMaxHeads, all of one kv head.
   void (*attend[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
-  // The same for at most kFewHeads heads a kv head, of one or several kv heads that share their indices.
+  // The same for at most kFewHeads heads per kv head; all heads of one call share their indices.
   void (*attend_few[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
   // Both for quantised rows.
   void (*attend_packed[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
   void (*attend_few_packed[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
-  // Runs a loop of multiply-adds in registers and returns how many operations it made; 0 if there is no such
-  // loop.
+  // Runs multiply-adds in registers and returns the number of operations, or 0 if the set has no such loop.
   int64_t (*peak)(int32_t kind, int64_t rounds);
 };
 enum PeakKind : int32_t { kPeakFp32 = 0, kPeakBf16 = 1 };
 
 constexpr int64_t kMaxHeads = 128;
 constexpr int64_t kFewHeads = 8;
-constexpr int64_t kHeadUnit = 16;  // parts of a head range start at multiples of it
+constexpr int64_t kHeadUnit = 16;  // a range of heads is split at multiples of it
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

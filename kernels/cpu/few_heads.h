@@ -1,7 +1,8 @@
-// Attention of a few heads a kv head: memory-bound, so the rows are the vectors and every row is read once.
+// Attention of a few heads per kv head. Memory is the limit, so vectors run along the rows and each row is
+// read from memory once.
 //
-// One call takes several neighbouring kv heads of a shared selection: a row's page is then visited once for
-// all.
+// One call serves all neighbouring kv heads that share a selection, so that a row's memory page is visited
+// once for all of them.
 #pragma once
 
 #include "attention.h"
@@ -68,11 +69,11 @@ class FewHeads {
   }
 
  private:
-  // Row i of the block, of the g-th kv head of the unit.
+  // Row i of the block, in the unit's g-th kv head.
   const T* key(int64_t i, int64_t g) const { return rows_.keys()[i] + g * args_.segments[0].k_head; }
   const T* value(int64_t i, int64_t g) const { return rows_.values()[i] + g * args_.segments[0].v_head; }
 
-  // scores_[row][lane], a lane for each head of the group.
+  // Fills scores_[row][lane], with a lane for each head of the group.
   void scores(int64_t g, int rows) {
     if (lanes_ > group_) std::memset(sums_, 0, rows * lanes_ * kWidth * sizeof(float));
     for (int h = 0; h < group_; h += kHeads) {
@@ -108,11 +109,11 @@ class FewHeads {
     ToMatrix{sums_ + (row * lanes_ + head) * kWidth, lanes_ * kWidth}(0, c);
   }
 
-  // scores_ become probabilities; what was summed so far is scaled to a new reference where it is needed.
+  // Turns scores_ into probabilities, and rescales the sums so far where the softmax's reference moves.
   void softmax(int64_t g, int rows) {
     const float scale = args_.softmax_scale * kLog2e;
     const int n = rows * lanes_;
-    constexpr int kPattern = kWidth > kMaxGroup ? kWidth : kMaxGroup;  // lanes repeat within so many
+    constexpr int kPattern = kWidth > kMaxGroup ? kWidth : kMaxGroup;  // lanes repeat after so many
     float top[kPattern], sums[kPattern];
     for (int lane = 0; lane < group_; lane++) {
       float& before = top_[g * group_ + lane];
@@ -183,13 +184,13 @@ class FewHeads {
 
   const AttentionArgs& args_;
   const HeadGroup& unit_;
-  int group_;      // heads a kv head
+  int group_;      // heads per kv head
   int lanes_ = 1;  // the power of two that holds them
   int64_t depth_, columns_;
   struct {
     int64_t row, kv_head;
     int rows;
-  } next_ = {};  // what comes next is fetched by the work on the first heads of a group
+  } next_ = {};  // the next rows; the work on the first heads of a group prefetches them
   Rows rows_;
   float *q_, *acc_;                 // [heads, depth], [heads, columns]
   float *top_, *highest_, *total_;  // [heads]

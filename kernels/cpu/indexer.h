@@ -1,7 +1,7 @@
 // Lightning-indexer scores: logits[s] = sum_j weights[j] * relu(q[j] . k[s]).
 //
-// The heads of one query are the columns of a register tile, a few keys its rows; relu and weight are applied
-// to the accumulators, so a score leaves registers as one vector a key.
+// The heads of one query are the columns of a register tile, a few keys its rows. Relu and weights are
+// applied to the accumulators, so only one vector per key leaves the registers.
 #pragma once
 
 #include "packed.h"
@@ -10,7 +10,7 @@
 
 namespace {
 
-// The weights of one query, zero for the heads that fill up the last vector.
+// The weights of one query, with zeros at the end of the last vector.
 class HeadWeights {
  public:
   template <class Memory>
@@ -26,7 +26,8 @@ class HeadWeights {
     std::memcpy(weights_, weights, heads_ * sizeof(float));
   }
 
-  // f(add) with add(total, scores) = total + weights * relu(scores) over the N vectors of heads from v on.
+  // Calls f(add), where add(total, scores) = total + weights * relu(scores) over N vectors of heads from v
+  // on.
   template <int N, class F>
   void with_vectors(int64_t v, F&& f) const {
     const float* weights = weights_ + v * kWidth;
@@ -42,7 +43,7 @@ class HeadWeights {
  private:
   int64_t heads_;
   float* weights_;
-  Int tail_;  // the lanes of the last vector that are heads; in the others 0 * inf must not count
+  Int tail_;  // masks the last vector's lanes that are no heads: there 0 * inf would be NaN
 };
 
 // The scorer of one query on register tiles.
@@ -53,9 +54,9 @@ class TileScorer {
  public:
   using QueryElement = Query;
   using KeyElement = Key;
-  static constexpr int kKeys = 48;  // at a time: a multiple of a tile's rows and of kWidth
-  static constexpr int kAhead = 96;
-  static constexpr int kDecoded = 12;  // of quantised keys: they and the queries fit into L1
+  static constexpr int kKeys = 48;     // at a time: a multiple of a tile's rows and of kWidth
+  static constexpr int kAhead = 96;    // keys are prefetched so many before they are scored
+  static constexpr int kDecoded = 12;  // quantised keys at a time: with the queries they fit into L1
 
   template <class Memory>
   TileScorer(const IndexArgs& args, Memory& memory)
@@ -67,13 +68,13 @@ class TileScorer {
         keys_(memory.template take<Word>(kKeys * depth_)),
         sums_(memory.template take<float>(kKeys * kWidth)) {}
 
-  // The query of these heads, which lie `stride` elements apart.
+  // Takes the query, whose heads lie `stride` elements apart.
   void prepare(const Query* heads, int64_t stride, const float* weights) {
     weights_.prepare(weights);
     pack_columns<Math>(heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
-  // Scores of n keys that lie `stride` elements apart; those at `next` will follow, if not null.
+  // Scores n keys that lie `stride` elements apart. The next call's keys lie at `next`, if that is not null.
   void run(const Key* k, int64_t stride, int64_t n, const Key* next, float* out) const {
     const int64_t ahead = n < kAhead ? n : kAhead;
     const Word* rows[kKeys];
@@ -97,7 +98,7 @@ class TileScorer {
   }
 
  private:
-  // Meanwhile as many keys are fetched as are scored.
+  // Meanwhile it prefetches as many keys as it scores.
   void score(const Word* const* rows, const Key* const* later, int n) const {
     for_each_panel(weights_.vectors(), [&](int64_t v, auto width) {
       weights_.template with_vectors<width>(v, [&](const auto& add) {
@@ -126,8 +127,8 @@ class TileScorer {
   float* sums_;
 };
 
-// Positions [begin, end) of query t, page by page: f(page, offset in it, n positions, the next page or -1,
-// their scores).
+// Calls f(page, offset in it, n positions, next page or -1, their scores) for positions [begin, end) of query
+// t, page by page. Positions in pages that do not exist get -inf.
 template <class F>
 void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out, F&& f) {
   if (!args.block_table) return f(0, begin, end - begin, -1, out);
@@ -163,8 +164,8 @@ void score_plain(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, f
   });
 }
 
-// Quantised keys are decoded a few at a time, and the factors of their scores kept beside them; a quantised
-// query once.
+// Decodes a quantised query once, and quantised keys a few at a time. Each score is then multiplied with the
+// factor of its key.
 template <class Scorer>
 class PackedScorer {
   using Query = typename Scorer::QueryElement;

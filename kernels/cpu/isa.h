@@ -8,7 +8,7 @@
 
 namespace {
 
-// Everything computed in fp32, whatever the tensors hold.
+// Everything is computed in fp32, whatever the tensors hold.
 constexpr Kernels fp32_kernels(const char* name) {
   return {
       name,

@@ -1,7 +1,7 @@
 #include "amx.h"
 #include "isa.h"
 
-// bf16 tensors on tiles; a few heads would leave them empty, so those stay with AVX512.
+// bf16 tensors use tiles. A few heads would leave most of a tile empty, so AVX512 serves them.
 extern const Kernels kernels_amx = {
     "amx",
     {score_plain<AmxScorer>},

@@ -1,6 +1,6 @@
 #include "isa.h"
 
-// bf16 tensors by the dot instruction; everything else is left to AVX512.
+// bf16 tensors use the dot instruction; AVX512 serves everything else.
 extern const Kernels kernels_avx512bf16 = {
     "avx512bf16",
     {score_plain<TileScorer<Bf16Dot, bfloat16>>},

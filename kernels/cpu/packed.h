@@ -1,4 +1,4 @@
-// Quantised caches, read where they lie: sparse_attn/formats.py draws their bytes.
+// Decoding of quantised caches and index tensors; sparse_attn/formats describes their bytes.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,24 @@ namespace {
 
 typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 
-// kWidth e4m3 codes, exactly. Without subnormals on the way: a caller may have told the CPU to flush them.
+#if defined(__AVX512BW__)
+// 32 e4m3 codes as bf16, times 2^exponent, which must make each a normal number.
+inline __m512i bf16_from_e4m3(__m256i codes, int exponent) {
+  const __m512i code = _mm512_cvtepu8_epi16(codes),
+                magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+  const __mmask32 subnormal = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+  const auto biased = [&](int e) { return _mm512_set1_epi16(static_cast<short>((e + exponent) * 128)); };
+  const __m512i eighths = _mm512_castsi128_si512(_mm_setr_epi16(  // the bits of m * 2^-9, less those of 2^-9
+      0, 0, 128, 128 + 64, 256, 256 + 32, 256 + 64, 256 + 96));
+  const __m512i subnormals = _mm512_mask_add_epi16(eighths, 0xfe, eighths, biased(118));
+  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), biased(120));
+  bits = _mm512_mask_permutexvar_epi16(bits, subnormal, magnitude, subnormals);
+  bits = _mm512_mask_mov_epi16(bits, nan, _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(bits, _mm512_and_si512(_mm512_slli_epi16(code, 8), _mm512_set1_epi16(-0x8000)));
+}
+#else
+// kWidth e4m3 codes, exactly. No step has an fp32 subnormal, because the CPU may be set to flush them.
 inline Float from_e4m3(const uint8_t* p) {
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
@@ -20,23 +37,6 @@ inline Float from_e4m3(const uint8_t* p) {
   const Int nan = (magnitude == 0x7f) & 0x7fc00000;
   const Float value = bit_cast<Float>(bits) - bit_cast<Float>(excess);
   return bit_cast<Float>(bit_cast<Int>(value) | nan | (code & 0x80) << 24);
-}
-
-#if defined(__AVX512BW__)
-// 32 e4m3 codes as bf16, times a power of two that leaves each a normal number.
-inline __m512i bf16_from_e4m3(__m256i codes, int exponent) {
-  const __m512i code = _mm512_cvtepu8_epi16(codes),
-                magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
-  const __mmask32 subnormal = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
-  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  const auto biased = [&](int e) { return _mm512_set1_epi16(static_cast<short>((e + exponent) * 128)); };
-  const __m512i eighths = _mm512_castsi128_si512(_mm_setr_epi16(  // m * 2^-9 for m < 8, above 2^-9
-      0, 0, 128, 128 + 64, 256, 256 + 32, 256 + 64, 256 + 96));
-  const __m512i subnormals = _mm512_mask_add_epi16(eighths, 0xfe, eighths, biased(118));
-  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), biased(120));
-  bits = _mm512_mask_permutexvar_epi16(bits, subnormal, magnitude, subnormals);
-  bits = _mm512_mask_mov_epi16(bits, nan, _mm512_set1_epi16(0x7fc0));
-  return _mm512_or_si512(bits, _mm512_and_si512(_mm512_slli_epi16(code, 8), _mm512_set1_epi16(-0x8000)));
 }
 #endif
 
@@ -59,7 +59,7 @@ inline void decode_e4m3(const uint8_t* codes, int64_t n, float scale, T* out) {
 }
 
 #if defined(__AVX512BF16__)
-// In bf16 the scale is a power of two that leaves every value a normal number.
+// For bf16 the scale must be a power of two, or minus one, that makes every value a normal number.
 inline void decode_e4m3(const uint8_t* codes, int64_t n, float scale, bfloat16* out) {
   const uint32_t bits = bit_cast<uint32_t>(scale);
   const int exponent = static_cast<int>(bits >> 23 & 0xff) - 127;
@@ -88,8 +88,8 @@ inline Float from_e2m1(Int code) {
   return bit_cast<Float>(bits | (code & 8) << 28);
 }
 
-// 2n e2m1 codes, n a multiple of 16, the even ones in the low nibbles; scale(i) is that of value i, the same
-// for 16 in a row.
+// 2n e2m1 codes in n bytes, n a multiple of 16, the even ones in the low nibbles. scale(i) is the scale of
+// value i; 16 values in a row share it.
 template <class T, class Scale>
 inline void decode_e2m1(const uint8_t* codes, int64_t n, const Scale& scale, T* out) {
   for (int64_t i = 0; i < n; i += 8) {
@@ -105,7 +105,7 @@ inline void decode_e2m1(const uint8_t* codes, int64_t n, const Scale& scale, T* 
 }
 
 #if defined(__AVX512BF16__)
-// In bf16 by a table of the 16 values times each scale, exactly, as their products have few bits.
+// For bf16, from a table of the 16 values times the scale: exact, because the products have few bits.
 template <class Scale>
 inline void decode_e2m1(const uint8_t* codes, int64_t n, const Scale& scale, bfloat16* out) {
   const Float values =
@@ -116,14 +116,14 @@ inline void decode_e2m1(const uint8_t* codes, int64_t n, const Scale& scale, bfl
     const __m512i tables =
         (__m512i)_mm512_cvtne2ps_pbh(values * splat(scale(2 * i + 16)), values * splat(scale(2 * i)));
     const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-    const __m512i apart = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));  // a nibble ends each 16 bits
+    const __m512i apart = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));  // a nibble low in each 16 bits
     const __m512i entry = _mm512_or_si512(_mm512_and_si512(apart, nibble), table_of_lane);
     _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(entry, tables));
   }
 }
 #endif
 
-// A row of a quantised cache, and its scales if they lie behind the page's rows.
+// A row of a latent cache, and its scales if they lie behind the page's rows, else null.
 struct PackedRow {
   RowFormat format;
   const uint8_t *bytes, *scales;
@@ -140,7 +140,7 @@ inline PackedRow packed_row(const Segment& s, int64_t row) {
   return {s.format, start + slot * s.k_row, nullptr};
 }
 
-// The values of a row.
+// Writes the d_qk values of a row.
 template <class Plain, class T>
 inline void decode_row(const PackedRow& row, int64_t d_qk, T* out) {
   const uint8_t* bytes = row.bytes;
@@ -151,19 +151,19 @@ inline void decode_row(const PackedRow& row, int64_t d_qk, T* out) {
         store_tail(out + i, load_tail(values + i, d_qk - i), d_qk - i);
       return;
     }
-    case kV32Rows: {  // 512 e4m3, 4 fp32, 64 bf16
+    case kV32Rows: {  // 512 e4m3, 4 fp32 scales, 64 bf16 (rope)
       float scales[4];
       std::memcpy(scales, bytes + 512, sizeof scales);
       for (int i = 0; i < 4; i++) decode_e4m3(bytes + 128 * i, 128, scales[i], out + 128 * i);
       return decode_bf16(bytes + 528, 64, out + 512);
     }
-    case kV4Rows:  // 448 e4m3, 64 bf16; 7 ue8m0
+    case kV4Rows:  // 448 e4m3, 64 bf16 (rope); 7 ue8m0 scales
       for (int i = 0; i < 7; i++) decode_e4m3(bytes + 64 * i, 64, from_ue8m0(row.scales[i]), out + 64 * i);
       return decode_bf16(bytes + 448, 64, out + 448);
-    case kV41Rows:  // 512 e4m3, 16 ue8m0
+    case kV41Rows:  // 512 e4m3, 16 ue8m0 scales
       for (int i = 0; i < 16; i++) decode_e4m3(bytes + 32 * i, 32, from_ue8m0(bytes[512 + i]), out + 32 * i);
       return;
-    case kV41Fp4Rows: {  // 512 e2m1, 32 e4m3
+    case kV41Fp4Rows: {  // 512 e2m1, 32 e4m3 scales
       float scales[32];
       decode_e4m3(bytes + 256, 32, 1.0f, scales);
       return decode_e2m1(bytes, 256, [&](int64_t i) { return scales[i / 16]; }, out);
@@ -171,7 +171,7 @@ inline void decode_row(const PackedRow& row, int64_t d_qk, T* out) {
   }
 }
 
-// Whether bf16 holds every value of the row: the scales are powers of two, and not extreme.
+// Whether bf16 holds every value of the row exactly: the scales are powers of two, and not extreme.
 inline bool exact_in_bf16(const PackedRow& row) {
   const auto moderate = [](uint32_t exponent) { return exponent > 27 && exponent < 227; };
   switch (row.format) {
@@ -185,13 +185,13 @@ inline bool exact_in_bf16(const PackedRow& row) {
       return std::all_of(row.scales, row.scales + 7, moderate);
     case kV41Rows:
       return std::all_of(row.bytes + 512, row.bytes + 528, moderate);
-    default:  // bf16 rows, and 2 bits of mantissa times 4
+    default:  // bf16 rows, and products of a 2-bit and a 4-bit significand
       return true;
   }
 }
 
-// One index key of d values, without the factor that it returns: the scale of an fp8 key, which relu lets
-// through as it is not negative.
+// Decodes one index key of d values and returns the factor that its score must be multiplied with: of an fp8
+// key the absolute value of its scale, because relu(c x) = c relu(x) for c >= 0.
 template <class T>
 inline float decode_key(KeyFormat format, const uint8_t* codes, const uint8_t* scales, int64_t d, T* out) {
   if (format == kFp8Keys) {
@@ -200,12 +200,12 @@ inline float decode_key(KeyFormat format, const uint8_t* codes, const uint8_t* s
     scale < 0.0f ? decode_e4m3(codes, d, -1.0f, out) : decode_e4m3(codes, d, 1.0f, out);
     return __builtin_fabsf(scale);
   }
-  // kMxfp4Keys: one ue8m0 for 32 values
+  // kMxfp4Keys: one ue8m0 scale per 32 values
   decode_e2m1(codes, d / 2, [&](int64_t i) { return from_ue8m0(scales[i / 32]); }, out);
   return 1.0f;
 }
 
-// The values of one head of a quantised index query; e4m3 ones have no scales here.
+// Decodes one head of a quantised index query; an e4m3 query has no scales here.
 template <class T>
 inline void decode_query(KeyFormat format, const uint8_t* codes, const uint8_t* scales, int64_t d, T* out) {
   if (format == kFp8Keys)

@@ -1,4 +1,4 @@
-// One parallel loop. OpenMP's runtime is the one that torch has loaded; without OpenMP the loop is serial.
+// One parallel loop. The OpenMP runtime is the one that torch has loaded; without OpenMP the loop is serial.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,16 @@
-// The multiply-add rate of registers alone: what the kernels are measured against.
+// Multiply-adds in registers alone: their rate is the limit that the kernels are measured against.
 #pragma once
 
 #include "tile.h"
 
 namespace {
 
-// Operations of `rounds` rounds of independent multiply-adds, each of 2 * kPerWord * kWidth.
+// Runs `rounds` rounds of independent multiply-adds, each of 2 * kPerWord * kWidth operations, and returns
+// the number of operations.
 template <class Math>
 int64_t run_peak(int64_t rounds) {
   constexpr int kChains = kWidth == 16 ? 24 : 12;
-  // Read from volatile, so that the compiler knows neither the factor nor that the chains are alike.
+  // Volatile, so that the compiler knows neither the factor nor that all chains start alike.
   volatile typename Math::Word factor = 0;
   volatile float start = 0;
   const typename Math::Word word = factor;

@@ -1,11 +1,11 @@
-// The rows that a query selects, as pointers that kernels take a block at a time.
+// The rows that a query selects, as pointers; kernels take a block of them at a time.
 #pragma once
 
 #include "packed.h"
 
 namespace {
 
-// f(segment, row) for every row of both segments in their order; indices outside [0, s_kv) are dropped.
+// Calls f(segment, row) for every selected row of all segments, in order. Skips indices outside [0, s_kv).
 template <class F>
 inline void for_each_selected(const AttentionArgs& args, int64_t t, int64_t kv_head, F&& f) {
   for (int i = 0; i < args.n_segments; i++) {
@@ -26,7 +26,7 @@ inline int64_t max_rows(const AttentionArgs& args) {
 // Whether a row's value is the beginning of its key, as in MLA.
 inline bool values_are_keys(const AttentionArgs& args) { return args.segments[0].v == args.segments[0].k; }
 
-// Rows of elements, read where they lie.
+// Rows that are not quantised, read in place.
 template <class T>
 class PlainRows {
  public:
@@ -49,11 +49,11 @@ class PlainRows {
     return n;
   }
 
-  void take(int64_t first, int64_t) { first_ = first; }  // the block that keys() and values() give
+  void take(int64_t first, int64_t) { first_ = first; }  // sets the block of keys() and values()
   const T* const* keys() const { return k_ + first_; }
   const T* const* values() const { return v_ + first_; }
 
-  // Of row i the key, and n elements of the value from a column on, of the kv_head-th of a unit's.
+  // Prefetch the key of row i, or n elements of its value from a column on; kv_head 0 is that of select().
   void prefetch_key(int64_t i, int64_t kv_head = 0) const {
     prefetch<2>(k_[i] + kv_head * args_.segments[0].k_head, args_.d_qk * sizeof(T));
   }
@@ -62,7 +62,7 @@ class PlainRows {
       prefetch<2>(v_[i] + kv_head * args_.segments[0].v_head + column, n * sizeof(T));
   }
 
-  // What is to be fetched of row i, besides what this call fetches at once.
+  // The address from which the caller is to prefetch row i. The call itself prefetches the rest of the row.
   const auto* fetch(int64_t i) const {
     prefetch_value(i, 0, 0, args_.d_v);
     return k_[i];
@@ -74,13 +74,13 @@ class PlainRows {
   int64_t first_ = 0;
 };
 
-// Rows of latent caches of which at least one is quantised, decoded to T a block at a time.
+// Rows of latent caches, at least one of them quantised; decoded to T a block at a time.
 template <class Plain, class T>
 class PackedRows {
  public:
   using Element = T;
   static constexpr bool kInPlace = false;
-  static constexpr int kBytes = 1;  // of an element, about
+  static constexpr int kBytes = 1;  // of an element, approximately
 
   template <class Memory>
   PackedRows(const AttentionArgs& args, int64_t block, Memory& memory)
@@ -107,9 +107,9 @@ class PackedRows {
   const T* const* values() const { return pointers_; }
 
   void prefetch_key(int64_t i, int64_t = 0) const {
-    prefetch<2>(fetch(i), args_.d_qk);  // at least what the smaller formats have, less than all
+    prefetch<2>(fetch(i), args_.d_qk);  // a byte per value: most of a row, in every format
   }
-  void prefetch_value(int64_t, int64_t, int64_t, int64_t) const {}  // part of the key
+  void prefetch_value(int64_t, int64_t, int64_t, int64_t) const {}  // a part of the key
 
   const auto* fetch(int64_t i) const {
     if (rows_[i].scales) prefetch_line<2>(rows_[i].scales);
@@ -123,7 +123,7 @@ class PackedRows {
   const T** pointers_;
 };
 
-// Whether bf16 holds every value that query t selects.
+// Whether bf16 holds every value that query t selects exactly.
 inline bool selected_exact_in_bf16(const AttentionArgs& args, int64_t t) {
   bool exact = true;
   for_each_selected(args, t, 0, [&](const Segment& s, int64_t row) {

@@ -1,10 +1,11 @@
-// A vector of floats in the widest form that this translation unit is compiled for, and what kernels do with
-// it.
+// The widest vector of floats of the instruction set that this translation unit is compiled for, and its
+// operations.
 //
 // Everything in the kernel headers lives in an unnamed namespace: the same template is compiled once for each
 // instruction set, and the linker must never merge two of them.
 #pragma once
 
+#include <cstddef>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -44,7 +45,6 @@ inline To bit_cast(const From& from) {
 }
 
 inline Float splat(float x) { return x - Float{}; }
-inline Int splat(int32_t x) { return x - Int{}; }
 
 inline Float load(const float* p) {
   Float x;
@@ -53,48 +53,26 @@ inline Float load(const float* p) {
 }
 inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
 
-inline Float select(Int mask, Float a, Float b) {  // lanes of the mask are all ones or zero
+inline Float select(Int mask, Float a, Float b) {  // each lane of the mask is all ones or all zeros
   return bit_cast<Float>((mask & bit_cast<Int>(a)) | (~mask & bit_cast<Int>(b)));
 }
 
-// Element types, one at a time. Rounding is to nearest even.
-inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
-inline void from_float(float x, float* p) { *p = x; }
-inline void from_float(float x, bfloat16* p) {
-  const uint32_t u = bit_cast<uint32_t>(x);
-  p->bits = x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : (u >> 16 | 0x40);
-}
-
 #if defined(__F16C__)
 inline float to_float(float16 x) { return _cvtsh_ss(x.bits); }
-inline void from_float(float x, float16* p) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__aarch64__)
 inline float to_float(float16 x) { return bit_cast<__fp16>(x.bits); }
-inline void from_float(float x, float16* p) { p->bits = bit_cast<uint16_t>(static_cast<__fp16>(x)); }
 #else
 inline float to_float(float16 x) {
-  // Move exponent and mantissa into place, then let a multiplication rebias them, subnormals included.
+  // A shift puts exponent and mantissa in place; the multiplication corrects the bias, for subnormals too.
   const uint32_t magnitude = uint32_t{x.bits} & 0x7fff;
   const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
   const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : bit_cast<uint32_t>(scaled);
   return bit_cast<float>(special | (uint32_t{x.bits} & 0x8000) << 16);
 }
-inline void from_float(float x, float16* p) {
-  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000;
-  const float magnitude = bit_cast<float>(u & 0x7fffffff);
-  uint32_t half;
-  if (!(magnitude < 65520.0f)) {
-    half = magnitude == magnitude ? 0x7c00 : 0x7e00;
-  } else if (magnitude < 0x1p-14f) {
-    half = bit_cast<uint32_t>(magnitude + 0.5f) - 0x3f000000;  // the addition rounds to a multiple of 2^-24
-  } else {
-    const uint32_t m = u & 0x7fffffff;
-    half = (m + 0xfff + (m >> 13 & 1) - 0x38000000) >> 13;
-  }
-  p->bits = static_cast<uint16_t>(sign | half);
-}
 #endif
+
+// load and store convert from and to the element type; rounding is to nearest even.
 
 #if defined(__AVX512F__)
 
@@ -122,7 +100,8 @@ inline Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
 inline Bits greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline Bits at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 
-// Append the chosen lanes, and base + lane for each. Writes whole vectors: room for kWidth more is needed.
+// Writes the chosen lanes of x one after another, and base + lane for each; returns how many. It may write
+// whole vectors, so the buffers need room for kWidth elements.
 inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __mmask16 mask = static_cast<__mmask16>(chosen);
@@ -132,7 +111,7 @@ inline int append(Bits chosen, Float x, int base, float* values, int* positions)
   return __builtin_popcount(chosen);
 }
 
-// A square of 32-bit words: row i of the result is column i of r.
+// Transposes a square of 32-bit words: row i of the result is column i of r.
 inline void transpose(__m512i* r) {
   __m512i t[16];
   for (int i = 0; i < 8; i++) {
@@ -171,17 +150,6 @@ inline void transpose(const void* from, ptrdiff_t from_words, void* to, ptrdiff_
   for (int i = 0; i < kWidth; i++)
     for (int j = 0; j < kWidth; j++)
       static_cast<int32_t*>(to)[i * to_words + j] = static_cast<const int32_t*>(from)[j * from_words + i];
-}
-
-template <class T>
-inline Float load_each(const T* p) {
-  Float x = {};
-  for (int i = 0; i < kWidth; i++) x[i] = to_float(p[i]);
-  return x;
-}
-template <class T>
-inline void store_each(T* p, Float x) {
-  for (int i = 0; i < kWidth; i++) from_float(x[i], p + i);
 }
 
 inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
@@ -224,6 +192,38 @@ inline Bits at_least(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps
 
 #else
 
+inline void from_float(float x, bfloat16* p) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  p->bits = x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : (u >> 16 | 0x40);
+}
+inline void from_float(float x, float16* p) {
+#if defined(__aarch64__)
+  p->bits = bit_cast<uint16_t>(static_cast<__fp16>(x));
+#else
+  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000;
+  const float magnitude = bit_cast<float>(u & 0x7fffffff);
+  uint32_t half;
+  if (!(magnitude < 65520.0f)) {
+    half = magnitude == magnitude ? 0x7c00 : 0x7e00;
+  } else if (magnitude < 0x1p-14f) {
+    half = bit_cast<uint32_t>(magnitude + 0.5f) - 0x3f000000;  // the addition rounds to a multiple of 2^-24
+  } else {
+    const uint32_t m = u & 0x7fffffff;
+    half = (m + 0xfff + (m >> 13 & 1) - 0x38000000) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+template <class T>
+inline Float load_each(const T* p) {
+  Float x = {};
+  for (int i = 0; i < kWidth; i++) x[i] = to_float(p[i]);
+  return x;
+}
+template <class T>
+inline void store_each(T* p, Float x) {
+  for (int i = 0; i < kWidth; i++) from_float(x[i], p + i);
+}
 inline Float load(const bfloat16* p) { return load_each(p); }
 inline Float load(const float16* p) { return load_each(p); }
 inline void store(bfloat16* p, Float x) { store_each(p, x); }
@@ -248,7 +248,7 @@ inline Bits at_least(Float a, Float b) { return bits_of(a >= b); }
 #endif
 #endif
 
-// max(a, b) is b when either is NaN, so max(constant, x) keeps the NaN of x.
+// max(a, b) is b if either is NaN, so max(constant, x) keeps a NaN of x.
 inline Float relu(Float x) { return max(Float{}, x); }
 
 template <class T>
@@ -266,9 +266,9 @@ inline void store_tail(T* p, Float x, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = copy[i];
 }
 
-// 2^x for x <= 0 or a little above; below 2^-126 the result is 2^-126. Relative error 3e-8.
+// 2^x for x <= 0 or a little above; 2^-126 for x below -126. Relative error 3e-8.
 inline Float exp2(Float x) {
-  const Float magic = splat(0x1.8p23f);  // adding it rounds to an integer, which lands in the low bits
+  const Float magic = splat(0x1.8p23f);  // adding it rounds x to an integer in the low bits
   x = max(splat(-126.0f), x);
   const Float shifted = x + magic;
   const Float f = x - (shifted - magic);
@@ -289,14 +289,8 @@ inline float sum(Float x) {
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
 }
-inline float largest(Float x) {
-  float top = x[0];
-  for (int i = 1; i < kWidth; i++) top = x[i] > top ? x[i] : top;
-  return top;
-}
 
-// The sum of each of kWidth consecutive vectors. Every vector is summed in the same order, wherever it
-// stands.
+// The sum of each of kWidth consecutive vectors. Each vector is summed in the same order, wherever it is.
 inline Float sum_each(const float* vectors) {
 #if defined(__AVX512F__)
   __m512 a[8], b[4];
@@ -322,11 +316,11 @@ inline Float sum_each(const float* vectors) {
 #endif
 }
 
-// Into the nearest cache (Locality 3) or the one behind it (2).
+// Prefetches into the L1 cache (Locality 3) or the L2 cache (2).
 template <int Locality = 3>
 inline void prefetch_line(const void* p) {
   __builtin_prefetch(p, 0, Locality);
-  asm volatile("");  // GCC takes what only prefetches for a function without effect and drops calls of it
+  asm volatile("");  // without it GCC deletes calls to functions that only prefetch
 }
 template <int Locality = 3>
 inline void prefetch(const void* row, int64_t bytes) {
@@ -336,8 +330,8 @@ inline void prefetch(const void* row, int64_t bytes) {
 #if defined(__OPTIMIZE__)
 #define ALWAYS_INLINE __attribute__((always_inline))
 
-// f(0), .., f(N - 1) with the numbers as constants, so that arrays indexed with them stay in registers: a
-// loop is unrolled too late for that.
+// Calls f(0), .., f(N - 1) with compile-time constants, so that arrays indexed with them stay in registers. A
+// loop would be unrolled too late for that.
 template <class F, int... I>
 ALWAYS_INLINE inline void unrolled(const F& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -346,7 +340,7 @@ template <int N, class F>
 ALWAYS_INLINE inline void unrolled(const F& f) {
   unrolled(f, std::make_integer_sequence<int, N>{});
 }
-#else  // with sanitizers the same would take minutes to compile
+#else  // for builds with sanitizers, which would take minutes to compile the above
 #define ALWAYS_INLINE
 template <int N, class F>
 inline void unrolled(const F& f) {

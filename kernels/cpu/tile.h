@@ -1,8 +1,8 @@
 // Register tiles of matrix products over 32-bit words.
 //
-// A word is what one multiply-add consumes: a float, or a pair of bf16 values for the bf16 dot instruction.
-// Both are broadcast from the left operand and loaded from the right one in the same way, so one kernel
-// serves both.
+// A word is one lane's input of a multiply-add: a float, or a pair of bf16 values for the bf16 dot
+// instruction. Both kinds are broadcast from the left operand and loaded from the right one in the same way,
+// so one kernel serves both.
 #pragma once
 
 #include "simd.h"
@@ -13,7 +13,6 @@ struct Fp32 {
   using Word = float;
   using Vector = Float;
   static constexpr int kPerWord = 1;
-  static constexpr int kColumnGroup = kWidth;  // values of d_v that are packed together
   static Vector load(const Word* p) { return ::load(p); }
   static Vector broadcast(const Word* p) { return splat(*p); }
   static Float dot(Float c, Vector a, Vector b) { return fma(a, b, c); }
@@ -24,12 +23,11 @@ struct Bf16Dot {
   using Word = uint32_t;
   using Vector = __m512bh;
   static constexpr int kPerWord = 2;
-  static constexpr int kColumnGroup = 2 * kWidth;
   static Vector load(const Word* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Vector broadcast(const Word* p) { return (__m512bh)_mm512_set1_epi32(bit_cast<int32_t>(*p)); }
   static Float dot(Float c, Vector a, Vector b) { return _mm512_dpbf16_ps(c, a, b); }
 
-  // Lane by lane the pair (a, b) rounded to bf16.
+  // In each lane the pair (a, b), rounded to bf16.
   static __m512i pair(Float a, Float b) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);  // a's lanes, then b's
     return _mm512_permutexvar_epi16(interleaved_lanes(), both);
@@ -39,7 +37,8 @@ struct Bf16Dot {
     return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
 
-  // Two rows' next 32 columns as words, in the order that two unpacks leave: restore() puts it right again.
+  // Pairs the next 32 columns of two rows as words, in the order that unpack instructions give; restore()
+  // puts 32 columns of the product back in order.
   static void interleave(const void* a, const void* b, Word* low, Word* high) {
     const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
     _mm512_storeu_si512(low, _mm512_unpacklo_epi16(x, y));
@@ -61,7 +60,7 @@ struct Bf16Dot {
 };
 #endif
 
-// The left operand of a product: element k of row m. The rows lie where these pointers say,
+// The left operand of a product gives element k of row m. Here each row has a pointer of its own.
 template <class Math>
 struct RowsAt {
   const typename Math::Word* const* rows;
@@ -78,7 +77,7 @@ struct RowsAt {
     return tile;
   }
 };
-// or side by side, their elements `step` words apart.
+// Here rows lie side by side, and the elements of a row lie `step` words apart.
 template <class Math>
 struct Transposed {
   const typename Math::Word* first;
@@ -91,13 +90,13 @@ struct Transposed {
   }
 };
 
-// The right operand: rows of columns, one for each k. They follow each other, N vectors each,
+// The right operand gives a row of columns for each k. Here rows of N vectors follow each other.
 template <class Math, int N>
 struct Panel {
   const typename Math::Word* first;
   const typename Math::Word* operator()(int64_t k) const { return first + k * (N * kWidth); }
 };
-// or where these pointers say, `offset` words from there.
+// Here each row lies `offset` words after a pointer of its own.
 template <class Math>
 struct ColumnsAt {
   const typename Math::Word* const* rows;
@@ -105,7 +104,7 @@ struct ColumnsAt {
   const typename Math::Word* operator()(int64_t k) const { return rows[k] + offset; }
 };
 
-// What to prefetch while rows are multiplied: of row m, `Bytes` from address(m) on for each word.
+// What to prefetch while rows are multiplied: for each word of row m, `Bytes` bytes, from address(m) on.
 template <int Bytes, class Address>
 struct Fetch {
   static constexpr int kBytes = Bytes;
@@ -132,9 +131,9 @@ ALWAYS_INLINE inline void accumulate(Float (&c)[M][N], const Left& a, const Righ
   }
 }
 
-// The same for `rows` rows of any number. start(m, c) says what a tile of rows m, m + 1, .. starts from and
-// finish(m, c) takes what it gave. Prefetches are spread over the product: what comes a line at a time is not
-// waited for.
+// The same for any number of rows, all of k. start(m, c) sets the accumulators for the tile of rows m, m + 1,
+// .., and finish(m, c) takes the result. Prefetches are spread over the product, one cache line per row at a
+// time, so that the product does not wait for them.
 template <class Math, int N, class Left, class Right, class Start, class Finish, class Later = NoFetch>
 inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows, const Start& start,
                           const Finish& finish, const Later& later = {}) {
@@ -147,11 +146,11 @@ inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows
       if constexpr (std::is_same_v<Later, NoFetch>) {
         accumulate<Math>(c, left, right, 0, depth);
       } else {
-        constexpr int64_t kLine = 64 / Later::kBytes;  // words whose bytes are a cache line
+        constexpr int64_t kLine = 64 / Later::kBytes;  // words per line
         const char* address[tile_rows];
         for (int m = 0; m < tile_rows; m++) address[m] = reinterpret_cast<const char*>(later.address(m0 + m));
         for (int64_t k = 0; k < depth; k += kLine) {
-          asm volatile("" ::"r"(address) : "memory");  // they stay there: the rows need the registers
+          asm volatile("" ::"r"(address) : "memory");  // keeps them in memory: the rows need the registers
           for (int m = 0; m < tile_rows; m++) prefetch_line<2>(address[m] + k * Later::kBytes);
           accumulate<Math>(c, left, right, k, depth - k < kLine ? depth : k + kLine);
         }
@@ -161,7 +160,7 @@ inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows
   }
 }
 
-// f(m, n, c[m][n]) for every vector of a tile.
+// Calls f(m, n, c[m][n]) for every vector of a tile.
 template <int M, int N, class F>
 ALWAYS_INLINE inline void for_each_vector(Float (&c)[M][N], const F& f) {
   unrolled<M>([&](auto m) ALWAYS_INLINE { unrolled<N>([&](auto n) ALWAYS_INLINE { f(m, n, c[m][n]); }); });
@@ -206,11 +205,11 @@ struct ToMatrix {
   }
 };
 
-// Words of a row that is read beside others: an odd number of cache lines apart, equal columns of theirs fall
-// into different sets of the cache.
+// Words from one row to the next, an odd number of cache lines: one column of many rows then falls into many
+// sets of the cache.
 inline int64_t odd_lines(int64_t words) { return (round_up(words, 16) / 16 | 1) * 16; }
 
-// f(first vector, number of vectors as a constant) for each panel of columns.
+// Calls f(first vector, number of vectors as a compile-time constant) for each panel of columns.
 template <class F>
 inline void for_each_panel(int64_t vectors, F&& f) {
   for (int64_t v = 0; v < vectors; v += kTileVectors)
@@ -218,7 +217,7 @@ inline void for_each_panel(int64_t vectors, F&& f) {
                                 [&](auto width) { f(v, width); });
 }
 
-// A row of d elements as words, zeros up to `words`.
+// A row of d elements as n_words words, zeros at the end.
 template <class Math, class T>
 inline void to_words(const T* row, int64_t d, typename Math::Word* words, int64_t n_words) {
   if constexpr (Math::kPerWord == 2 || std::is_same_v<T, float>) {
@@ -232,14 +231,15 @@ inline void to_words(const T* row, int64_t d, typename Math::Word* words, int64_
   }
 }
 
-// Rows that the tile reads through pointers where they lie, because they are words already.
+// Whether rows of d elements are words already, so that tiles can read them in place.
 template <class Math, class T>
 inline bool are_words(int64_t d) {
   return sizeof(T) * Math::kPerWord == 4 && d % Math::kPerWord == 0;
 }
 
-// [rows, d] -> panels of at most kTileVectors vectors: panel[k][row], zeros for the rows of an incomplete
-// vector. `depth` is the number of words of a row, a multiple of kWidth; `scratch` holds kWidth rows.
+// [rows, d] -> panels of at most kTileVectors vectors: panel[k][row], with zeros for the missing rows of the
+// last vector. `depth` is the number of words per row, a multiple of kWidth; `scratch` has room for kWidth
+// rows.
 template <class Math, class T>
 inline void pack_columns(const T* rows, int64_t stride, int64_t n_rows, int64_t d, int64_t depth,
                          typename Math::Word* panels, typename Math::Word* scratch) {

@@ -1,8 +1,9 @@
 // The exact top-k of a row of logits: ties to the lower position, -0 equal to +0, NaN and -inf never chosen.
 //
-// A sample gives a threshold that keeps a little more than k candidates; a radix search over them finds the
-// k-th value. If too many values equal the threshold, those above it are the candidates, or else it is the
-// k-th value itself. Rows whose sample misleads (clusters) are searched whole: slower, never different.
+// A sample of the row gives a threshold that a little more than k values reach: the candidates. A radix
+// search over them finds the k-th value. If too many values equal the threshold, only those above it are
+// candidates; if these are fewer than k, the threshold is the k-th value. If the sample gives a bad threshold
+// (clustered values), the whole row is searched, which is slower and gives the same result.
 #pragma once
 
 #include "simd.h"
@@ -10,7 +11,7 @@
 
 namespace {
 
-// Order of floats as order of integers; NaN lowest.
+// An integer for each float, in the same order; NaN is the lowest.
 inline uint32_t key_of(float x) {
   const uint32_t u = bit_cast<uint32_t>(x + 0.0f);  // -0 becomes +0
   const uint32_t key = u ^ (static_cast<uint32_t>(static_cast<int32_t>(u) >> 31) | 0x80000000u);
@@ -23,8 +24,8 @@ struct Threshold {
   int64_t ties;  // how many equal to it are among the k largest
 };
 
-// The k-th largest of n values, 1 <= k <= n; of NaN and -inf it may be either. Each round spreads the
-// interval of keys that holds it over the bins.
+// The k-th largest of n values, 1 <= k <= n; it may be -inf or NaN. Each round divides the interval of keys
+// that contains it into bins, counts the keys in each bin, and continues in the bin of the k-th.
 inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
   constexpr int kBits = 10;
   constexpr uint32_t kBins = 1u << kBits;
@@ -51,7 +52,7 @@ inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
     for_each_chunk([&](int64_t m) {
       for (int64_t j = 0; j < m; j++) {
         const uint32_t offset = keys[j] - low;                     // huge for a key below low
-        count[j & 1][offset <= last ? offset >> shift : kBins]++;  // two counters: equal keys often follow
+        count[j & 1][offset <= last ? offset >> shift : kBins]++;  // two counters: equal keys come in runs
       }
     });
     uint32_t bin = last >> shift;
@@ -67,8 +68,8 @@ inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
   }
 }
 
-// Positions of the values above the threshold and of the first `ties` equal to it; the position of x[i] is
-// positions[i], or first + i. Returns how many there are.
+// Writes the positions of the values above the threshold and of the first `ties` equal to it, and returns how
+// many. The position of x[i] is positions[i], or first + i if positions is null.
 inline int64_t emit(const float* x, const int32_t* positions, int64_t first, int64_t n, Threshold threshold,
                     int32_t* out) {
   const Float t = splat(threshold.value);
@@ -100,7 +101,8 @@ struct Candidates {
       : values(memory.template take<float>(room)), positions(memory.template take<int32_t>(room)) {}
 };
 
-// Values of x not below t, or only those above it, with their indices; -1 when there are more than `room`.
+// Writes the values of x that are at least t (`Above`: greater than t) and their indices. Returns how many,
+// or -1 if they may need more than `room`.
 template <bool Above>
 inline int64_t filter(const float* x, int64_t n, float t, int64_t room, float* values, int32_t* positions) {
   const Float threshold = splat(t);
@@ -115,7 +117,8 @@ inline int64_t filter(const float* x, int64_t n, float t, int64_t room, float* v
   return kept;
 }
 
-// A value that about k + 4 standard deviations of n values exceed, judged by short runs spread over the row.
+// A value that a little more than k of n values exceed, estimated from short runs spread over the row. The
+// margin is a tenth and 4 standard deviations.
 inline float sampled_threshold(const float* x, int64_t n, int64_t k) {
   constexpr int64_t kRuns = 64, kRun = 16;
   float sample[kRuns * kRun];
@@ -126,7 +129,7 @@ inline float sampled_threshold(const float* x, int64_t n, int64_t k) {
   return rank < kRuns * kRun ? kth_largest(sample, kRuns * kRun, rank).value : -__builtin_inff();
 }
 
-// Fills out[0 .. topk) with positions, ascending, then -1; x[0] stands at position begin.
+// Fills out[0 .. topk) with the selected positions, ascending, then with -1. x[i] is at position begin + i.
 inline void select_row(const float* x, int64_t begin, int64_t n, int64_t topk, int32_t* out) {
   constexpr float kMinusInfinity = -__builtin_inff();
   int64_t written = -1;
@@ -145,7 +148,7 @@ inline void select_row(const float* x, int64_t begin, int64_t n, int64_t topk, i
     });
   }
   if (written < 0) {
-    Threshold threshold = {kMinusInfinity, 0};  // everything eligible
+    Threshold threshold = {kMinusInfinity, 0};  // all but NaN and -inf
     if (n > topk) threshold = kth_largest(x, n, topk);
     if (!(threshold.value > kMinusInfinity)) threshold = {kMinusInfinity, 0};
     written = emit(x, nullptr, begin, n, threshold, out);

@@ -13,7 +13,7 @@ struct Block {
     release();
     n = (n + 4095) / 4096 * 4096;
     memory = static_cast<char*>(std::aligned_alloc(4096, n));
-    if (!memory) std::abort();  // as the kernel would have it: memory is promised here, and missed later
+    if (!memory) std::abort();  // rare: Linux grants memory here, and ends the process if it runs out later
     bytes = n;
   }
   void release() {

@@ -1,22 +1,21 @@
 // Memory of one thread for the length of a call. A thread keeps up to kKept bytes of each kind for its next
-// call and gives everything back when it ends.
+// call and frees everything when it ends.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 class Workspace {
  public:
-  enum Kind { kKernel, kRow };  // a kernel's own, and the logits row that outlives two kernels
+  enum Kind { kKernel, kRow };  // for one kernel; for logits, which two kernels share
   static constexpr size_t kKept = 8u << 20;
 
-  Workspace(Kind kind, size_t bytes);  // one at a time of a kind
+  Workspace(Kind kind, size_t bytes);  // a thread has at most one of each kind
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // The next n elements, on a cache line of their own and with a line more, so that whole vectors may be
-  // written.
+  // The next n elements, aligned to a cache line. At least 64 unused bytes follow, so that the last vector
+  // may be written as a whole.
   template <class T>
   T* take(size_t n) {
     T* p = reinterpret_cast<T*>(next_);
@@ -24,7 +23,7 @@ class Workspace {
     return p;
   }
 
-  // Counts what the same calls will take.
+  // Counts the bytes that the same calls will take.
   struct Size {
     size_t bytes = 0;
     template <class T>
@@ -41,7 +40,8 @@ class Workspace {
   char* next_;
 };
 
-// An object whose constructor takes its buffers from a workspace: laid out once to count, once to have them.
+// Calls f(object). The object's constructor takes its buffers from a workspace; it runs twice: once to count
+// the bytes, once to take them.
 template <class Object, class Arguments, class F>
 static inline void with_workspace(const Arguments& args, F&& f) {
   Workspace::Size size;
