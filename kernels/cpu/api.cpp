@@ -1,4 +1,3 @@
-#include <cstring>
 #include "api.h"
 
 #include <algorithm>
@@ -216,12 +215,4 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
 
 int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds) {
   return kIsas[isa].kernels ? kIsas[isa].kernels->peak(kind, rounds) : 0;
-}
-
-int64_t sparse_attn_sizeof(const char* name) {
-  if (!std::strcmp(name, "IndexArgs")) return sizeof(IndexArgs);
-  if (!std::strcmp(name, "Segment")) return sizeof(Segment);
-  if (!std::strcmp(name, "AttentionArgs")) return sizeof(AttentionArgs);
-  if (!std::strcmp(name, "SelectArgs")) return sizeof(SelectArgs);
-  return -1;
 }

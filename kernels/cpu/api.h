@@ -26,7 +26,5 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
 
 // The operations of a loop in registers; see Kernels::peak.
 int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds);
-
-int64_t sparse_attn_sizeof(const char* name);
 }
 #pragma GCC visibility pop
