@@ -252,7 +252,7 @@ def _paged(
     if seen.dim() == 1:
         seen = seen[:, None] + torch.arange(1 - next_n, 1)
     width, table = arguments["max_context_len"], arguments["block_table"].long()
-    meant = formats.dequantise(*formats.views(cache), dtype=torch.float64).nan_to_num()
+    meant = formats.unpack(cache, torch.float64).nan_to_num()
     exists = (table >= 0) & (table < pages)
     expected = []
     for b in range(batch):

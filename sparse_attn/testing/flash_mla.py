@@ -142,26 +142,18 @@ def prefill_takes_any_size(module, device):
 # Decode
 
 PAGE_SIZE, PAGES = 64, 5
-PACK = {
-    656: formats.pack_v32_kv,
-    584: formats.pack_v4_kv,
-    528: formats.pack_v41_kv,
-    288: formats.pack_v41_fp4_kv,
-}
-WIDTH = {656: 576, 584: 512, 528: 512, 288: 512}
 
 
 def _cache(size: int | None, pages: int = PAGES, page_size: int = PAGE_SIZE, seed: int = 0, d_qk: int = 576):
     """A cache of ``size`` bytes a token (None: bf16) as FlashMLA takes it, and its rows in fp64."""
-    values = randn(pages, page_size, d_qk if size is None else WIDTH[size], seed=seed)
-    cache = values.bfloat16() if size is None else PACK[size](values)
-    return cache[:, :, None], _rows(cache)
-
-
-def _rows(cache: Tensor) -> Tensor:
-    if cache.dtype == torch.bfloat16:
-        return cache.double().flatten(0, 1)
-    return formats.dequantise(*formats.views(cache), dtype=torch.float64).flatten(0, 1)
+    if size is None:
+        cache = randn(pages, page_size, d_qk, seed=seed).bfloat16()
+        rows = cache.double()
+    else:
+        fmt = formats.KV_FORMATS[size]
+        cache = fmt.pack(randn(pages, page_size, fmt.width, seed=seed))
+        rows = formats.unpack(cache, torch.float64)
+    return cache[:, :, None], rows.flatten(0, 1)
 
 
 def _decode(module: ModuleType, device: str, rows, extra_rows=None, metadata=None, **changes: Any):
