@@ -1,7 +1,6 @@
 """DeepSeek Sparse Attention for PyTorch: exact, deterministic, bounded in memory, on every device."""
 
 from ._version import __version__
-from .attention import SparseGQA, SparseMLA
 from .cache import DSACache
 from .config import DSAConfig, YaRN
 from .functional import (
@@ -17,6 +16,7 @@ from .functional import (
     write_kv,
 )
 from .indexer import LightningIndexer
+from .layers import SparseGQA, SparseMLA
 
 __all__ = [
     "DSACache",

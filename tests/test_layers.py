@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, attention, formats
+from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, formats, layers
 from sparse_attn.rope import apply_rope, rope_cos_sin
 from sparse_attn.testing import relative_error
 
@@ -56,8 +56,8 @@ def selections(monkeypatch):
         made.append(indices)
         return indices
 
-    lightning_topk = attention.lightning_topk
-    monkeypatch.setattr(attention, "lightning_topk", recording)
+    lightning_topk = layers.lightning_topk
+    monkeypatch.setattr(layers, "lightning_topk", recording)
     return made
 
 

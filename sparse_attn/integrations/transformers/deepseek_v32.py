@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
-from ...attention import value_half
 from ...checkpoint import dequantize_blocks
 from ...functional import lightning_topk, sparse_mla
+from ...layers import value_part
 from . import growth
 from .inputs import check, check_padding, check_slots, query_chunks, slots_of
 
@@ -119,7 +119,7 @@ class _SparseAttention:
         out = sparse_mla(
             q.flatten(0, 1), kv, indices, d_v=self.kv_lora_rank, softmax_scale=self.scaling
         ).unflatten(0, (batch, -1))
-        out = einsum(out, value_half(kv_b, self.qk_nope_head_dim), "b s h c, h d c -> b s h d")
+        out = einsum(out, value_part(kv_b, self.qk_nope_head_dim), "b s h c, h d c -> b s h d")
         return out.flatten(2)
 
     def _kv_b(self) -> Tensor:
