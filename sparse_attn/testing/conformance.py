@@ -45,7 +45,7 @@ def failure(check: Check, module: ModuleType, device: str = "cpu") -> str | None
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m sparse_attn.testing.conformance", description=__doc__.splitlines()[0]
+        prog="python -m sparse_attn.testing.conformance", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--flash-mla", metavar="MODULE", help="a module with FlashMLA's functions")
     parser.add_argument("--deep-gemm", metavar="MODULE", help="a module with DeepGEMM's functions")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += said is not None
             print(f"  {'pass' if said is None else 'FAIL'}  {_words(check.__name__)}")
             if said:
-                print(f"        {check.__doc__.strip()}\n        {said.splitlines()[0]}")
+                print(f"        {check.__doc__}\n        {said.splitlines()[0]}")
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0
 

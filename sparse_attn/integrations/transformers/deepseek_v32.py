@@ -3,9 +3,13 @@
 Some of GLM's layers have no indexer and take the selection of an earlier layer.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from einops import einsum
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
@@ -18,6 +22,8 @@ from .inputs import check, check_padding, check_slots, query_chunks, slots_of
 
 class _SparseAttention:
     """The forward of both classes; they name the rotations of the attention and of its indexer."""
+
+    __getattr__: Callable[[str], Any]  # for type checkers: the other attributes are those of transformers
 
     def _run(self, hidden_states, position_embeddings, padding, cache, given, keep: bool, kwargs):
         """Output ``[B, S, hidden_size]``, and the selected rows ``[B, S, topk]`` if they are to be kept.
@@ -35,7 +41,7 @@ class _SparseAttention:
         check_padding(padding, (batch,), (batch, rows))
         kv_b = self._kv_b()
         topk = min(rows, self.config.index_topk) if given is None else given.shape[-1]
-        # Decode joins the two halves of the rows that it reads, a prompt joins all rows once.
+        # Decode joins latent and rope of the rows that it reads, a prompt joins those of all rows once.
         kv = None if s_q * topk < rows else torch.cat([latent, k_rope], -1).flatten(0, 1)
         outs, kept = [], []
         d_qk = self.kv_lora_rank + self.qk_rope_head_dim
@@ -56,8 +62,8 @@ class _SparseAttention:
         return self.o_proj(torch.cat(outs, 1)), torch.cat(kept, 1) if keep else None
 
     def _store(self, hidden_states, position_embeddings, cache):
-        """Latents ``[B, T, kv_lora_rank]``, rotated keys ``[B, T, qk_rope_head_dim]`` and the indexer's keys
-        ``[B, T, index_head_dim]`` (None without an indexer) of the new tokens and those of the cache."""
+        """Latents ``[B, T, kv_lora_rank]``, RoPE parts ``[B, T, qk_rope_head_dim]`` and the indexer's keys
+        ``[B, T, index_head_dim]`` (None without an indexer) of the cache and the new tokens."""
         cos, sin = position_embeddings
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], -1
@@ -106,7 +112,7 @@ class _SparseAttention:
         return torch.cat([q_latent, q_rope], -1)
 
     def _attend(self, q, latent, k_rope, kv, selected, kv_b):
-        """``[B, s_q, heads * v_head_dim]``; ``kv`` ``[B * T, d]`` has both halves of all rows, or is None."""
+        """``[B, s_q, heads * v_head_dim]``; ``kv`` ``[B * T, d]`` is latent and rope of all rows, or None."""
         batch, rows, _ = latent.shape
         if kv is None:
             taken = selected.flatten(1).clamp_min(0)  # [B, s_q * topk]
@@ -140,7 +146,7 @@ class SparseDeepseekV32Attention(_SparseAttention, v32.DeepseekV32Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
@@ -159,11 +165,11 @@ class SparseGlmMoeDsaAttention(_SparseAttention, glm.GlmMoeDsaAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         prev_topk_indices: Tensor | None = None,
         **kwargs,
-    ) -> tuple[Tensor, None, Tensor]:
+    ) -> tuple[Tensor, None, Tensor | None]:
         given = prev_topk_indices if self.indexer is None else None
         if self.indexer is None and given is None:
             raise ValueError(
@@ -189,8 +195,10 @@ def _all_visible(stop: Tensor, padding: Tensor | None, batch: int, rows: int) ->
 def check_kv_b_proj(linear: nn.Module) -> None:
     """Its weight is read without its forward, so nothing may stand between the two."""
     weight = getattr(linear, "weight", None)
-    plain = type(linear) is nn.Linear and weight.is_floating_point() and weight.element_size() > 1
-    if not (plain or _is_block_fp8(linear)):
+    plain = (
+        type(linear) is nn.Linear and linear.weight.is_floating_point() and linear.weight.element_size() > 1
+    )
+    if not isinstance(weight, Tensor) or not (plain or _is_block_fp8(linear)):
         dtype = weight.dtype if isinstance(weight, Tensor) else "no"
         raise TypeError(
             "kv_b_proj: expected torch.nn.Linear with a floating-point weight, or one in fp8 with "
@@ -205,12 +213,10 @@ def check_kv_b_proj(linear: nn.Module) -> None:
 
 
 def _is_block_fp8(linear: nn.Module) -> bool:
-    return (
-        getattr(linear, "weight", None) is not None
-        and linear.weight.dtype == torch.float8_e4m3fn
-        and getattr(linear, "weight_scale_inv", None) is not None
-        and linear.weight_scale_inv.dim() == 2
-    )
+    weight, scale = getattr(linear, "weight", None), getattr(linear, "weight_scale_inv", None)
+    if weight is None or scale is None:
+        return False
+    return weight.dtype == torch.float8_e4m3fn and scale.dim() == 2
 
 
 SPARSE = {
