@@ -73,10 +73,10 @@ class DSAConfig:
     (:class:`SparseGQA`) and needs ``num_key_value_heads`` and ``head_dim``.
 
     Args:
-        indexer_rope: how the indexer pairs the dimensions that RoPE turns: "half" (DeepSeek-V3.2)
+        indexer_rope: how the indexer pairs the dimensions that RoPE rotates: "half" (DeepSeek-V3.2)
             or "interleaved" (GLM-5). It has no default, because the wrong one silently loses
             accuracy. The main attention is interleaved for MLA and half-split for GQA.
-        index_rope_head_dim: leading dimensions of the index head that RoPE turns; by default those
+        index_rope_head_dim: leading dimensions of the index head that RoPE rotates; by default those
             of the main attention.
         indexer_fp8: rotate index queries and keys by a Hadamard matrix and round them to fp8 as
             DeepSeek's own inference code does. Off by default: bf16 index keys are more exact.
@@ -153,12 +153,12 @@ class DSAConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Dimensions of a main-attention head that RoPE turns."""
+        """Dimensions of a main-attention head that RoPE rotates."""
         return self.qk_rope_head_dim if self.is_mla else self.head_dim
 
     @property
     def index_rope_dim(self) -> int:
-        """Leading dimensions of an index head that RoPE turns."""
+        """Leading dimensions of an index head that RoPE rotates."""
         if self.index_rope_head_dim is not None:
             return self.index_rope_head_dim
         return self.rope_dim if self.is_mla else min(self.rope_dim, self.index_head_dim)

@@ -1,4 +1,4 @@
-"""Does a module mean what FlashMLA or DeepGEMM means? ::
+"""Do a module's functions compute what those of FlashMLA or DeepGEMM do? ::
 
     python -m sparse_attn.testing.conformance --flash-mla flash_mla --deep-gemm deep_gemm --device cuda
 
@@ -6,8 +6,7 @@ Each argument names a module to import that has the library's functions; this li
 ``sparse_attn.compat.flash_mla`` and ``sparse_attn.compat.deep_gemm``. Every check calls the module with
 hostile inputs and compares with the fp64 reference; the exit status says whether all passed. ``--upstream``
 leaves out the checks that ask for more than the library itself promises (other sizes, NaN in unused slots,
-further formats). ``--prove`` shows first that each check can fail, on deliberately wrong variants of the
-module.
+further formats). ``--prove`` first shows that each check can fail, on wrong variants of the module.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What DeepGEMM's indexer logits mean, as checks that any module with its signatures can be put to.
+"""What DeepGEMM's indexer logits mean, as checks of any module with its signatures.
 
 The truth is the fp64 reference over the same stored values. Sizes are such that DeepGEMM itself takes them,
 except in the checks of ``BEYOND``; fp4, bf16 weights and ``indices`` it takes on Blackwell only. Logits that

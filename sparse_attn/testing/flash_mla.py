@@ -1,4 +1,4 @@
-"""What FlashMLA's functions mean, as checks that any module with its signatures can be put to.
+"""What FlashMLA's functions mean, as checks of any module with its signatures.
 
 The truth is the fp64 reference over the same stored values. Sizes are such that FlashMLA itself takes them,
 except in the checks of ``BEYOND``, which ask for what it does not promise.

@@ -74,9 +74,9 @@ class _SparseAttention:
         if self.indexer is not None:
             rope = self.indexer.qk_rope_head_dim
             index_k = self.indexer.k_norm(self.indexer.wk(hidden_states))
-            turned = index_k[:, :, None, :rope]
-            turned, _ = self._index_rope(turned, turned, cos, sin, unsqueeze_dim=2)
-            index_k = torch.cat([turned[:, :, 0], index_k[..., rope:]], -1)
+            rotated = index_k[:, :, None, :rope]
+            rotated, _ = self._index_rope(rotated, rotated, cos, sin, unsqueeze_dim=2)
+            index_k = torch.cat([rotated[:, :, 0], index_k[..., rope:]], -1)
         if cache is not None:
             latent, k_rope, index_k = growth.update(cache, self.layer_idx, latent, k_rope, index_k)
         return latent[:, 0], k_rope[:, 0], index_k
@@ -87,8 +87,8 @@ class _SparseAttention:
         batch, s_q, _ = hidden_states.shape
         rope = indexer.qk_rope_head_dim
         q = indexer.wq_b(q_lora).view(batch, s_q, -1, indexer.head_dim)
-        turned, _ = self._index_rope(q[..., :rope], q[..., :rope], *position_embeddings, unsqueeze_dim=2)
-        q = torch.cat([turned, q[..., rope:]], -1).flatten(0, 1)
+        rotated, _ = self._index_rope(q[..., :rope], q[..., :rope], *position_embeddings, unsqueeze_dim=2)
+        q = torch.cat([rotated, q[..., rope:]], -1).flatten(0, 1)
         weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype))
         weights = weights.to(torch.promote_types(q.dtype, torch.float32)).flatten(0, 1)
         weights = weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
