@@ -1,4 +1,4 @@
-"""The preallocated cache of one layer, and where the tokens of a call stand in it."""
+"""The preallocated cache of one layer, and where the tokens of a call lie in it."""
 
 import ctypes
 import dataclasses
@@ -23,14 +23,14 @@ FP8_SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The new tokens of a call: which sequence, which position, which rows of the keys are theirs.
+    """The new tokens of a call: their sequences, their positions, and the rows of their keys.
 
     Attributes:
         counts: new tokens of each sequence.
         sequences: ``[tokens]`` int64, the sequence of each token.
         positions: ``[tokens]`` int64, its position in that sequence.
         first_rows: ``[tokens]`` int64, the row that holds position 0 of its sequence.
-        longest: the most tokens that a query of this call can see, itself included.
+        longest: the most tokens that a query of this call sees, itself included.
     """
 
     counts: list[int]
@@ -62,14 +62,13 @@ class DSACache:
         config: decides what is stored: for MLA the latent ``kv`` ``[batch_size, max_tokens,
             kv_lora_rank + qk_rope_head_dim]``, for GQA ``k`` and ``v`` ``[batch_size, max_tokens,
             num_key_value_heads, head_dim]``; and ``index_k`` ``[batch_size, max_tokens, index_head_dim]``.
-        max_tokens: the room of each sequence.
+        max_tokens: the most tokens per sequence.
         batch_size: number of sequences.
-        dtype: of all tensors, that of the hidden states; default torch's default dtype. Or
-            ``torch.float8_e4m3fn`` for MLA of DeepSeek-V3.2's sizes, whatever the layer's dtype: bytes as
-            its engines keep them, ``kv`` ``[..., 656]`` and ``index_k`` ``[..., 132]``, 56 % of bf16
-            (:mod:`sparse_attn.formats`; all keys of a sequence are one page). Tokens are rounded once,
-            when they are written.
-        device: where they live.
+        dtype: that of the hidden states; default torch's default dtype. Or ``torch.float8_e4m3fn`` for MLA of
+            DeepSeek-V3.2's sizes, whatever the layer's dtype: bytes as its engines keep them, ``kv``
+            ``[..., 656]`` and ``index_k`` ``[..., 132]``, 56 % of bf16 (:mod:`sparse_attn.formats`; all keys
+            of a sequence are one page). Tokens are rounded once, when they are written.
+        device: of all tensors.
     """
 
     def __init__(
@@ -116,8 +115,8 @@ class DSACache:
         return self._tensors[name]
 
     def index_keys(self, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Keys of the first ``tokens`` positions, ``[batch_size, tokens, index_head_dim]``, and of fp8 ones
-        the scales ``[batch_size, tokens]``: views, for :func:`sparse_attn.lightning_topk` a page a sequence.
+        """Keys of the first ``tokens`` positions, ``[batch_size, tokens, index_head_dim]``, and the scales of
+        fp8 keys ``[batch_size, tokens]``: views, whose pages are the sequences.
         """
         if self.dtype != torch.float8_e4m3fn:
             return self["index_k"][:, :tokens], None
@@ -205,8 +204,8 @@ MADV_HUGEPAGE = 14  # of Linux's madvise
 def huge_pages(tensor: Tensor) -> Tensor:
     """Ask Linux for huge pages under a CPU tensor that was not written yet; returns the tensor.
 
-    Selected rows lie far apart: with pages of 4 KiB nearly each of them misses the TLB. Other systems, and
-    other devices, are left as they are.
+    Selected rows lie far apart: with pages of 4 KiB nearly every row misses the TLB. On other systems and
+    devices nothing happens.
     """
     if sys.platform == "linux" and tensor.device.type == "cpu":
         start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE

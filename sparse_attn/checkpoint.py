@@ -1,4 +1,4 @@
-"""Attention weights in Hugging Face checkpoints: names, fp8 blocks, files read a tensor at a time."""
+"""Attention weights in Hugging Face checkpoints: names, fp8 blocks, files that are read by tensor."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Hugging Face's names of a layer's modules beside DeepSeek's, which the layers here carry.
+# Hugging Face's names of a layer's modules, and DeepSeek's names, which the layers here carry.
 NAMES = {
     "q_a_proj": "wq_a",
     "q_a_layernorm": "q_norm",

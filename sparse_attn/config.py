@@ -7,12 +7,15 @@ from typing import Any, Literal
 
 # Model types whose indexer is known; any other config must name its own convention.
 INDEXER_ROPE = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}
+# Of a size that only the other kind of layer has. The fields are ints to a type checker, because
+# DSAConfig refuses to be made without the sizes of its own kind.
+ABSENT: Any = None
 
 
 def _indexer_rope(config: Mapping[str, Any]) -> str | None:
     interleave = config.get("indexer_rope_interleave")
     if interleave is None:
-        return INDEXER_ROPE.get(config.get("model_type"))
+        return INDEXER_ROPE.get(config.get("model_type", ""))
     return "interleaved" if interleave else "half"
 
 
@@ -65,15 +68,15 @@ class YaRN:
 class DSAConfig:
     """Sizes and conventions of one sparse attention layer.
 
-    A config with ``kv_lora_rank`` describes multi-head latent attention (:class:`SparseMLA`); one
-    without describes grouped-query attention (:class:`SparseGQA`) and needs ``num_key_value_heads``
-    and ``head_dim``.
+    A config with ``kv_lora_rank`` describes multi-head latent attention (:class:`SparseMLA`) and needs the
+    sizes from ``q_lora_rank`` to ``v_head_dim``. One without describes grouped-query attention
+    (:class:`SparseGQA`) and needs ``num_key_value_heads`` and ``head_dim``.
 
     Args:
-        indexer_rope: how the indexer pairs the dimensions that RoPE turns: "half" (DeepSeek-V3.2)
+        indexer_rope: how the indexer pairs the dimensions that RoPE rotates: "half" (DeepSeek-V3.2)
             or "interleaved" (GLM-5). It has no default, because the wrong one silently loses
             accuracy. The main attention is interleaved for MLA and half-split for GQA.
-        index_rope_head_dim: leading dimensions of the index head that RoPE turns; by default those
+        index_rope_head_dim: leading dimensions of the index head that RoPE rotates; by default those
             of the main attention.
         indexer_fp8: rotate index queries and keys by a Hadamard matrix and round them to fp8 as
             DeepSeek's own inference code does. Off by default: bf16 index keys are more exact.
@@ -86,13 +89,13 @@ class DSAConfig:
     index_head_dim: int
     index_topk: int
     indexer_rope: Literal["half", "interleaved"]
-    q_lora_rank: int | None = None
-    kv_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    q_lora_rank: int = ABSENT
+    kv_lora_rank: int = ABSENT
+    qk_nope_head_dim: int = ABSENT
+    qk_rope_head_dim: int = ABSENT
+    v_head_dim: int = ABSENT
+    num_key_value_heads: int = ABSENT
+    head_dim: int = ABSENT
     index_rope_head_dim: int | None = None
     indexer_fp8: bool = False
     attention_bias: bool = False
@@ -150,12 +153,12 @@ class DSAConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Dimensions of a main-attention head that RoPE turns."""
+        """Dimensions of a main-attention head that RoPE rotates."""
         return self.qk_rope_head_dim if self.is_mla else self.head_dim
 
     @property
     def index_rope_dim(self) -> int:
-        """Leading dimensions of an index head that RoPE turns."""
+        """Leading dimensions of an index head that RoPE rotates."""
         if self.index_rope_head_dim is not None:
             return self.index_rope_head_dim
         return self.rope_dim if self.is_mla else min(self.rope_dim, self.index_head_dim)
@@ -170,9 +173,9 @@ class DSAConfig:
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "DSAConfig":
         """From a Hugging Face ``config.json`` dict; fields that attention does not use are ignored.
 
-        Both ways to write RoPE are read: ``rope_theta`` with ``rope_scaling``, and the newer
-        ``rope_parameters``. ``indexer_rope`` follows from ``indexer_rope_interleave``, or from
-        ``model_type`` for deepseek_v32 and glm_moe_dsa, and must be given otherwise.
+        RoPE is read from ``rope_theta`` and ``rope_scaling``, or from the newer ``rope_parameters``.
+        ``indexer_rope`` follows from ``indexer_rope_interleave``, or from ``model_type`` for deepseek_v32
+        and glm_moe_dsa, and must be given otherwise.
 
         Raises:
             ValueError: a required field is missing (all of them are named) or has a wrong value.

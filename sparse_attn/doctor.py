@@ -245,7 +245,7 @@ def _check_mla(backend: str, device: torch.device) -> None:
     inputs = mla_inputs(3, 40, 20, 16, 576, dtype=torch.bfloat16)
     _check_attention(attention.sparse_mla, backend, device, inputs)
     packed = formats.pack_v32_kv(inputs["kv"].nan_to_num()[:, None])
-    kv = formats.unpack_v32_kv(packed, torch.float64)[:, 0]
+    kv = formats.unpack(packed, torch.float64)[:, 0]
     _check_attention(attention.sparse_mla, backend, device, {**inputs, "kv": packed}, {"kv": kv})
 
 

@@ -11,7 +11,7 @@ from .rope import apply_rope, hadamard_transform, rope_cos_sin
 
 
 class LightningIndexer(nn.Module):
-    """Projects hidden states to index queries, one index key a token, and head weights.
+    """Projects hidden states to index queries, one index key per token, and head weights.
 
     Weights carry DeepSeek's names (``wq_b, wk, k_norm, weights_proj``). Queries are projected from
     the *normalised* low-rank query of the attention layer, or from the hidden states when the

@@ -19,26 +19,26 @@ def rope_cos_sin(positions: Tensor, dim: int, config: DSAConfig) -> tuple[Tensor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
-    """Turn the leading ``2 * cos.shape[-1]`` dimensions of each head; the others pass through.
+    """Rotate the leading ``2 * cos.shape[-1]`` dimensions of each head; the others pass through.
 
     Args:
         x: ``[tokens, heads, d]``.
         cos, sin: ``[tokens, dim / 2]`` from :func:`rope_cos_sin`.
-        pairing: "interleaved" turns dimensions (0, 1), (2, 3), ...; "half" turns (0, dim / 2),
+        pairing: "interleaved" rotates dimensions (0, 1), (2, 3), ...; "half" rotates (0, dim / 2),
             (1, dim / 2 + 1), ...
     """
     dim = 2 * cos.shape[-1]
-    turned = x[..., :dim].to(torch.promote_types(x.dtype, torch.float32))
+    rotated = x[..., :dim].to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos[:, None], sin[:, None]
     if pairing == "interleaved":
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
     elif pairing == "half":
-        first, second = turned.chunk(2, dim=-1)
+        first, second = rotated.chunk(2, dim=-1)
     else:
         raise ValueError(f"pairing: expected 'interleaved' or 'half', got {pairing!r}")
     parts = (first * cos - second * sin, first * sin + second * cos)
-    turned = torch.stack(parts, -1).flatten(-2) if pairing == "interleaved" else torch.cat(parts, -1)
-    return torch.cat([turned.to(x.dtype), x[..., dim:]], -1)
+    rotated = torch.stack(parts, -1).flatten(-2) if pairing == "interleaved" else torch.cat(parts, -1)
+    return torch.cat([rotated.to(x.dtype), x[..., dim:]], -1)
 
 
 def hadamard_transform(x: Tensor) -> Tensor:

@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from sparse_attn import formats
+from sparse_attn.formats import unpack
 from sparse_attn.testing import relative_error
 
 NAN, INF = float("nan"), float("inf")
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# bytes a token: how to pack and unpack them, how many values, how many of them quantised, in groups of what
+# bytes per token: how to pack them, how many values, how many of them quantised, in groups of what
 FORMATS = {
-    656: (formats.pack_v32_kv, formats.unpack_v32_kv, 576, 512, 128),
-    584: (formats.pack_v4_kv, formats.unpack_v4_kv, 512, 448, 64),
-    528: (formats.pack_v41_kv, formats.unpack_v41_kv, 512, 512, 32),
-    288: (formats.pack_v41_fp4_kv, formats.unpack_v41_fp4_kv, 512, 512, 16),
-    132: (formats.pack_index_k, formats.unpack_index_k, 128, 128, 128),
-    68: (formats.pack_mxfp4_index_k, formats.unpack_mxfp4_index_k, 128, 128, 32),
+    656: (formats.pack_v32_kv, 576, 512, 128),
+    584: (formats.pack_v4_kv, 512, 448, 64),
+    528: (formats.pack_v41_kv, 512, 512, 32),
+    288: (formats.pack_v41_fp4_kv, 512, 512, 16),
+    132: (formats.pack_index_k, 128, 128, 128),
+    68: (formats.pack_mxfp4_index_k, 128, 128, 32),
 }
-PARAMETERS = "size, pack, unpack, width, quantised, group"
+PARAMETERS = "size, pack, width, quantised, group"
 CASES = [pytest.param(size, *rest, id=str(size)) for size, rest in FORMATS.items()]
 TOLERANCE = {size: 0.15 if size in (288, 68) else 0.04 for size in FORMATS}
 
@@ -82,9 +83,7 @@ def read_token(size, page, page_size, t):
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
 @pytest.mark.parametrize("page_size", [1, 3, 64])
-def test_any_bytes_mean_what_an_independent_reading_says(
-    size, pack, unpack, width, quantised, group, page_size
-):
+def test_any_bytes_mean_what_an_independent_reading_says(size, pack, width, quantised, group, page_size):
     pages = torch.randint(0, 256, (2, page_size, size), dtype=torch.uint8)
     unpacked = unpack(pages, torch.float64)
     assert unpacked.shape == (2, page_size, width)
@@ -107,7 +106,7 @@ def test_bytes_of_a_v32_token_by_hand():
     assert token[130] == 0xFE  # -448, the largest magnitude
     assert token[511] == 0x76  # 900 / 4 = 225, rounded to 224 = 1.75 * 2 ** 7
     assert struct.unpack("<2H", token[528:530] + token[654:656]) == (0x3FC0, 0xC040)  # bf16 of 1.5 and -3
-    unpacked = formats.unpack_v32_kv(packed)
+    unpacked = unpack(packed)
     assert unpacked[0, [0, 130, 511, 512, 575]].tolist() == [2.0, -448.0, 896.0, 1.5, -3.0]
 
 
@@ -152,7 +151,7 @@ def test_bytes_of_a_v41_fp4_token_by_hand():
     assert list(token[:5]) == [0x97, 0xF3, 0x20, 0x64, 0x08]
     assert token[8] == 0x07 and token[16] == 0x07 and token[24] == 0x0F
     assert list(token[256:]) == [0x38, 0x23, 0x38, 0x7E, *[0x01] * 28]  # zeros: 2 ** -9
-    unpacked = formats.unpack_v41_fp4_kv(formats.pack_v41_fp4_kv(kv))
+    unpacked = unpack(formats.pack_v41_fp4_kv(kv))
     assert unpacked[:9].tolist() == [6.0, -0.5, 1.5, -6.0, 0.0, 1.0, 2.0, 4.0, 0.0]
     assert unpacked[[16, 32, 48]].tolist() == [1.03125, 6.0, -2688.0]
 
@@ -166,7 +165,7 @@ def test_index_keys_of_a_page_lie_before_its_scales():
             amax = k[page, token].abs().max().item()
             assert scales[token] == pytest.approx(amax / 448, rel=1e-6)
             values = read_token(132, raw(packed[page]), 4, token)
-            assert values == formats.unpack_index_k(packed, torch.float64)[page, token].tolist()
+            assert values == unpack(packed, torch.float64)[page, token].tolist()
             assert max(map(abs, values)) == pytest.approx(amax, rel=1e-6)
 
 
@@ -187,7 +186,7 @@ def test_bytes_of_a_page_of_mxfp4_index_keys_by_hand():
 @pytest.mark.parametrize("size, first", [(656, 512), (584, 576), (528, 512), (132, 128)])
 def test_both_conventions_of_the_smallest_fp8_scale(size, first):
     """DeepSeek raises amax to 1e-4, FlashMLA the quotient; blocks of amax 0, 1e-3 and 1."""
-    (pack, _, width, *_), expected = FORMATS[size], {}
+    (pack, width, *_), expected = FORMATS[size], {}
     for amax in (0.0, 1e-3, 1.0):
         for min_scale in (formats.FP8_MIN_SCALE, formats.FLASH_MLA_MIN_SCALE):
             packed = raw(pack(torch.full((1, 1, width), amax), min_scale=min_scale))
@@ -198,7 +197,7 @@ def test_both_conventions_of_the_smallest_fp8_scale(size, first):
 
 @pytest.mark.parametrize("size, first", [(656, 512), (132, 128)])
 def test_arbitrary_scales_are_the_quotient_in_fp32(size, first):
-    pack, _, width, *_ = FORMATS[size]
+    pack, width, *_ = FORMATS[size]
     for amax, min_scale, expected in [
         (0.7, formats.FP8_MIN_SCALE, torch.tensor(0.7) / 448),
         (0.0, formats.FP8_MIN_SCALE, torch.tensor(1e-4) / 448),
@@ -248,7 +247,7 @@ def test_fp4_is_rounded_to_the_nearest_with_ties_to_even():
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_packing_rounds_to_the_nearest_under_the_scale(size, pack, unpack, width, quantised, group, dtype):
+def test_packing_rounds_to_the_nearest_under_the_scale(size, pack, width, quantised, group, dtype):
     """An independent packer: scales by logarithm, values by search among all that the type holds."""
     x = (torch.randn(2, 3, width) * torch.logspace(-2, 2, 6).view(2, 3, 1)).to(dtype)
     grid = map(e2m1, range(16)) if size in (288, 68) else map(e4m3, range(256))
@@ -268,7 +267,7 @@ def test_packing_rounds_to_the_nearest_under_the_scale(size, pack, unpack, width
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
-def test_what_was_rounded_once_is_kept(size, pack, unpack, width, quantised, group):
+def test_what_was_rounded_once_is_kept(size, pack, width, quantised, group):
     x = torch.randn(5, 7, width) * 30
     once = unpack(pack(x))
     assert 1e-3 < relative_error(once, x) < TOLERANCE[size]
@@ -279,7 +278,7 @@ def test_what_was_rounded_once_is_kept(size, pack, unpack, width, quantised, gro
 
 @pytest.mark.parametrize("size", [656, 132])
 def test_arbitrary_scales_reach_the_largest_value(size):
-    pack, unpack, width, *_ = FORMATS[size]
+    pack, width, *_ = FORMATS[size]
     x = torch.randn(5, 7, width)
     once = unpack(pack(x, power_of_two=False))
     assert 1e-3 < relative_error(once, x) < TOLERANCE[size]
@@ -289,7 +288,7 @@ def test_arbitrary_scales_reach_the_largest_value(size):
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_nan_and_infinity_show_in_their_block_alone(size, pack, unpack, width, quantised, group, bad):
+def test_nan_and_infinity_show_in_their_block_alone(size, pack, width, quantised, group, bad):
     x = torch.randn(1, 2, width)
     x[0, 1, 3] = bad
     unpacked = unpack(pack(x))
@@ -305,7 +304,7 @@ def gapped(size, pages=3, page_size=4, gap=64):
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
-def test_views_write_into_strided_pages_and_nowhere_else(size, pack, unpack, width, quantised, group):
+def test_views_write_into_strided_pages_and_nowhere_else(size, pack, width, quantised, group):
     packed = pack(torch.randn(3, 4, width))
     cache = gapped(size)
     for part, source in zip(formats.views(cache), formats.views(packed), strict=True):
@@ -319,7 +318,7 @@ def test_views_write_into_strided_pages_and_nowhere_else(size, pack, unpack, wid
 
 @pytest.mark.parametrize("size", [656, 528, 288])
 def test_formats_by_token_take_any_leading_shape(size):
-    pack, unpack, width, *_ = FORMATS[size]
+    pack, width, *_ = FORMATS[size]
     x = torch.randn(2, 3, 1, width)
     assert torch.equal(unpack(pack(x))[1, 2, 0], unpack(pack(x[1, 2, 0])))
     wide = torch.zeros(5, size + 4, dtype=torch.uint8)  # tokens apart
@@ -342,7 +341,8 @@ def zeros(*shape):
         ("index_k_views", zeros(2, 132, 3).mT, "pages of adjoining bytes"),
         ("v32_kv_views", zeros(3, 657)[:, :656], "tokens of adjoining bytes, at multiples of 4"),
         ("v32_kv_views", zeros(657)[1:], "at multiples of 4 bytes.*from offset 1"),
-        ("views", zeros(2, 3, 100), "cache: expected 656, 584, 528, 288, 132 or 68 bytes a token"),
+        ("views", zeros(2, 3, 100), "cache: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
+        ("unpack", zeros(2, 3, 100), "packed: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
         ("pack_v32_kv", torch.zeros(2, 512), r"kv: expected shape \[..., 576\], got \[2, 512\]"),
         ("pack_v4_kv", torch.zeros(2, 512), r"kv: expected shape \[pages, page_size, 512\], got \[2, 512\]"),
         ("pack_index_k", torch.zeros(2, 3, 64), r"k: expected shape \[pages, page_size, 128\]"),

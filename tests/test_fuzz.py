@@ -41,22 +41,6 @@ if torch.cuda.is_available():
     BACKENDS.append("triton")
 E4M3_ERROR = 2**-4  # of the worst value with three bits after the first; 2.6 % of many, more of a few
 FACTOR = {"reference": 1.2, "cpu": 1.5, "triton": 2.5}  # as flash attention does, some round probabilities
-PACK = {
-    656: formats.pack_v32_kv,
-    584: formats.pack_v4_kv,
-    528: formats.pack_v41_kv,
-    288: formats.pack_v41_fp4_kv,
-    132: formats.pack_index_k,
-    68: formats.pack_mxfp4_index_k,
-}
-UNPACK = {
-    656: formats.unpack_v32_kv,
-    584: formats.unpack_v4_kv,
-    528: formats.unpack_v41_kv,
-    288: formats.unpack_v41_fp4_kv,
-    132: formats.unpack_index_k,
-    68: formats.unpack_mxfp4_index_k,
-}
 Arguments = dict[str, Any]
 
 
@@ -114,7 +98,7 @@ def quantised(values: torch.Tensor, size: int, page_size: int) -> torch.Tensor:
     pages = -(-len(values) // page_size)
     padded = values.new_full((pages * page_size, values.shape[1]), float("nan"))
     padded[: len(values)] = values
-    cache = PACK[size](padded.nan_to_num().float().unflatten(0, (pages, page_size)))
+    cache = formats.FORMATS[size].pack(padded.nan_to_num().float().unflatten(0, (pages, page_size)))
     unused = padded.isnan().any(-1).view(pages, page_size)
     for part in formats.views(cache):
         nan = part.new_full(
@@ -238,7 +222,7 @@ def writer_arguments(draw, name: str, sizes: tuple[int, ...]) -> Arguments:
     arguments = {
         name: laid_out(draw, torch.randn(len(slots), width, generator=g).to(dtype)),
         "slots": slots.to(draw(st.sampled_from([torch.int32, torch.int64]))),
-        "cache": PACK[size](torch.randn(pages, page_size, width, generator=g)),
+        "cache": formats.FORMATS[size].pack(torch.randn(pages, page_size, width, generator=g)),
         **rope_options(draw, len(slots), 32),
     }
     if draw(st.booleans()):
@@ -309,7 +293,7 @@ def logits_arguments(draw) -> Arguments:
     g = torch.Generator().manual_seed(draw(SEEDS))
 
     def quantised(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = PACK[size](torch.randn(*shape, 128, generator=g))
+        packed = formats.FORMATS[size].pack(torch.randn(*shape, 128, generator=g))
         values, scales = formats.views(packed)
         return values.contiguous(), scales.contiguous()
 
@@ -396,7 +380,7 @@ def check_written(name: str) -> Callable[[str, Arguments, Any], None]:
         if name == "k":
             x = hadamard_transform(x)
         exists = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
-        held, old = UNPACK[cache.shape[2]](cache).flatten(0, 1), UNPACK[cache.shape[2]](before).flatten(0, 1)
+        held, old = formats.unpack(cache).flatten(0, 1), formats.unpack(before).flatten(0, 1)
         written = torch.zeros(len(held), dtype=torch.bool)
         written[slots[exists]] = True
         assert torch.equal(held[~written], old[~written]), "another slot was written"
@@ -451,7 +435,7 @@ def check_paged_logits(backend: str, arguments: Arguments, logits: torch.Tensor)
     q, lengths = arguments["q"], arguments["context_lens"]
     if lengths.dim() == 1:  # query j of next_n sees so many tokens
         lengths = lengths[:, None] + torch.arange(1 - q.shape[1], 1, dtype=torch.int32)
-    keys = formats.unpack_index_k(arguments["kv_cache"][:, :, 0])
+    keys = formats.unpack(arguments["kv_cache"][:, :, 0])
     ke = lengths.flatten().int()
     where = {"ks": ke * 0, "ke": ke, "block_table": arguments["block_table"]}
     assert_logits_close(logits, q.float().flatten(0, 1), keys, arguments["weights"], **where)
@@ -611,19 +595,19 @@ def test_a_wrong_argument_is_named_and_never_a_crash(name, data):
         assert kind in MAYBE, f"{key} as {kind} was accepted"
 
 
-@pytest.mark.parametrize("size", list(PACK))
+@pytest.mark.parametrize("size", list(formats.FORMATS))
 @given(data=st.data())
 def test_formats_read_any_bytes_and_keep_what_they_hold(size, data):
     pages, page_size = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 9))
     g = torch.Generator().manual_seed(data.draw(SEEDS))
     noise = torch.randint(0, 256, (pages, page_size, size), generator=g, dtype=torch.uint8)
-    values = UNPACK[size](noise)
+    values = formats.unpack(noise)
     assert values.shape[:2] == noise.shape[:2]
     magnitude = 10.0 ** data.draw(st.integers(-6, 4))
     x = magnitude * torch.randn(pages, page_size, values.shape[2], generator=g)
-    once = UNPACK[size](PACK[size](x))
+    once = formats.unpack(formats.FORMATS[size].pack(x))
     if size != 288:  # whose scales are not powers of two
-        assert torch.equal(UNPACK[size](PACK[size](once)), once)
+        assert torch.equal(formats.unpack(formats.FORMATS[size].pack(once)), once)
     assert once.isfinite().all()
 
 

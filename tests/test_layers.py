@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, attention, formats
+from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, formats, layers
 from sparse_attn.rope import apply_rope, rope_cos_sin
 from sparse_attn.testing import relative_error
 
@@ -56,8 +56,8 @@ def selections(monkeypatch):
         made.append(indices)
         return indices
 
-    lightning_topk = attention.lightning_topk
-    monkeypatch.setattr(attention, "lightning_topk", recording)
+    lightning_topk = layers.lightning_topk
+    monkeypatch.setattr(layers, "lightning_topk", recording)
     return made
 
 
@@ -299,8 +299,8 @@ def test_an_fp8_cache_is_read_as_what_its_bytes_mean(selections, dtype, chunks):
         cache[name].fill_(0xFF)  # NaN, in values and scales
     for part in hidden.split(chunks):
         out = layer(part, cache=cache)
-        meant["kv"].copy_(formats.unpack_v32_kv(cache["kv"]))
-        meant["index_k"].copy_(formats.unpack_index_k(cache["index_k"]))
+        meant["kv"].copy_(formats.unpack(cache["kv"]))
+        meant["index_k"].copy_(formats.unpack(cache["index_k"]))
         assert relative_error(out, layer(part, cache=meant)) < BUDGET[dtype]
     assert cache.lengths == meant.lengths == (60,) and len(selections) >= 2
     for selected, expected in zip(selections[::2], selections[1::2], strict=True):

@@ -136,7 +136,7 @@ def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, only_cpp)
         "attn_sink": torch.randn(h_q),
     }
     out, lse = sparse_attn.sparse_mla(**inputs, kv=packed.view(7, 100, 1, 656), return_lse=True)
-    unpacked = formats.unpack_v32_kv(packed, torch.float64)
+    unpacked = formats.unpack(packed, torch.float64)
     expected, expected_lse = exact(sparse_attn.sparse_mla, {**inputs, "kv": unpacked})
     assert_close(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def test_quantised_index_keys_read_in_place(isa, dtype, page_size, heads, only_c
     }
     logits = sparse_attn.index_logits(**inputs, k=packed)
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-    expected = reference.index_logits(**wide, k=formats.unpack_index_k(packed, torch.float64))
+    expected = reference.index_logits(**wide, k=formats.unpack(packed, torch.float64))
     assert_close(logits, expected)
     picked = sparse_attn.lightning_topk(**inputs, k=packed, topk=50)
     assert torch.equal(picked, sparse_attn.select_topk(logits, 50, inputs["ks"], inputs["ke"]))

@@ -10,14 +10,6 @@ from sparse_attn.ops.backends import native
 from sparse_attn.ops.backends import torch as torch_backend
 from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, assert_logits_close, index_inputs, mla_inputs
 
-PACK = {
-    656: formats.pack_v32_kv,
-    584: formats.pack_v4_kv,
-    528: formats.pack_v41_kv,
-    288: formats.pack_v41_fp4_kv,
-    132: formats.pack_index_k,
-    68: formats.pack_mxfp4_index_k,
-}
 LATENT, KEYS = [656, 584, 528, 288], [132, 68]
 D_QK = {656: 576, 584: 512, 528: 512, 288: 512}
 
@@ -38,7 +30,7 @@ def hostile_cache(size, values, page_size, gap=0, **options):
     padded = values.new_full((pages * page_size, values.shape[1]), float("nan"))
     padded[: len(values)] = values
     used = ~padded.isnan().any(-1).view(pages, page_size)
-    packed = PACK[size](padded.nan_to_num().view(pages, page_size, -1), **options)
+    packed = formats.FORMATS[size].pack(padded.nan_to_num().view(pages, page_size, -1), **options)
     stride = formats.v4_page_bytes(page_size) if size == 584 else page_size * size
     buffer = torch.full((pages, stride + gap), 0xFF, dtype=torch.uint8)
     cache = buffer[:, : page_size * size].unflatten(1, (page_size, size))
@@ -366,8 +358,8 @@ def test_wrong_latent_caches(q, kv, options, error, words):
 @pytest.mark.parametrize(
     "d, k, words",
     [
-        (128, zeros(4, 8, 131), r"k: expected 132 or 68 bytes a token .* got shape \[4, 8, 131\]"),
-        (128, zeros(4, 8, 656), "k: expected 132 or 68 bytes a token"),
+        (128, zeros(4, 8, 131), r"k: expected 132 or 68 bytes per token .* got shape \[4, 8, 131\]"),
+        (128, zeros(4, 8, 656), "k: expected 132 or 68 bytes per token"),
         (128, zeros(8, 68), r"k: expected shape \[pages, page_size, 68\], got \[8, 68\]"),
         (64, zeros(4, 8, 68), "q: expected index_head_dim=128, as k has 68 bytes per token, got 64"),
         (128, zeros(4, 16, 68)[:, ::2], "k: expected pages of adjoining bytes"),

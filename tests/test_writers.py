@@ -25,7 +25,6 @@ FORMS = [
     for options in CONVENTIONS
     if size != 584 or options["power_of_two"]
 ]
-PACK = {656: formats.pack_v32_kv, 584: formats.pack_v4_kv, 132: formats.pack_index_k}
 WIDTH = {656: 576, 584: 512, 132: 128}
 
 
@@ -97,7 +96,7 @@ def test_bytes_are_those_of_the_packers(backend, device, size, dtype, convention
     options = dict(convention)
     if size == 584:
         del options["power_of_two"]
-    expected = formats.views(PACK[size](rows[:, None], **options))
+    expected = formats.views(formats.FORMATS[size].pack(rows[:, None], **options))
     written = torch.zeros(pages * page_size, dtype=torch.bool)
     written[slots] = True
     for part, source, old in zip(formats.views(cache), expected, formats.views(before), strict=True):
@@ -123,7 +122,9 @@ def test_rotated_bytes_are_those_of_the_packers(backend, device, size, pairing):
     options = {"hadamard": True} if size == 132 else {}
     slots = torch.arange(tokens, dtype=torch.int32)
     write(size, rows, cache, slots, device, backend, cos=cos, sin=sin, pairing=pairing, **options)
-    for part, source in zip(formats.views(cache), formats.views(PACK[size](expected)), strict=True):
+    for part, source in zip(
+        formats.views(cache), formats.views(formats.FORMATS[size].pack(expected)), strict=True
+    ):
         assert torch.equal(
             part[0].contiguous().view(torch.uint8), source[:, 0].contiguous().view(torch.uint8)
         )
@@ -179,7 +180,7 @@ def test_index_keys_and_queries_keep_their_scores(backend, device, dtype, pairin
     exact_k = F.layer_norm(k.double(), (d,), norm.double(), bias.double(), 1e-6)
     exact_k = apply_rope(exact_k[:, None], cos, sin, pairing)[:, 0]
     exact_q = apply_rope(q.double(), cos, sin, pairing)
-    stored = formats.unpack_index_k(cache, torch.float64).flatten(0, 1)[:tokens]
+    stored = formats.unpack(cache, torch.float64).flatten(0, 1)[:tokens]
     assert_quantised(stored, hadamard_transform(exact_k))
     scale = (folded.cpu() / weights)[..., None].double()
     assert_quantised(codes.cpu().double() * scale, hadamard_transform(exact_q))

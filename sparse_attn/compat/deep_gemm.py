@@ -1,9 +1,9 @@
 """DeepGEMM's logits of the lightning indexer, over contiguous keys and over a paged cache.
 
-What differs from DeepGEMM: any number of heads, any page size and, in fp8, any head dimension are taken;
-``context_lens`` may have one dimension or two; logits outside a query's keys are -inf also where DeepGEMM
-leaves them undefined (without ``clean_logits``). These functions hold every logit, as their callers want;
-to select the top-k, :func:`sparse_attn.lightning_topk` never holds more than a chunk.
+Beyond DeepGEMM: any number of heads, any page size and, in fp8, any head dimension; ``context_lens`` of one
+dimension or two; logits outside a query's keys are -inf also where DeepGEMM leaves them undefined (without
+``clean_logits``). These functions return every logit, as their callers want; to select the top-k,
+:func:`sparse_attn.lightning_topk` never holds more than a chunk of them.
 
 Source of the signatures: DeepGEMM at commit 54e2261.
 """
@@ -18,7 +18,7 @@ from ..ops.arguments import check_tensor
 from ..ops.index import index_logits
 
 INF = float("inf")
-WORKSPACE_BYTES = 64 << 20  # fp32 logits held at a time, where the result is not simply these
+WORKSPACE_BYTES = 64 << 20  # of fp32 logits at a time, where the result is another tensor
 FP8, PACKED_FP4 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
 LOGITS_DTYPES = (torch.float32, torch.bfloat16)
 FP4_VALUES = 128  # of a query or key in fp4: four scales in one int32
@@ -66,7 +66,7 @@ def fp8_fp4_mqa_logits(
         kv: values and scales of the keys: e4m3 ``[s_kv, d]`` and fp32 ``[s_kv]``, or in fp4 ``[s_kv, 64]``
             and int32 ``[s_kv]``.
         weights: ``[s_q, heads]`` fp32, or bf16 for bf16 logits.
-        cu_seq_len_k_start, cu_seq_len_k_end: ``[s_q]`` int32; the end is not a query's any more.
+        cu_seq_len_k_start, cu_seq_len_k_end: ``[s_q]`` int32; a query does not see the key at its end.
         clean_logits: whether logits of other keys are -inf or undefined.
         max_seqlen_k: 0, or the longest range of a query: row t then begins with the logit of the query's
             first key instead of that of key 0. Such rows are not cleaned: ``clean_logits`` must be False.
@@ -76,22 +76,22 @@ def fp8_fp4_mqa_logits(
         ``[s_q, s_kv]``, or ``[s_q, max_seqlen_k]``, in logits_dtype.
     """
     dims: dict[str, int] = {}
-    q, q_scale = _queries(q, "s_q heads", dims)
-    k, k_scale = _keys(kv, q, dims)
-    weights = _weights(weights, "s_q heads", logits_dtype, dims, q)
+    queries, q_scale = _queries(q, "s_q heads", dims)
+    k, k_scale = _keys(kv, queries, dims)
+    weights = _weights(weights, "s_q heads", logits_dtype, dims, queries)
     ks, ke = cu_seq_len_k_start, cu_seq_len_k_end
-    check_tensor("cu_seq_len_k_start", ks, "s_q", dims, (torch.int32,), q.device)
-    check_tensor("cu_seq_len_k_end", ke, "s_q", dims, (torch.int32,), q.device)
+    check_tensor("cu_seq_len_k_start", ks, "s_q", dims, (torch.int32,), k.device)
+    check_tensor("cu_seq_len_k_end", ke, "s_q", dims, (torch.int32,), k.device)
     _check_size("max_seqlen_k", max_seqlen_k, 0)
     if max_seqlen_k and clean_logits:
         raise ValueError("clean_logits: expected False with max_seqlen_k, whose rows are not cleaned")
-    s_q, s_kv = q.shape[0], k.shape[0]
+    s_q, s_kv = queries.shape[0], k.shape[0]
     if logits_dtype == torch.float32 and not max_seqlen_k:
-        return index_logits(q, k, weights, ks, ke, q_scale=q_scale, k_scale=k_scale)
-    logits = torch.empty(s_q, max_seqlen_k or s_kv, dtype=logits_dtype, device=q.device)
+        return index_logits(queries, k, weights, ks, ke, q_scale=q_scale, k_scale=k_scale)
+    logits = torch.empty(s_q, max_seqlen_k or s_kv, dtype=logits_dtype, device=k.device)
     for t in _chunks(s_q, s_kv):
         scale = None if q_scale is None else q_scale[t]
-        chunk = index_logits(q[t], k, weights[t], ks[t], ke[t], q_scale=scale, k_scale=k_scale)
+        chunk = index_logits(queries[t], k, weights[t], ks[t], ke[t], q_scale=scale, k_scale=k_scale)
         logits[t] = _from_their_start(chunk, ks[t], max_seqlen_k) if max_seqlen_k else chunk
     return logits
 
@@ -101,12 +101,11 @@ def get_paged_mqa_logits_metadata(
 ) -> Tensor:
     """int32 ``[num_sms + 1, 2]`` zeros, for the paged functions' ``schedule_meta``.
 
-    DeepGEMM keeps a plan of its launch here, of which nothing that it returns depends. The kernels of this
-    library need none, so new lengths never make it stale.
+    DeepGEMM keeps a plan of its launch here, which depends on lengths; this library needs none.
 
     Args:
         context_lens: ``[batch]`` or ``[batch, next_n]`` int32.
-        block_kv: tokens a page.
+        block_kv: tokens per page.
         num_sms: see :func:`get_num_sms`.
         indices: None, or ``[batch]`` int32; see :func:`fp8_fp4_paged_mqa_logits`.
     """
@@ -169,41 +168,41 @@ def fp8_fp4_paged_mqa_logits(
         max_context_len: the width of the result; tokens from there on are not seen.
         clean_logits: whether logits of tokens that a query does not see are -inf or undefined.
         logits_dtype: fp32 or bf16, which is rounded from fp32.
-        indices: None, or with next_n of 1 ``[batch]`` int32: which queries belong to one sequence, a help for
+        indices: None, or with next_n of 1 ``[batch]`` int32: which queries belong to one sequence, a hint for
             scheduling. What they see is said by context_lens and block_table.
 
     Returns:
         ``[batch * next_n, max_context_len]`` in logits_dtype.
     """
     dims: dict[str, int] = {}
-    q, q_scale = _queries(q, "batch next_n heads", dims)
-    batch, next_n = q.shape[:2]
-    k, k_scale = _pages(kv_cache, q, dims)
+    queries, q_scale = _queries(q, "batch next_n heads", dims)
+    batch, next_n = queries.shape[:2]
+    k, k_scale = _pages(kv_cache, queries, dims)
     dims["tokens"] = batch * next_n
-    weights = _weights(weights, "tokens heads", logits_dtype, dims, q)
-    ends = _visible(context_lens, dims, q)
-    check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
-    check_tensor("schedule_meta", schedule_meta, "num_sms+1 2", {}, (torch.int32,), q.device)
+    weights = _weights(weights, "tokens heads", logits_dtype, dims, queries)
+    ends = _visible(context_lens, dims, queries)
+    check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), k.device)
+    check_tensor("schedule_meta", schedule_meta, "num_sms+1 2", {}, (torch.int32,), k.device)
     _check_size("max_context_len", max_context_len, 0)
-    _check_sequences(indices, dims, q.device)
+    _check_sequences(indices, dims, k.device)
 
     page_size = max(1, k.shape[1])
     table = block_table[:, : -(-max_context_len // page_size)]
     width = table.shape[1] * k.shape[1]
-    q, q_scale = q.flatten(0, 1), None if q_scale is None else q_scale.flatten(0, 1)
+    queries, q_scale = queries.flatten(0, 1), None if q_scale is None else q_scale.flatten(0, 1)
     starts, ends = torch.zeros_like(ends), ends.clamp(max=max_context_len)
 
-    # Wider than the result if that ends within a page, or than the pages if they end before.
-    logits = torch.empty(len(q), max(width, max_context_len), dtype=logits_dtype, device=q.device)
+    # The result may end within a page, and the pages before it: this is as wide as both.
+    logits = torch.empty(len(queries), max(width, max_context_len), dtype=logits_dtype, device=k.device)
     if logits_dtype == torch.float32:
-        scales = {"q_scale": q_scale, "k_scale": k_scale, "block_table": table}
-        index_logits(q, k, weights, starts, ends, **scales, out=logits[:, :width])
+        inputs = queries, k, weights, starts, ends
+        index_logits(*inputs, q_scale=q_scale, k_scale=k_scale, block_table=table, out=logits[:, :width])
     else:
-        for t in _chunks(len(q), width, next_n):
+        for t in _chunks(len(queries), width, next_n):
+            inputs = queries[t], k, weights[t], starts[t], ends[t]
             scale = None if q_scale is None else q_scale[t]
             rows = table[t.start // next_n : t.stop // next_n]
-            scales = {"q_scale": scale, "k_scale": k_scale, "block_table": rows}
-            logits[t, :width] = index_logits(q[t], k, weights[t], starts[t], ends[t], **scales)
+            logits[t, :width] = index_logits(*inputs, q_scale=scale, k_scale=k_scale, block_table=rows)
     if width < max_context_len:
         logits[:, width:] = -INF
     return logits[:, :max_context_len]
@@ -219,7 +218,7 @@ def _from_their_start(logits: Tensor, starts: Tensor, width: int) -> Tensor:
 
 
 def _chunks(s_q: int, width: int, unit: int = 1) -> Iterator[slice]:
-    """Slices of s_q queries, whole units, whose logits fit the workspace, but one unit at least."""
+    """Slices of s_q queries, in whole units, whose logits fit the workspace; one unit at least."""
     step = max(1, WORKSPACE_BYTES // max(1, 4 * width * unit)) * max(1, unit)
     return (slice(t, min(t + step, s_q)) for t in range(0, s_q, step))
 

@@ -1,8 +1,8 @@
 """FlashMLA's sparse prefill and its decode with a paged cache.
 
-What differs from FlashMLA: any number of heads, any topk and any page size are taken; bf16, fp16 and fp32
-queries and caches too; every index outside the cache is ignored, not only -1; slots that are not selected may
-hold NaN, also behind ``topk_length``. Gradients, several kv heads and FlashMLA's dense prefill are not here.
+Beyond FlashMLA: any number of heads, topk and page size; bf16, fp16 and fp32 queries and caches; every index
+outside the cache is ignored, not only -1; slots that are not selected, also behind ``topk_length``, may hold
+NaN. Missing: gradients, several kv heads, and FlashMLA's dense prefill.
 
 Source of the signatures: FlashMLA at commit 9241ae3.
 """
@@ -38,14 +38,14 @@ def flash_mla_sparse_fwd(
         q: ``[s_q, h_q, d_qk]``.
         kv: ``[s_kv, 1, d_qk]`` in q's dtype.
         indices: ``[s_q, 1, topk]`` int32; one that is negative or not below s_kv is ignored.
-        sm_scale: what scores are multiplied with.
+        sm_scale: multiplies the scores.
         d_v: size of the value, the first columns of a row of ``kv``.
         attn_sink: ``[h_q]`` fp32. Scales out by ``exp(lse) / (exp(lse) + exp(attn_sink))``, nothing else.
         topk_length: ``[s_q]`` int32, how many of a query's indices count, from the left.
 
     Returns:
         out ``[s_q, h_q, d_v]`` in q's dtype, max_logits and lse ``[s_q, h_q]`` fp32, in natural units and
-        without the sink. Of a query with nothing to attend to: 0, -inf, **+inf**.
+        without the sink. Of a query with nothing to attend to they are 0, -inf and **+inf**.
     """
     dims: dict[str, int] = {}
     check_tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
@@ -62,7 +62,7 @@ def flash_mla_sparse_fwd(
         return_lse=True,
         return_max_logits=True,
     )
-    return out, max_logits, _plus_infinity_if_lonely(lse)
+    return out, max_logits, _empty_lse_to_inf(lse)
 
 
 class _Config(NamedTuple):
@@ -83,8 +83,7 @@ class _Config(NamedTuple):
 class FlashMLASchedMeta:
     """Belongs to calls of :func:`flash_mla_with_kvcache` of one configuration; others are refused.
 
-    FlashMLA keeps a plan of its launches here. The kernels of this library need none, so new values of the
-    lengths never make it stale.
+    FlashMLA keeps a plan of its launches here, which depends on lengths; this library needs none.
     """
 
     config: _Config | None = None
@@ -93,8 +92,7 @@ class FlashMLASchedMeta:
 def get_mla_metadata(*args, **kwargs) -> tuple[FlashMLASchedMeta, None]:
     """A new metadata object, and None where older releases returned ``num_splits``.
 
-    Takes any arguments, as FlashMLA does for the sake of older callers: they described the calls to plan, and
-    no result depends on a plan.
+    Takes any arguments, as FlashMLA does for older callers: they described the calls to plan.
     """
     return FlashMLASchedMeta(), None
 
@@ -123,7 +121,7 @@ def flash_mla_with_kvcache(
         q: ``[batch, s_q, h_q, d_qk]``.
         k_cache: ``[pages, page_size, 1, d_qk]`` in q's dtype; with ``is_fp8_kvcache`` a quantised one,
             ``[pages, page_size, 1, bytes]`` uint8 (or int8, float8_e4m3fn: the bytes count), of a format in
-            :mod:`sparse_attn.formats`: 656 bytes a token for d_qk = 576; 584, 528 or 288 for 512.
+            :mod:`sparse_attn.formats`: 656 bytes per token for d_qk = 576; 584, 528 or 288 for 512.
         block_table: ``[batch, max_pages]`` int32, the pages of each sequence. Dense decode needs it; sparse
             decode does not read it, as its indices are slots.
         cache_seqlens: ``[batch]`` int32, tokens of each sequence, those of q included. As ``block_table``.
@@ -137,12 +135,12 @@ def flash_mla_with_kvcache(
         attn_sink: sparse only; as in :func:`flash_mla_sparse_fwd`.
         extra_k_cache, extra_indices_in_kvcache: sparse only; a second cache and what is selected of it, in
             the same softmax. It is quantised if and only if k_cache is; its page size is its own.
-        topk_length, extra_topk_length: sparse only; ``[batch]`` int32, how many of its indices count for each
-            query of a sequence, from the left.
+        topk_length, extra_topk_length: sparse only; ``[batch]`` int32, how many indices count for each query
+            of a sequence, from the left.
 
     Returns:
         out ``[batch, s_q, h_q, head_dim_v]`` in q's dtype and lse ``[batch, h_q, s_q]`` fp32, natural log,
-        without the sink. Of a query with nothing to attend to: 0 and **+inf**.
+        without the sink. Of a query with nothing to attend to they are 0 and **+inf**.
     """
     dims: dict[str, int] = {}
     check_tensor("q", q, "batch s_q h_q d_qk", dims, FLOATS)
@@ -154,58 +152,69 @@ def flash_mla_with_kvcache(
         raise ValueError(f"num_splits: expected None, got {type(num_splits).__name__}")
     selected = _indices("indices", indices, dims, q)
     extra_selected = _indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q)
-    sizes = _size(k_cache), _size(selected), _size(extra_k_cache), _size(extra_selected)
-    config = (batch, s_q, h_q, *sizes, bool(causal), bool(is_fp8_kvcache))
+    config = _Config(
+        *(batch, s_q, h_q, k_cache.shape[1], _size(selected), _size(extra_k_cache), _size(extra_selected)),
+        *(bool(causal), bool(is_fp8_kvcache)),
+    )
     _check_metadata(tile_scheduler_metadata, config)
 
-    queries = q.flatten(0, 1)
-    options = {"d_v": head_dim_v, "softmax_scale": softmax_scale, "return_lse": True}
-    if indices is None:
-        _check_dense(attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
-        check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
-        check_tensor("cache_seqlens", cache_seqlens, "batch", dims, (torch.int32,), q.device)
-        seen = cache_seqlens[:, None].expand(batch, s_q)
-        if causal:
-            seen = seen + torch.arange(1 - s_q, 1, dtype=torch.int32, device=q.device)
-        out, lse = _attend_to_all(queries, k_cache, block_table, seen.reshape(-1), options)
+    if selected is None:
+        _check_dense(
+            *(block_table, cache_seqlens, dims, q),
+            attn_sink=attn_sink,
+            extra_k_cache=extra_k_cache,
+            extra_indices_in_kvcache=extra_indices_in_kvcache,
+            topk_length=topk_length,
+            extra_topk_length=extra_topk_length,
+        )
+        out, lse = _attend_to_all(q, k_cache, block_table, cache_seqlens, causal, head_dim_v, softmax_scale)
     else:
         if causal:
             raise ValueError("causal: expected False with indices, which say themselves what a query sees")
         out, lse = sparse_mla(
-            queries,
+            q.flatten(0, 1),
             k_cache,
             selected,
+            d_v=head_dim_v,
+            softmax_scale=softmax_scale,
             topk_length=_lengths("topk_length", topk_length, dims, q),
             attn_sink=attn_sink,
             extra_kv=extra_k_cache,
             extra_indices=extra_selected,
             extra_topk_length=_lengths("extra_topk_length", extra_topk_length, dims, q),
-            **options,
+            return_lse=True,
         )
     if tile_scheduler_metadata.config is None:  # only now: a call that was refused leaves no trace
-        tile_scheduler_metadata.config = _Config(*config)
-    lse = _plus_infinity_if_lonely(lse)
+        tile_scheduler_metadata.config = config
+    lse = _empty_lse_to_inf(lse)
     return out.view(batch, s_q, h_q, head_dim_v), lse.view(batch, s_q, h_q).transpose(1, 2)
 
 
-def _attend_to_all(queries, k_cache, block_table, seen, options) -> tuple[Tensor, Tensor]:
+def _attend_to_all(q, k_cache, block_table, cache_seqlens, causal, d_v, scale) -> tuple[Tensor, Tensor]:
     """Dense decode: every slot of a sequence is selected, of as many sequences at a time as memory allows."""
-    batch, page_size = len(block_table), k_cache.shape[1]
-    s_q = len(queries) // max(batch, 1)
-    position = torch.arange(block_table.shape[1] * page_size, dtype=torch.int32, device=queries.device)
+    batch, s_q, page_size = *q.shape[:2], k_cache.shape[1]
+    seen = cache_seqlens[:, None].expand(batch, s_q)
+    if causal:
+        seen = seen + torch.arange(1 - s_q, 1, dtype=torch.int32, device=q.device)
+    position = torch.arange(block_table.shape[1] * page_size, dtype=torch.int32, device=q.device)
     step = max(1, DENSE_INDEX_BYTES // max(1, 4 * s_q * len(position)))
-    parts = []
+    outs, lses = [], []
     for first in range(0, max(batch, 1), step):
-        table = block_table[first : first + step]
-        slots = physical_slots(position.expand(len(table), -1), table, page_size)
+        some = slice(first, first + step)
+        slots = physical_slots(position.expand(len(block_table[some]), -1), block_table[some], page_size)
         if s_q != 1:
             slots = slots.repeat_interleave(s_q, 0)
-        t = slice(first * s_q, (first + step) * s_q)
-        parts.append(sparse_mla(queries[t], k_cache, slots, topk_length=seen[t], **options))
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+        queries, length = q[some].flatten(0, 1), seen[some].reshape(-1)
+        out, lse = sparse_mla(
+            queries, k_cache, slots, d_v=d_v, softmax_scale=scale, topk_length=length, return_lse=True
+        )
+        outs.append(out)
+        lses.append(lse)
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses))
 
 
-def _plus_infinity_if_lonely(lse: Tensor) -> Tensor:
+def _empty_lse_to_inf(lse: Tensor) -> Tensor:
+    """In place: FlashMLA gives +inf where there is nothing to attend to, this library -inf."""
     return lse.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=float("inf"))
 
 
@@ -231,27 +240,29 @@ def _indices(name: str, indices: Tensor | None, dims: dict[str, int], q: Tensor)
 
 
 def _lengths(name: str, lengths: Tensor | None, dims: dict[str, int], q: Tensor) -> Tensor | None:
-    """From one a sequence to one a query, ``[batch * s_q]``."""
+    """From one per sequence to one per query, ``[batch * s_q]``."""
     if lengths is None:
         return None
     check_tensor(name, lengths, "batch", dims, (torch.int32,), q.device)
     return lengths.repeat_interleave(dims["s_q"]) if dims["s_q"] != 1 else lengths
 
 
-def _check_metadata(metadata: FlashMLASchedMeta, config: tuple) -> None:
+def _check_metadata(metadata: FlashMLASchedMeta, config: _Config) -> None:
     if not isinstance(metadata, FlashMLASchedMeta):
         raise TypeError(
             "tile_scheduler_metadata: expected what get_mla_metadata of this module returns first, "
             f"got {type(metadata).__name__}"
         )
-    if metadata.config not in (None, config):
+    if metadata.config is not None and metadata.config != config:
         raise ValueError(
             f"tile_scheduler_metadata: expected calls of one configuration, {tuple(metadata.config)} as "
-            f"{_Config._fields}, got {config}"
+            f"{_Config._fields}, got {tuple(config)}"
         )
 
 
-def _check_dense(attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length) -> None:
-    for name, value in locals().items():
+def _check_dense(block_table, cache_seqlens, dims: dict[str, int], q: Tensor, **sparse_only) -> None:
+    for name, value in sparse_only.items():
         if value is not None:
             raise ValueError(f"{name}: expected None without indices (dense decode)")
+    check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
+    check_tensor("cache_seqlens", cache_seqlens, "batch", dims, (torch.int32,), q.device)

@@ -1,7 +1,7 @@
-"""Byte layouts of quantised caches: views on their parts, pack and unpack.
+"""Byte layouts of quantised caches: views of their parts, pack and unpack.
 
-Views copy nothing, so that a kernel or a packer works on the cache itself. The bytes of a token, the
-last dimension of a cache, tell its format:
+Views copy nothing: what is written to them is in the cache. The bytes per token, the last dimension of a
+cache, tell its format:
 
     656   v32_kv         latent of DeepSeek-V3.2 and GLM-5   fp8, fp32 scales, bf16 RoPE
     584   v4_kv          latent of DeepSeek-V4               fp8, ue8m0 scales, bf16 RoPE; by page
@@ -18,6 +18,7 @@ e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two in a byte, the even o
 ue8m0 is a power of two, ``2 ** (byte - 127)``, where 255 is NaN.
 """
 
+import torch
 from torch import Tensor
 
 from .elements import (
@@ -43,8 +44,6 @@ from .index_keys import (
     mxfp4_index_k_views,
     pack_index_k,
     pack_mxfp4_index_k,
-    unpack_index_k,
-    unpack_mxfp4_index_k,
 )
 from .latent import (
     KV_FORMATS,
@@ -52,10 +51,6 @@ from .latent import (
     pack_v32_kv,
     pack_v41_fp4_kv,
     pack_v41_kv,
-    unpack_v4_kv,
-    unpack_v32_kv,
-    unpack_v41_fp4_kv,
-    unpack_v41_kv,
     v4_kv_views,
     v4_page_bytes,
     v32_kv_views,
@@ -65,6 +60,7 @@ from .latent import (
 
 __all__ = [
     "FLASH_MLA_MIN_SCALE",
+    "FORMATS",
     "FP4_MAX",
     "FP4_MIN_SCALE",
     "FP8_MAX",
@@ -89,12 +85,7 @@ __all__ = [
     "to_e2m1",
     "to_e4m3",
     "to_ue8m0",
-    "unpack_index_k",
-    "unpack_mxfp4_index_k",
-    "unpack_v4_kv",
-    "unpack_v32_kv",
-    "unpack_v41_fp4_kv",
-    "unpack_v41_kv",
+    "unpack",
     "v4_kv_views",
     "v4_page_bytes",
     "v32_kv_views",
@@ -104,9 +95,17 @@ __all__ = [
 ]
 
 
-def views(cache: Tensor) -> tuple[Tensor, ...]:
-    """The parts of a cache of any format, told by its last dimension: the arguments of :func:`dequantise`.
+FORMATS = KV_FORMATS | INDEX_K_FORMATS
 
-    Each part is ``[pages, page_size, ...]``, so that ``part[page, offset]`` is what a token has of it.
+
+def views(cache: Tensor) -> tuple[Tensor, ...]:
+    """The parts of a cache of any format: the arguments of :func:`dequantise`.
+
+    Each part is ``[pages, page_size, ...]``, so that ``part[page, offset]`` belongs to one token.
     """
-    return format_of("cache", cache, KV_FORMATS | INDEX_K_FORMATS).views(cache)
+    return format_of("cache", cache, FORMATS).views(cache)
+
+
+def unpack(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values ``[..., width]`` of a cache of any format, in ``dtype``."""
+    return dequantise(*format_of("packed", packed, FORMATS).views(packed), dtype=dtype)

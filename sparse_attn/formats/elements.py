@@ -21,18 +21,20 @@ class Format(NamedTuple):
     """One byte layout.
 
     Attributes:
-        bytes: of a token, the last dimension of a cache.
-        width: the values that they hold: d_qk, or index_head_dim.
+        bytes: per token, the last dimension of a cache.
+        width: values per token: d_qk, or index_head_dim.
         alignment: what the address of each page and token must be a multiple of, in bytes.
-        by_page: whether the scales of a page lie together behind its values.
         views: the parts of a cache, the arguments of :func:`dequantise`.
+        pack: values ``[..., width]`` to a new cache; its keywords choose other scales than the usual ones.
+        by_page: whether the scales of a page lie together behind its values.
     """
 
     bytes: int
     width: int
     alignment: int
-    by_page: bool
     views: Callable[[Tensor], tuple[Tensor, ...]]
+    pack: Callable[..., Tensor]
+    by_page: bool = False
 
     def check(self, packed: Tensor) -> None:
         """Raise ValueError unless ``packed`` is a cache of this format whose bytes can be viewed."""
@@ -43,6 +45,13 @@ class Format(NamedTuple):
                 f"got {str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}"
             )
         self.check_in_place("packed", packed)
+
+    def quantised(self, name: str, x: Tensor, *, power_of_two: bool = True, min_scale: float) -> Tensor:
+        """``x`` ``[..., width]``, the argument ``name`` of a packer, as a new cache of this format."""
+        self.check_values(name, x)
+        packed = torch.empty(*x.shape[:-1], self.bytes, dtype=torch.uint8, device=x.device)
+        quantise(x, *self.views(packed), power_of_two=power_of_two, min_scale=min_scale)
+        return packed
 
     def check_values(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless ``x`` holds values that can be packed into this format."""
@@ -55,10 +64,10 @@ class Format(NamedTuple):
     def check_in_place(self, name: str, cache: Tensor) -> None:
         """Raise ValueError unless the bytes of ``cache`` lie where the format expects them.
 
-        Pages may have any distance; so may tokens, unless the format is by page.
+        Pages may lie any distance apart; so may tokens, unless the format is by page.
         """
         *outer, last = cache.stride()
-        offset = 0 if torch.compiler.is_compiling() else cache.storage_offset()  # which cannot be traced
+        offset = 0 if torch.compiler.is_compiling() else cache.storage_offset()  # the offset cannot be traced
         apart = last != 1 or (self.by_page and cache.shape[-2] > 1 and outer[-1] != self.bytes)
         if apart or any(step % self.alignment for step in (offset, *outer)):
             whole = "pages" if self.by_page else "tokens"
@@ -73,17 +82,18 @@ def format_of(name: str, cache: Tensor, formats: dict[int, Format]) -> Format:
     if cache.dim() == 0 or cache.shape[-1] not in formats:
         *others, last = map(str, formats)
         raise ValueError(
-            f"{name}: expected {', '.join(others)} or {last} bytes a token (uint8) as the last dimension, "
+            f"{name}: expected {', '.join(others)} or {last} bytes per token (uint8) as the last dimension, "
             f"got shape {list(cache.shape)}"
         )
     return formats[cache.shape[-1]]
 
 
-def split_pages(pages: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
-    """Of a cache by page: ``first`` bytes of each token, and ``second`` bytes of each, which lie behind."""
+def split_pages(pages: Tensor, value_bytes: int, scale_bytes: int) -> tuple[Tensor, Tensor]:
+    """The values of a cache by page, ``value_bytes`` per token, and the scales that lie behind them."""
     n, page_size, size = pages.shape
-    heads, tails = pages.view(n, page_size * size).split([page_size * first, page_size * second], -1)
-    return heads.unflatten(-1, (page_size, first)), tails.unflatten(-1, (page_size, second))
+    page = pages.view(n, page_size * size)
+    values, scales = page.split([page_size * value_bytes, page_size * scale_bytes], -1)
+    return values.unflatten(-1, (page_size, value_bytes)), scales.unflatten(-1, (page_size, scale_bytes))
 
 
 def fp8_scale(amax: Tensor, power_of_two: bool = True, min_scale: float = FP8_MIN_SCALE) -> Tensor:
@@ -96,12 +106,21 @@ def fp8_scale(amax: Tensor, power_of_two: bool = True, min_scale: float = FP8_MI
 
 
 def quantise(
-    x: Tensor, values: Tensor, scales: Tensor, *, power_of_two: bool = True, min_scale: float
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    rope: Tensor | None = None,
+    *,
+    power_of_two: bool = True,
+    min_scale: float,
 ) -> None:
-    """Write ``x`` ``[..., n]`` into the views ``values`` and ``scales`` of a cache, whose types say how.
+    """Write ``x`` ``[..., width]`` into the parts of a cache, whose dtypes say how; its end goes to ``rope``.
 
-    Each of the ``b`` scales ``[..., b]`` (or ``[...]``: one) serves ``n / b`` neighbours.
+    Each of the ``b`` scales ``[..., b]`` (or ``[...]``: one) serves the same number of neighbouring values.
     """
+    if rope is not None:
+        x, x_rope = x.split([x.shape[-1] - rope.shape[-1], rope.shape[-1]], -1)
+        rope.copy_(x_rope)
     scales = scales if scales.dim() == x.dim() else scales[..., None]
     blocks = _blocks(x.float(), scales.shape[-1])
     fp8 = values.dtype == torch.float8_e4m3fn
@@ -118,7 +137,7 @@ def quantise(
 def dequantise(
     values: Tensor, scales: Tensor | None, rope: Tensor | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """What the parts of tokens mean: values times their scales, then ``rope``, ``[..., width]`` in ``dtype``.
+    """``[..., width]`` in ``dtype`` from the parts of a cache: values times their scales, then ``rope``.
 
     Without scales the values mean themselves. Products are made in fp32 (fp64 for fp64), where all but
     those with an arbitrary fp32 scale are exact, and rounded to ``dtype`` once.

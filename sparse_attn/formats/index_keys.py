@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .elements import FP4_MIN_SCALE, FP8_MIN_SCALE, Format, dequantise, quantise, split_pages
+from .elements import FP4_MIN_SCALE, FP8_MIN_SCALE, Format, split_pages
 
 
 def index_k_views(pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,7 +12,7 @@ def index_k_views(pages: Tensor) -> tuple[Tensor, Tensor]:
         byte 0                         128 * page_size                132 * page_size
              | page_size x 128 e4m3    | page_size x fp32 scale       |
 
-    The shape suggests 132 bytes a token, but the scales of a page lie together behind its keys.
+    The shape suggests 132 bytes per token, but the scales of a page lie together behind its keys.
 
     Returns:
         keys ``[pages, page_size, 128]`` fp8 and scales ``[pages, page_size]`` fp32, views.
@@ -25,19 +25,11 @@ def index_k_views(pages: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_index_k(k: Tensor, *, power_of_two: bool = True, min_scale: float = FP8_MIN_SCALE) -> Tensor:
-    """``[pages, page_size, 128]`` floats to ``[pages, page_size, 132]`` uint8, one scale a key.
+    """``[pages, page_size, 128]`` floats to ``[pages, page_size, 132]`` uint8, one scale per key.
 
     ``power_of_two`` and ``min_scale`` are those of :func:`sparse_attn.formats.pack_v32_kv`.
     """
-    INDEX_K.check_values("k", k)
-    packed = torch.empty(*k.shape[:-1], INDEX_K.bytes, dtype=torch.uint8, device=k.device)
-    quantise(k, *index_k_views(packed), power_of_two=power_of_two, min_scale=min_scale)
-    return packed
-
-
-def unpack_index_k(pages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[pages, page_size, 132]`` uint8 to ``[pages, page_size, 128]``."""
-    return dequantise(*index_k_views(pages), dtype=dtype)
+    return INDEX_K.quantised("k", k, power_of_two=power_of_two, min_scale=min_scale)
 
 
 def mxfp4_index_k_views(pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,17 +57,11 @@ def pack_mxfp4_index_k(k: Tensor, *, min_scale: float = FP4_MIN_SCALE) -> Tensor
     A scale is ``max(amax / 6, min_scale)`` rounded up to a power of two. The default is DeepGEMM's, which
     raises amax to 1e-4. Values are rounded to the nearest, ties to even, as the hardware does.
     """
-    MXFP4_INDEX_K.check_values("k", k)
-    packed = torch.empty(*k.shape[:-1], MXFP4_INDEX_K.bytes, dtype=torch.uint8, device=k.device)
-    quantise(k, *mxfp4_index_k_views(packed), min_scale=min_scale)
-    return packed
+    return MXFP4_INDEX_K.quantised("k", k, min_scale=min_scale)
 
 
-def unpack_mxfp4_index_k(pages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[pages, page_size, 68]`` uint8 to ``[pages, page_size, 128]``."""
-    return dequantise(*mxfp4_index_k_views(pages), dtype=dtype)
-
-
-INDEX_K = Format(132, width=128, alignment=4, by_page=True, views=index_k_views)
-MXFP4_INDEX_K = Format(68, width=128, alignment=4, by_page=True, views=mxfp4_index_k_views)
+INDEX_K = Format(132, width=128, alignment=4, views=index_k_views, pack=pack_index_k, by_page=True)
+MXFP4_INDEX_K = Format(
+    68, width=128, alignment=4, views=mxfp4_index_k_views, pack=pack_mxfp4_index_k, by_page=True
+)
 INDEX_K_FORMATS = {fmt.bytes: fmt for fmt in (INDEX_K, MXFP4_INDEX_K)}

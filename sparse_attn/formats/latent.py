@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .elements import FP8_MIN_SCALE, Format, dequantise, quantise, split_pages
+from .elements import FP8_MIN_SCALE, Format, quantise, split_pages
 
 V4_PAGE_MULTIPLE = 576
 
@@ -35,17 +35,7 @@ def pack_v32_kv(kv: Tensor, *, power_of_two: bool = True, min_scale: float = FP8
         min_scale: a scale is ``max(amax / 448, min_scale)``. The default is that of DeepSeek's model code,
             which raises amax to 1e-4; FlashMLA's is :data:`FLASH_MLA_MIN_SCALE`.
     """
-    V32_KV.check_values("kv", kv)
-    packed = torch.empty(*kv.shape[:-1], V32_KV.bytes, dtype=torch.uint8, device=kv.device)
-    latent, scales, rope = v32_kv_views(packed)
-    quantise(kv[..., :512], latent, scales, power_of_two=power_of_two, min_scale=min_scale)
-    rope.copy_(kv[..., 512:])
-    return packed
-
-
-def unpack_v32_kv(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[..., 656]`` uint8 to ``[..., 576]``."""
-    return dequantise(*v32_kv_views(packed), dtype=dtype)
+    return V32_KV.quantised("kv", kv, power_of_two=power_of_two, min_scale=min_scale)
 
 
 def v4_kv_views(pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +46,7 @@ def v4_kv_views(pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
              | values     | RoPE dimensions  |         | one per 64      |       |     | gap |
              |-- a token ------------------->| others  |-- a token ------------->| others
 
-    Key and value are the same 512 numbers. The shape suggests 584 bytes a token, but the scales of a page
+    Key and value are the same 512 numbers. The shape suggests 584 bytes per token, but the scales of a page
     lie together behind its values. Pages start at multiples of 576 bytes (:func:`v4_page_bytes`), so a
     cache is a view of a wider buffer; the pad and the gap may hold anything.
 
@@ -87,15 +77,8 @@ def pack_v4_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
     n, page_size, _ = kv.shape
     buffer = torch.zeros(n, v4_page_bytes(page_size), dtype=torch.uint8, device=kv.device)
     pages = buffer[:, : page_size * V4_KV.bytes].unflatten(-1, (page_size, V4_KV.bytes))
-    values, scales, rope = v4_kv_views(pages)
-    quantise(kv[..., :448], values, scales, min_scale=min_scale)
-    rope.copy_(kv[..., 448:])
+    quantise(kv, *v4_kv_views(pages), min_scale=min_scale)
     return pages
-
-
-def unpack_v4_kv(pages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[pages, page_size, 584]`` uint8 to ``[pages, page_size, 512]``."""
-    return dequantise(*v4_kv_views(pages), dtype=dtype)
 
 
 def v41_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,15 +104,7 @@ def pack_v41_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
 
     Scales are rounded up to powers of two; ``min_scale`` is that of :func:`pack_v32_kv`.
     """
-    V41_KV.check_values("kv", kv)
-    packed = torch.empty(*kv.shape[:-1], V41_KV.bytes, dtype=torch.uint8, device=kv.device)
-    quantise(kv, *v41_kv_views(packed), min_scale=min_scale)
-    return packed
-
-
-def unpack_v41_kv(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[..., 528]`` uint8 to ``[..., 512]``."""
-    return dequantise(*v41_kv_views(packed), dtype=dtype)
+    return V41_KV.quantised("kv", kv, min_scale=min_scale)
 
 
 def v41_fp4_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,19 +133,11 @@ def pack_v41_fp4_kv(kv: Tensor) -> Tensor:
     A scale is amax / 6 rounded to the *nearest* e4m3, at least the smallest one, 2 ** -9: it is no power of
     two, and when it is rounded down, the largest values of its block saturate.
     """
-    V41_FP4_KV.check_values("kv", kv)
-    packed = torch.empty(*kv.shape[:-1], V41_FP4_KV.bytes, dtype=torch.uint8, device=kv.device)
-    quantise(kv, *v41_fp4_kv_views(packed), power_of_two=False, min_scale=2.0**-9)
-    return packed
+    return V41_FP4_KV.quantised("kv", kv, power_of_two=False, min_scale=2.0**-9)
 
 
-def unpack_v41_fp4_kv(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[..., 288]`` uint8 to ``[..., 512]``."""
-    return dequantise(*v41_fp4_kv_views(packed), dtype=dtype)
-
-
-V32_KV = Format(656, width=576, alignment=4, by_page=False, views=v32_kv_views)
-V4_KV = Format(584, width=512, alignment=2, by_page=True, views=v4_kv_views)
-V41_KV = Format(528, width=512, alignment=1, by_page=False, views=v41_kv_views)
-V41_FP4_KV = Format(288, width=512, alignment=1, by_page=False, views=v41_fp4_kv_views)
+V32_KV = Format(656, width=576, alignment=4, views=v32_kv_views, pack=pack_v32_kv)
+V4_KV = Format(584, width=512, alignment=2, views=v4_kv_views, pack=pack_v4_kv, by_page=True)
+V41_KV = Format(528, width=512, alignment=1, views=v41_kv_views, pack=pack_v41_kv)
+V41_FP4_KV = Format(288, width=512, alignment=1, views=v41_fp4_kv_views, pack=pack_v41_fp4_kv)
 KV_FORMATS = {fmt.bytes: fmt for fmt in (V32_KV, V4_KV, V41_KV, V41_FP4_KV)}

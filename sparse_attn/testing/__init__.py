@@ -1,9 +1,9 @@
 """Inputs, adversarial cases and comparisons for testing implementations of the public functions.
 
-The inputs are hostile by default: rows that nobody selected hold NaN, index rows contain invalid
+The inputs are hostile by default: rows that are not selected hold NaN, index rows contain invalid
 entries of every kind, tensors may be non-contiguous. Comparisons take the fp64 reference as truth.
 
-:mod:`sparse_attn.testing.conformance` puts modules with FlashMLA's or DeepGEMM's functions to the test.
+:mod:`sparse_attn.testing.conformance` tests modules that have FlashMLA's or DeepGEMM's functions.
 """
 
 import torch
@@ -14,7 +14,7 @@ from ..formats import dequantise
 from ..reference import compute_dtype
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-# Relative error of arithmetic itself, for results that are hardly rounded on output.
+# Relative error of the arithmetic, which counts where rounding the output makes little or none.
 ARITHMETIC_ERROR = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 
@@ -29,9 +29,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.2, terms: Tensor | None = None) -> None:
     """Same shape, same NaN and infinities, and an error of at most ``factor`` roundings to actual's dtype.
 
-    The budget is ``factor`` times the error that rounding ``expected`` (fp64) to ``actual``'s dtype
-    makes by itself, plus the arithmetic error of the dtype that it was computed in: relative to
-    ``expected``, or to ``terms``, the sums of the magnitudes of what was summed, which may cancel.
+    The budget is ``factor`` times the error of rounding ``expected`` (fp64) to ``actual``'s dtype, plus
+    the arithmetic error of the dtype of the computation. The latter is relative to ``expected``, or, where
+    terms of a sum may cancel, to ``terms``: the sums of their magnitudes.
     """
     assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
     expected = expected.double()

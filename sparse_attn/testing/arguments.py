@@ -26,7 +26,7 @@ def int32(*values: int) -> Tensor:
 
 
 def to_device(value: Any, device: str) -> Any:
-    """Tensors, also in a dict or tuple, on the device, with their strides and what lies between elements."""
+    """Tensors, also in a dict or tuple, on the device, with their strides and the gaps between elements."""
     if isinstance(value, dict):
         return {name: to_device(item, device) for name, item in value.items()}
     if isinstance(value, tuple):

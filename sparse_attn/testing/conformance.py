@@ -1,4 +1,4 @@
-"""Does a module mean what FlashMLA or DeepGEMM means? ::
+"""Do a module's functions compute what those of FlashMLA or DeepGEMM do? ::
 
     python -m sparse_attn.testing.conformance --flash-mla flash_mla --deep-gemm deep_gemm --device cuda
 
@@ -6,8 +6,7 @@ Each argument names a module to import that has the library's functions; this li
 ``sparse_attn.compat.flash_mla`` and ``sparse_attn.compat.deep_gemm``. Every check calls the module with
 hostile inputs and compares with the fp64 reference; the exit status says whether all passed. ``--upstream``
 leaves out the checks that ask for more than the library itself promises (other sizes, NaN in unused slots,
-further formats). ``--prove`` shows first that each check can fail, on deliberately wrong variants of the
-module.
+further formats). ``--prove`` first shows that each check can fail, on wrong variants of the module.
 """
 
 import argparse
@@ -45,7 +44,7 @@ def failure(check: Check, module: ModuleType, device: str = "cpu") -> str | None
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m sparse_attn.testing.conformance", description=__doc__.splitlines()[0]
+        prog="python -m sparse_attn.testing.conformance", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--flash-mla", metavar="MODULE", help="a module with FlashMLA's functions")
     parser.add_argument("--deep-gemm", metavar="MODULE", help="a module with DeepGEMM's functions")
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += said is not None
             print(f"  {'pass' if said is None else 'FAIL'}  {_words(check.__name__)}")
             if said:
-                print(f"        {check.__doc__.strip()}\n        {said.splitlines()[0]}")
+                print(f"        {check.__doc__}\n        {said.splitlines()[0]}")
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0
 

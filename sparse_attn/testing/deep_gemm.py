@@ -1,4 +1,4 @@
-"""What DeepGEMM's indexer logits mean, as checks that any module with its signatures can be put to.
+"""What DeepGEMM's indexer logits mean, as checks of any module with its signatures.
 
 The truth is the fp64 reference over the same stored values. Sizes are such that DeepGEMM itself takes them,
 except in the checks of ``BEYOND``; fp4, bf16 weights and ``indices`` it takes on Blackwell only. Logits that
@@ -17,7 +17,7 @@ from .arguments import int32, permutation, randint, randn, to_device
 
 INF = float("inf")
 HEADS, D, S_KV, PAGE_SIZE = 32, 128, 300, 64
-BUDGET = {torch.float32: 1e-3, torch.bfloat16: 5e-3}  # tensor cores keep few bits of a sum of fp8 products
+BUDGET = {torch.float32: 1e-3, torch.bfloat16: 5e-3}  # tensor cores round sums of fp8 products to few bits
 
 
 def _fp8(x: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def _paged(
     if seen.dim() == 1:
         seen = seen[:, None] + torch.arange(1 - next_n, 1)
     width, table = arguments["max_context_len"], arguments["block_table"].long()
-    meant = formats.dequantise(*formats.views(cache), dtype=torch.float64).nan_to_num()
+    meant = formats.unpack(cache, torch.float64).nan_to_num()
     exists = (table >= 0) & (table < pages)
     expected = []
     for b in range(batch):
@@ -287,12 +287,12 @@ def paged_rounds_logits_to_bf16(module, device):
 
 
 def paged_reads_fp4(module, device):
-    """The mxfp4 cache of 68 bytes a key, and queries in fp4."""
+    """The mxfp4 cache of 68 bytes per key, and queries in fp4."""
     _paged(module, device, fp4=True)
 
 
 def paged_takes_indices(module, device):
-    """Which queries belong to one sequence: a help for scheduling that changes no result."""
+    """Which queries belong to one sequence: a hint for scheduling that changes no result."""
     lengths = int32(64, 30, 200).view(3, 1)
     _paged(module, device, next_n=1, indices=int32(0, 1, 1), context_lens=lengths)
 
@@ -362,7 +362,7 @@ def paged_takes_any_size(module, device):
 
 
 def paged_never_reads_what_nobody_sees(module, device):
-    """NaN in slots beyond the lengths and in pages of nobody reaches no result."""
+    """NaN in slots beyond the lengths and in unused pages reaches no result."""
     cache = formats.pack_index_k(randn(12, PAGE_SIZE, D, seed=1), power_of_two=False)
     table = permutation(12).view(3, 4)
     unseen = torch.ones(12, PAGE_SIZE, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What FlashMLA's functions mean, as checks that any module with its signatures can be put to.
+"""What FlashMLA's functions mean, as checks of any module with its signatures.
 
 The truth is the fp64 reference over the same stored values. Sizes are such that FlashMLA itself takes them,
 except in the checks of ``BEYOND``, which ask for what it does not promise.
@@ -33,9 +33,11 @@ def _assert_same(out: Tensor, expected: Tensor, **logits: tuple[Tensor, Tensor])
     for name, (actual, right) in logits.items():
         assert actual.shape == right.shape, f"{name}: expected {list(right.shape)}, got {list(actual.shape)}"
         assert actual.dtype == torch.float32, f"{name}: dtype {actual.dtype}, expected float32"
-        close = {"rtol": LOGITS_TOLERANCE, "atol": LOGITS_TOLERANCE}
         torch.testing.assert_close(
-            actual.cpu().double(), right, **close, msg=lambda said, name=name: f"{name}: {said}"
+            *(actual.cpu().double(), right),
+            rtol=LOGITS_TOLERANCE,
+            atol=LOGITS_TOLERANCE,
+            msg=lambda said, name=name: f"{name}: {said}",
         )
 
 
@@ -88,16 +90,16 @@ def prefill_ignores_invalid_indices(module, device):
     _prefill(module, device, indices=indices)
 
 
-def prefill_of_lonely_queries(module, device):
-    """A query with nothing to attend to: out 0, max_logits -inf, lse +inf."""
+def prefill_of_empty_rows(module, device):
+    """Of a query with nothing to attend to: out 0, max_logits -inf, lse +inf."""
     indices = randint(0, 300, (4, 1, TOPK))
     indices[1], indices[3] = -1, 300
     out, *_ = _prefill(module, device, indices=indices, attn_sink=randn(H_Q).float())
-    assert not out[1].any() and not out[3].any(), "out of a lonely query: expected zeros"
+    assert not out[1].any() and not out[3].any(), "out of an empty row: expected zeros"
 
 
 def prefill_honours_topk_length(module, device):
-    """Only the first topk_length indices of a query count; 0 leaves it lonely."""
+    """Only the first topk_length indices of a query count; with 0 its row is empty."""
     _prefill(module, device, topk_length=int32(1, 0, TOPK, 77))
 
 
@@ -142,26 +144,18 @@ def prefill_takes_any_size(module, device):
 # Decode
 
 PAGE_SIZE, PAGES = 64, 5
-PACK = {
-    656: formats.pack_v32_kv,
-    584: formats.pack_v4_kv,
-    528: formats.pack_v41_kv,
-    288: formats.pack_v41_fp4_kv,
-}
-WIDTH = {656: 576, 584: 512, 528: 512, 288: 512}
 
 
 def _cache(size: int | None, pages: int = PAGES, page_size: int = PAGE_SIZE, seed: int = 0, d_qk: int = 576):
-    """A cache of ``size`` bytes a token (None: bf16) as FlashMLA takes it, and its rows in fp64."""
-    values = randn(pages, page_size, d_qk if size is None else WIDTH[size], seed=seed)
-    cache = values.bfloat16() if size is None else PACK[size](values)
-    return cache[:, :, None], _rows(cache)
-
-
-def _rows(cache: Tensor) -> Tensor:
-    if cache.dtype == torch.bfloat16:
-        return cache.double().flatten(0, 1)
-    return formats.dequantise(*formats.views(cache), dtype=torch.float64).flatten(0, 1)
+    """A cache of ``size`` bytes per token (None: bf16) as FlashMLA takes it, and its rows in fp64."""
+    if size is None:
+        cache = randn(pages, page_size, d_qk, seed=seed).bfloat16()
+        rows = cache.double()
+    else:
+        fmt = formats.KV_FORMATS[size]
+        cache = fmt.pack(randn(pages, page_size, fmt.width, seed=seed))
+        rows = formats.unpack(cache, torch.float64)
+    return cache[:, :, None], rows.flatten(0, 1)
 
 
 def _decode(module: ModuleType, device: str, rows, extra_rows=None, metadata=None, **changes: Any):
@@ -201,17 +195,17 @@ def _plain_decode(module, device, size, batch=2, s_q=1, **changes):
     return _decode(module, device, rows, **{"k_cache": cache, "indices": indices, **changes})
 
 
-def decode_reads_656_bytes_a_token(module, device):
-    """DeepSeek-V3.2's cache: four fp32 scales a token, bf16 RoPE behind them."""
+def decode_reads_656_bytes_per_token(module, device):
+    """DeepSeek-V3.2's cache: four fp32 scales per token, bf16 RoPE behind them."""
     _plain_decode(module, device, 656)
 
 
-def decode_reads_584_bytes_a_token(module, device):
+def decode_reads_584_bytes_per_token(module, device):
     """DeepSeek-V4's cache: the scales of a page behind all its values, pages padded to 576 bytes."""
     _plain_decode(module, device, 584)
 
 
-def decode_reads_528_and_288_bytes_a_token(module, device):
+def decode_reads_528_and_288_bytes_per_token(module, device):
     """DeepSeek-V4.1's caches, in fp8 and in fp4."""
     for size in (528, 288):
         _plain_decode(module, device, size)
@@ -227,12 +221,12 @@ def decode_has_a_default_scale(module, device):
     _plain_decode(module, device, 656, softmax_scale=None)
 
 
-def decode_several_queries_a_sequence(module, device):
-    """s_q > 1: each query has its own indices; lse is [batch, h_q, s_q]; topk_length is a sequence's."""
+def decode_several_queries_per_sequence(module, device):
+    """s_q > 1: indices are per query, topk_length is per sequence; lse is [batch, h_q, s_q]."""
     _plain_decode(module, device, 656, batch=3, s_q=2, topk_length=int32(1, TOPK, 64))
 
 
-def decode_of_lonely_queries(module, device):
+def decode_of_empty_rows(module, device):
     """out 0 and lse +inf, with a sink too; a topk_length of 0 counts."""
     indices = randint(0, PAGES * PAGE_SIZE, (3, 1, TOPK))
     indices[1] = -1
@@ -242,7 +236,7 @@ def decode_of_lonely_queries(module, device):
         topk_length=int32(TOPK, TOPK, 0),
         attn_sink=randn(H_Q).float(),
     )
-    assert not out[1:].any(), "out of a lonely query: expected zeros"
+    assert not out[1:].any(), "out of an empty row: expected zeros"
 
 
 def decode_honours_attn_sink(module, device):
@@ -341,7 +335,7 @@ def dense_decode_follows_the_block_table(module, device):
 
 
 def dense_decode_may_be_causal(module, device):
-    """The last of s_q queries sees the whole sequence, each one before it a token less."""
+    """The last of s_q queries sees the whole sequence, each one before it one token less."""
     _dense(module, device, None, s_q=2, causal=True)
     _dense(module, device, None, s_q=2, causal=False)
 
@@ -401,15 +395,15 @@ CHECKS = (
     prefill_honours_sm_scale,
     prefill_counts_duplicates,
     prefill_ignores_invalid_indices,
-    prefill_of_lonely_queries,
+    prefill_of_empty_rows,
     prefill_honours_topk_length,
     prefill_honours_attn_sink,
     prefill_reads_strided_inputs,
-    decode_reads_656_bytes_a_token,
-    decode_reads_584_bytes_a_token,
+    decode_reads_656_bytes_per_token,
+    decode_reads_584_bytes_per_token,
     decode_has_a_default_scale,
-    decode_several_queries_a_sequence,
-    decode_of_lonely_queries,
+    decode_several_queries_per_sequence,
+    decode_of_empty_rows,
     decode_honours_attn_sink,
     decode_joins_an_extra_cache,
     decode_reuses_its_metadata,
@@ -422,7 +416,7 @@ CHECKS = (
 BEYOND = (
     prefill_never_reads_what_nobody_selects,
     prefill_takes_any_size,
-    decode_reads_528_and_288_bytes_a_token,
+    decode_reads_528_and_288_bytes_per_token,
     decode_reads_bf16_caches,
     decode_ignores_invalid_indices,
     decode_never_reads_what_nobody_selects,

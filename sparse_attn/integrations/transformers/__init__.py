@@ -1,11 +1,11 @@
 """Sparse attention inside the models of Hugging Face transformers: DeepSeek-V3.2, GLM-5, DeepSeek-V4.
 
 ``enable(model)`` gives the attention layers of a loaded model another forward, ``disable(model)``
-takes it back. The model keeps its weights, its config and its cache classes, and what the layers
-store in a cache is what transformers' own layers store: either may continue where the other stopped.
+takes it back. The model keeps its weights, its config and its cache classes, and the layers store in a
+cache what transformers' own layers store: either may continue where the other stopped.
 
-No ``[S, T]`` mask is built and no latent is expanded; queries are taken in chunks, so that the memory
-beside the cache does not grow with the heads of a whole prompt.
+No ``[S, T]`` mask is built and no latent is expanded. Queries are taken in chunks, so that the memory beside
+the cache does not grow with the queries of a whole prompt.
 
 Shapes: ``B`` sequences of a batch, ``S`` new tokens, ``T`` rows of the cache (for a static cache
 its full length). Row t of sequence b is slot ``b * T + t``.
@@ -40,6 +40,7 @@ __all__ = ["disable", "enable"]
 
 SPARSE = {**deepseek_v32.SPARSE, **deepseek_v4.SPARSE}
 DENSE = {sparse: dense for dense, sparse in SPARSE.items()}
+BEFORE = "_attn_implementation_before_sparse"  # the attribute of a changed model that disable() needs
 
 
 def enable(model: PreTrainedModel) -> None:
@@ -61,11 +62,11 @@ def enable(model: PreTrainedModel) -> None:
         raise TypeError(_unsupported(model))
     for layer in layers:
         if type(layer) in deepseek_v32.SPARSE:
-            deepseek_v32.check_kv_b_proj(layer.kv_b_proj)
+            deepseek_v32.check_kv_b_proj(layer.get_submodule("kv_b_proj"))
     for layer in layers:
         _change_class(layer, SPARSE[type(layer)])
     if layers:
-        model._attn_implementation_before_sparse = model.config._attn_implementation
+        setattr(model, BEFORE, model.config._attn_implementation)
         model.set_attn_implementation(NAME)
 
 
@@ -75,14 +76,14 @@ def disable(model: PreTrainedModel) -> None:
     for layer in layers:
         _change_class(layer, DENSE[type(layer)])
     if layers:
-        model.set_attn_implementation(model._attn_implementation_before_sparse)
-        del model._attn_implementation_before_sparse
+        model.set_attn_implementation(getattr(model, BEFORE))
+        delattr(model, BEFORE)
 
 
 def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     layer.__class__ = cls
-    if "_old_forward" in layer.__dict__:  # accelerate's hooks keep the forward that they wrap
-        layer._old_forward = types.MethodType(cls.forward, layer)
+    if "_old_forward" in vars(layer):  # accelerate's hooks keep the forward that they wrap
+        vars(layer)["_old_forward"] = types.MethodType(cls.forward, layer)
 
 
 def _unsupported(model: PreTrainedModel) -> str:
@@ -95,7 +96,7 @@ def _unsupported(model: PreTrainedModel) -> str:
 
 
 def _never(module: nn.Module, *args, **kwargs):
-    """The attention function of the same name: the layers that enable() changed do not call it."""
+    """Registered as the attention function: the layers that enable() changed do not call it."""
     raise TypeError(
         f"attn_implementation: {NAME!r} is set for {type(module).__name__}, whose forward was not replaced; "
         f"call sparse_attn.integrations.transformers.enable(model), for models with layers of "

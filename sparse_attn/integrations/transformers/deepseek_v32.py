@@ -3,14 +3,18 @@
 Some of GLM's layers have no indexer and take the selection of an earlier layer.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from einops import einsum
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
-from ...attention import value_half
 from ...checkpoint import dequantize_blocks
+from ...layers import value_part
 from ...ops.attention import sparse_mla
 from ...ops.index import lightning_topk
 from . import growth
@@ -19,6 +23,8 @@ from .inputs import check, check_padding, check_slots, query_chunks, slots_of
 
 class _SparseAttention:
     """The forward of both classes; they name the rotations of the attention and of its indexer."""
+
+    __getattr__: Callable[[str], Any]  # for type checkers: the other attributes are those of transformers
 
     def _run(self, hidden_states, position_embeddings, padding, cache, given, keep: bool, kwargs):
         """Output ``[B, S, hidden_size]``, and the selected rows ``[B, S, topk]`` if they are to be kept.
@@ -36,7 +42,7 @@ class _SparseAttention:
         check_padding(padding, (batch,), (batch, rows))
         kv_b = self._kv_b()
         topk = min(rows, self.config.index_topk) if given is None else given.shape[-1]
-        # Decode joins the two halves of the rows that it reads, a prompt joins all rows once.
+        # Decode joins latent and rope of the rows that it reads, a prompt joins those of all rows once.
         kv = None if s_q * topk < rows else torch.cat([latent, k_rope], -1).flatten(0, 1)
         outs, kept = [], []
         d_qk = self.kv_lora_rank + self.qk_rope_head_dim
@@ -57,8 +63,8 @@ class _SparseAttention:
         return self.o_proj(torch.cat(outs, 1)), torch.cat(kept, 1) if keep else None
 
     def _store(self, hidden_states, position_embeddings, cache):
-        """Latents ``[B, T, kv_lora_rank]``, rotated keys ``[B, T, qk_rope_head_dim]`` and the indexer's keys
-        ``[B, T, index_head_dim]`` (None without an indexer) of the new tokens and those of the cache."""
+        """Latents ``[B, T, kv_lora_rank]``, RoPE parts ``[B, T, qk_rope_head_dim]`` and the indexer's keys
+        ``[B, T, index_head_dim]`` (None without an indexer) of the cache and the new tokens."""
         cos, sin = position_embeddings
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], -1
@@ -69,9 +75,9 @@ class _SparseAttention:
         if self.indexer is not None:
             rope = self.indexer.qk_rope_head_dim
             index_k = self.indexer.k_norm(self.indexer.wk(hidden_states))
-            turned = index_k[:, :, None, :rope]
-            turned, _ = self._index_rope(turned, turned, cos, sin, unsqueeze_dim=2)
-            index_k = torch.cat([turned[:, :, 0], index_k[..., rope:]], -1)
+            rotated = index_k[:, :, None, :rope]
+            rotated, _ = self._index_rope(rotated, rotated, cos, sin, unsqueeze_dim=2)
+            index_k = torch.cat([rotated[:, :, 0], index_k[..., rope:]], -1)
         if cache is not None:
             latent, k_rope, index_k = growth.update(cache, self.layer_idx, latent, k_rope, index_k)
         return latent[:, 0], k_rope[:, 0], index_k
@@ -82,8 +88,8 @@ class _SparseAttention:
         batch, s_q, _ = hidden_states.shape
         rope = indexer.qk_rope_head_dim
         q = indexer.wq_b(q_lora).view(batch, s_q, -1, indexer.head_dim)
-        turned, _ = self._index_rope(q[..., :rope], q[..., :rope], *position_embeddings, unsqueeze_dim=2)
-        q = torch.cat([turned, q[..., rope:]], -1).flatten(0, 1)
+        rotated, _ = self._index_rope(q[..., :rope], q[..., :rope], *position_embeddings, unsqueeze_dim=2)
+        q = torch.cat([rotated, q[..., rope:]], -1).flatten(0, 1)
         weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype))
         weights = weights.to(torch.promote_types(q.dtype, torch.float32)).flatten(0, 1)
         weights = weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
@@ -107,7 +113,7 @@ class _SparseAttention:
         return torch.cat([q_latent, q_rope], -1)
 
     def _attend(self, q, latent, k_rope, kv, selected, kv_b):
-        """``[B, s_q, heads * v_head_dim]``; ``kv`` ``[B * T, d]`` has both halves of all rows, or is None."""
+        """``[B, s_q, heads * v_head_dim]``; ``kv`` ``[B * T, d]`` is latent and rope of all rows, or None."""
         batch, rows, _ = latent.shape
         if kv is None:
             taken = selected.flatten(1).clamp_min(0)  # [B, s_q * topk]
@@ -120,7 +126,7 @@ class _SparseAttention:
         out = sparse_mla(
             q.flatten(0, 1), kv, indices, d_v=self.kv_lora_rank, softmax_scale=self.scaling
         ).unflatten(0, (batch, -1))
-        out = einsum(out, value_half(kv_b, self.qk_nope_head_dim), "b s h c, h d c -> b s h d")
+        out = einsum(out, value_part(kv_b, self.qk_nope_head_dim), "b s h c, h d c -> b s h d")
         return out.flatten(2)
 
     def _kv_b(self) -> Tensor:
@@ -141,7 +147,7 @@ class SparseDeepseekV32Attention(_SparseAttention, v32.DeepseekV32Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
@@ -160,11 +166,11 @@ class SparseGlmMoeDsaAttention(_SparseAttention, glm.GlmMoeDsaAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         prev_topk_indices: Tensor | None = None,
         **kwargs,
-    ) -> tuple[Tensor, None, Tensor]:
+    ) -> tuple[Tensor, None, Tensor | None]:
         given = prev_topk_indices if self.indexer is None else None
         if self.indexer is None and given is None:
             raise ValueError(
@@ -190,8 +196,10 @@ def _all_visible(stop: Tensor, padding: Tensor | None, batch: int, rows: int) ->
 def check_kv_b_proj(linear: nn.Module) -> None:
     """Its weight is read without its forward, so nothing may stand between the two."""
     weight = getattr(linear, "weight", None)
-    plain = type(linear) is nn.Linear and weight.is_floating_point() and weight.element_size() > 1
-    if not (plain or _is_block_fp8(linear)):
+    plain = (
+        type(linear) is nn.Linear and linear.weight.is_floating_point() and linear.weight.element_size() > 1
+    )
+    if not isinstance(weight, Tensor) or not (plain or _is_block_fp8(linear)):
         dtype = weight.dtype if isinstance(weight, Tensor) else "no"
         raise TypeError(
             "kv_b_proj: expected torch.nn.Linear with a floating-point weight, or one in fp8 with "
@@ -206,12 +214,10 @@ def check_kv_b_proj(linear: nn.Module) -> None:
 
 
 def _is_block_fp8(linear: nn.Module) -> bool:
-    return (
-        getattr(linear, "weight", None) is not None
-        and linear.weight.dtype == torch.float8_e4m3fn
-        and getattr(linear, "weight_scale_inv", None) is not None
-        and linear.weight_scale_inv.dim() == 2
-    )
+    weight, scale = getattr(linear, "weight", None), getattr(linear, "weight_scale_inv", None)
+    if weight is None or scale is None:
+        return False
+    return weight.dtype == torch.float8_e4m3fn and scale.dim() == 2
 
 
 SPARSE = {

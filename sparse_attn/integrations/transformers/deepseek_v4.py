@@ -1,17 +1,19 @@
 """The attention of DeepSeek-V4: a window of tokens, compressed entries behind it, and sinks.
 
-A layer slides a window alone, or adds one entry for every 4 tokens (CSA: the lightning indexer
-selects among its entries) or for every 128 (HCA: every entry is read). Window and entries are the two
-segments of one softmax. ``R``: rows of the window that the cache returns, the new tokens last.
-``E``: entries so far; position p sees the entries below ``(p + 1) // rate``.
+A layer reads a window alone, or also one entry for every 4 tokens (CSA: the lightning indexer selects
+among its entries) or for every 128 (HCA: every entry is read). Window and entries are the two segments
+of one softmax. ``R``: rows of the window that the cache returns, the new tokens last. ``E``: entries so
+far; position p sees the entries below ``(p + 1) // rate``.
 
-Two things are transformers' own: the entries of a padded sequence pool its padding too, and before
-release 5.23 its caches did not follow the beams of a beam search.
+As in transformers' own layers, the entries of a padded sequence pool its padding too, and before release
+5.23 its caches did not follow the beams of a beam search.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 
 from ...ops.attention import sparse_mla
@@ -23,10 +25,10 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: dict[str, tuple[Tensor, Tensor]],
+        position_embeddings: Any,  # cos and sin by rope_layer_type
         position_ids: Tensor,
         attention_mask: Tensor | None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         check(self, hidden_states, attention_mask, kwargs)
@@ -38,7 +40,7 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
         positions = position_ids.expand(batch, -1)
         q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
         kv = v4.apply_rotary_pos_emb(self.kv_norm(self.kv_proj(hidden_states))[:, None], cos, sin)
-        if cache is not None:
+        if past_key_values is not None:
             kv, _ = past_key_values.update(kv, kv, self.layer_idx)
         kv = kv[:, 0]
         rows = kv.shape[1]
@@ -50,6 +52,9 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
             q = self.q_b_norm(self.q_b_proj(q_residual[:, t]).unflatten(-1, (-1, self.head_dim)))
             q = v4.apply_rotary_pos_emb(q, cos[:, t], sin[:, t], unsqueeze_dim=2)
             window = self._window(t, s_q, attention_mask, batch, rows, q.device)
+            extra_kv, extra_indices, extra_topk_length = self._visible_entries(
+                hidden_states[:, t], q_residual[:, t], positions[:, t], entries, index_k, s_q
+            )
             out = sparse_mla(
                 q.flatten(0, 1),
                 kv.flatten(0, 1),
@@ -57,7 +62,9 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
                 d_v=self.head_dim,
                 softmax_scale=self.scaling,
                 attn_sink=self.sinks.float(),
-                **self._far(hidden_states[:, t], q_residual[:, t], positions[:, t], entries, index_k, s_q),
+                extra_kv=extra_kv,
+                extra_indices=extra_indices,
+                extra_topk_length=extra_topk_length,
             ).unflatten(0, (batch, -1))
             # Keys are values here: what their rotation did to the values is undone at the query's position.
             out = v4.apply_rotary_pos_emb(out, cos[:, t], -sin[:, t], unsqueeze_dim=2)
@@ -101,49 +108,45 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
             return entries, None
         return entries, _compress(indexer, hidden_states, cache, "indexer", overlap=True)
 
-    def _far(self, hidden_states, q_residual, positions, entries, index_k, s_q: int) -> dict[str, Tensor]:
-        """The second segment of sparse_mla for some tokens: entries, and which of them each token reads."""
-        if entries is None or entries.shape[1] == 0:
-            return {}
+    def _visible_entries(
+        self, hidden_states, q_residual, positions, entries, index_k, s_q: int
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The second segment of sparse_mla for some tokens: entries, which of them each reads, how many."""
+        if self.compressor is None or entries is None or entries.shape[1] == 0:
+            return None, None, None
         batch, count, _ = entries.shape
         stop = (positions + 1).div(self.compressor.compress_rate, rounding_mode="floor").int()
         if index_k is not None and count > self.compressor.indexer.index_topk:
-            selected = self._select(hidden_states, q_residual, positions, index_k, stop)
+            indexer = self.compressor.indexer
+            selected = _select(indexer, hidden_states, q_residual, positions, index_k, stop)
             length = None
         else:
             every = torch.arange(count, dtype=torch.int32, device=stop.device)
             selected = every.expand(batch, stop.shape[1], -1)
-            # With left padding the entries outrun the positions; transformers lets a single token see all
-            # entries of an HCA layer, and so do we.
+            # With left padding there are more entries than the positions say. As in transformers, a single
+            # token then sees all entries of an HCA layer.
             length = None if index_k is None and s_q == 1 else stop.flatten()
-        return {
-            "extra_kv": entries.flatten(0, 1),
-            "extra_indices": slots_of(selected, count),
-            "extra_topk_length": length,
-        }
-
-    def _select(self, hidden_states, q_residual, positions, index_k, stop) -> Tensor:
-        """The entries that each token reads, ``[B, tokens, index_topk]`` int32, -1 padded."""
-        indexer = self.compressor.indexer
-        batch = hidden_states.shape[0]
-        q = indexer.q_b_proj(q_residual).unflatten(-1, (-1, indexer.head_dim))
-        cos, sin = indexer.rotary_emb(
-            hidden_states, position_ids=positions, layer_type=indexer.rope_layer_type
-        )
-        q = v4.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2).flatten(0, 1)
-        scorer = indexer.scorer
-        weights = scorer.weights_proj(hidden_states)
-        weights = weights.to(torch.promote_types(q.dtype, torch.float32)).flatten(0, 1)
-        weights = weights * (scorer.weights_scaling * scorer.softmax_scale)
-        table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]  # a page is a sequence
-        ke = stop.flatten()
-        selected = lightning_topk(
-            q, index_k, weights, indexer.index_topk, torch.zeros_like(ke), ke, block_table=table
-        )
-        return selected.unflatten(0, (batch, -1))
+        return entries.flatten(0, 1), slots_of(selected, count), length
 
 
-def _compress(module: nn.Module, hidden_states: Tensor, cache, name: str, overlap: bool) -> Tensor:
+def _select(indexer: v4.DeepseekV4Indexer, hidden_states, q_residual, positions, index_k, stop) -> Tensor:
+    """The entries that each token reads, ``[B, tokens, index_topk]`` int32, -1 padded."""
+    batch = hidden_states.shape[0]
+    q = indexer.q_b_proj(q_residual).unflatten(-1, (-1, indexer.head_dim))
+    cos, sin = indexer.rotary_emb(hidden_states, position_ids=positions, layer_type=indexer.rope_layer_type)
+    q = v4.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2).flatten(0, 1)
+    scorer = indexer.scorer
+    weights = scorer.weights_proj(hidden_states)
+    weights = weights.to(torch.promote_types(q.dtype, torch.float32)).flatten(0, 1)
+    weights = weights * (scorer.weights_scaling * scorer.softmax_scale)
+    table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]  # a page is a sequence
+    ke = stop.flatten()
+    ks = torch.zeros_like(ke)
+    selected = lightning_topk(q, index_k, weights, indexer.index_topk, ks, ke, block_table=table)
+    return selected.unflatten(0, (batch, -1))
+
+
+def _compress(module: Any, hidden_states: Tensor, cache, name: str, overlap: bool) -> Tensor:
     """All entries so far, ``[B, E, d]``: a gated mean of each group of ``rate`` tokens.
 
     With ``overlap`` the projections have two halves: an entry pools the second half of its own group and

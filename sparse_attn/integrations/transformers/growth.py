@@ -1,7 +1,7 @@
 """Dynamic caches that grow in place: transformers' own layers copy all their rows at every token.
 
-The layers hold what they always hold, tensors of just the rows there are; but these are views of
-buffers with room behind them, which the next rows are written to.
+The tensors that a layer of the cache holds have the usual shapes, but are views of larger buffers: the next
+rows are written behind them.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import DynamicIndexedLayer
 from transformers.utils import is_tracing
 
-SPARE = 8  # a new buffer has room for one row in so many
+SPARE = 8  # a new buffer is larger than needed by one row in so many
 
 
 class _Room:
-    """A buffer, and how many of its rows are some view's: one with fewer must not write behind itself."""
+    """A buffer, and how many of its rows are in use: a view that ends earlier must not write into it."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer, self.filled = buffer, 0
@@ -24,10 +24,12 @@ class _Room:
         return start == self.filled and stop <= self.buffer.shape[-2] and not frozen
 
 
-_rooms = WeakTensorKeyDictionary()  # of the views; what crops, reorders, selects or copies them has none
+_rooms = WeakTensorKeyDictionary()  # by view; a view that was cropped, reordered or copied has none
 
 
-def update(cache, layer_idx: int, latent: Tensor, k_rope: Tensor, index_k: Tensor | None):
+def update(
+    cache, layer_idx: int, latent: Tensor, k_rope: Tensor, index_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """``cache.update`` and ``cache.update_indexer``: new rows in, all rows out.
 
     Args:
@@ -39,9 +41,10 @@ def update(cache, layer_idx: int, latent: Tensor, k_rope: Tensor, index_k: Tenso
     if type(layer) is DynamicIndexedLayer and not cache.offloading and not is_tracing(latent):
         held = {name: getattr(layer, name) for name, rows in new.items() if rows is not None}
         if all(_continues(rows, new[name]) for name, rows in held.items()):
-            for name, rows in held.items():
-                setattr(layer, name, _append(rows, new[name]))
-            return layer.keys, layer.values, None if index_k is None else layer.indexer_keys
+            grown = {name: _append(rows, new[name]) for name, rows in held.items()}
+            for name, rows in grown.items():
+                setattr(layer, name, rows)
+            return grown["keys"], grown["values"], grown.get("indexer_keys")
     latent, k_rope = cache.update(latent, k_rope, layer_idx)
     if index_k is not None:
         index_k = cache.update_indexer(index_k, layer_idx)
@@ -59,7 +62,7 @@ def _continues(held: Tensor | None, new: Tensor) -> bool:
 
 
 def _append(held: Tensor, new: Tensor) -> Tensor:
-    """``torch.cat([held, new], -2)``, a copy of ``held`` only where it has no room."""
+    """``torch.cat([held, new], -2)``; ``held`` is copied only if its buffer is full."""
     start, stop = held.shape[-2], held.shape[-2] + new.shape[-2]
     room = _rooms.get(held)
     if room is None or not room.takes(start, stop):

@@ -1,15 +1,16 @@
 """What transformers hands to an attention layer: masks, modes, memory; and what of it is refused."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 from transformers.utils import is_tracing
 
 NAME = "sparse_attn"  # of the attention and mask functions in transformers' registries
-QUERY_BYTES = 64 << 20  # queries held at a time
+QUERY_BYTES = 64 << 20  # of queries at a time
 
 
 def padding_of(
@@ -24,13 +25,13 @@ def padding_of(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
-    """The mask function that transformers calls once a forward, in place of one that builds ``[S, T]``.
+    """The mask function that transformers calls once per forward, in place of one that builds ``[S, T]``.
 
     Args:
-        attention_mask: ``[B, tokens]`` bool, False where a token is padding; tokens that it does not
-            reach are padding, as in transformers' own mask functions.
+        attention_mask: ``[B, tokens]`` bool, False where a token is padding; tokens behind its end are
+            padding, as in transformers' own mask functions.
         local_size: the window of a model with sliding windows, which keeps ``kv_length`` rows from the
-            token ``kv_offset``.
+            token ``kv_offset`` on.
 
     Returns:
         None without padding. With a window ``[B, kv_length]`` bool, the rows that may be read. Else
@@ -56,13 +57,13 @@ def padding_of(
 
 
 PACKED = (
-    "several sequences packed in a row (position_ids that restart) are not supported: pass one a row, with "
+    "several sequences packed in a row (position_ids that restart) are not supported: pass one per row, with "
     "padding, and when compiling without a cache an attention_mask"
 )
 
 
-def check(layer: nn.Module, hidden_states: Tensor, padding: Tensor | None, kwargs: dict) -> None:
-    """Raise ValueError for a mode or an argument with which the layer's result would be wrong."""
+def check(layer: Any, hidden_states: Tensor, padding: Tensor | None, kwargs: dict) -> None:
+    """Raise ValueError for a mode or an argument with which an attention layer's result would be wrong."""
     name = type(layer).__name__
     if layer.training:
         raise ValueError(
@@ -93,21 +94,21 @@ def check_padding(padding: Tensor | None, *shapes: tuple[int, ...]) -> None:
 
 
 def check_slots(batch: int, rows: int) -> None:
-    """Raise ValueError unless int32 numbers every row of every sequence."""
+    """Raise ValueError unless the slots of all rows fit int32."""
     if batch * rows >= 2**31:
         raise ValueError(f"past_key_values: expected B * T below 2**31, got {batch} * {rows}")
 
 
-def query_chunks(s_q: int, bytes_a_token: int) -> Iterator[slice]:
+def query_chunks(s_q: int, bytes_per_token: int) -> Iterator[slice]:
     """Slices of a prompt's tokens whose queries take QUERY_BYTES together, or of one token."""
-    step = max(1, QUERY_BYTES // bytes_a_token)
+    step = max(1, QUERY_BYTES // bytes_per_token)
     return (slice(t, min(t + step, s_q)) for t in range(0, s_q, step))
 
 
-def slots_of(rows: Tensor, rows_a_sequence: int) -> Tensor:
+def slots_of(rows: Tensor, rows_per_sequence: int) -> Tensor:
     """Rows of each sequence ``[B, s_q, n]``, negative for none, as ``[B * s_q, n]`` slots ``b * T + row``."""
     batch = rows.shape[0]
     if batch > 1:
-        first = rows_a_sequence * torch.arange(batch, dtype=torch.int32, device=rows.device)
+        first = rows_per_sequence * torch.arange(batch, dtype=torch.int32, device=rows.device)
         rows = torch.where(rows >= 0, rows + first[:, None, None], -1)
     return rows.flatten(0, 1)

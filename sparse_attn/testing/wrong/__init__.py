@@ -1,10 +1,10 @@
 """Wrong variants of FlashMLA's and DeepGEMM's functions: mistakes that ports make, each caught by a check.
 
-A variant wraps a right module: it changes the arguments on their way in, or the results on their way out.
+A variant wraps the functions of a right module: it changes their arguments or their results.
 """
 
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 Arguments = dict[str, Any]
 Wrapper = Callable[[Callable[..., Any], Arguments], Any]  # (right function, keyword arguments) -> result
+Mistakes = dict[str, dict[str, Wrapper]]  # by the check that finds them, and by name
 
 
 class Variant(NamedTuple):
@@ -22,28 +23,38 @@ class Variant(NamedTuple):
     wrapper: Wrapper
     check: str
 
-    def of(self, module: ModuleType) -> SimpleNamespace:
+    def of(self, module: ModuleType) -> ModuleType:
         """``module`` with the mistake in it."""
-        mistaken = {name: self._mistaken(getattr(module, name)) for name in self.functions}
-        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        return SimpleNamespace(**{**public, **mistaken})
+        variant = ModuleType(module.__name__)
+        vars(variant).update(vars(module))
+        for name in self.functions:
+            setattr(variant, name, self._mistaken(getattr(module, name)))
+        return variant
 
     def _mistaken(self, right: Callable[..., Any]) -> Callable[..., Any]:
         return lambda **arguments: self.wrapper(right, arguments)
 
 
+def variants(functions: tuple[str, ...], mistakes: Mistakes) -> list[Variant]:
+    return [
+        Variant(name, functions, wrapper, check)
+        for check, found in mistakes.items()
+        for name, wrapper in found.items()
+    ]
+
+
 def before(change: Callable[[Arguments], Arguments | None]) -> Wrapper:
-    """Change the arguments: those that ``change`` returns take the place of the given ones."""
+    """Change the arguments: those that ``change`` returns replace the given ones."""
     return lambda right, arguments: right(**{**arguments, **(change(arguments) or {})})
 
 
-def after(change: Callable[[Arguments, tuple], Any]) -> Wrapper:
+def after(change: Callable[[Arguments, Any], Any]) -> Wrapper:
     """Change the results."""
     return lambda right, arguments: change(arguments, right(**arguments))
 
 
 def drop(*names: str) -> Wrapper:
-    """The arguments have no effect."""
+    """Leave out arguments."""
     return lambda right, arguments: right(**{n: v for n, v in arguments.items() if n not in names})
 
 
@@ -53,12 +64,12 @@ def only_if(name: str, change: Callable[[Arguments], Arguments]) -> Wrapper:
 
 
 def refuse(condition: bool) -> None:
-    """For :func:`before`: raise, as a function does that does not take such arguments."""
+    """For :func:`before`: raise as a function that does not take such arguments."""
     if condition:
         raise NotImplementedError
 
 
 def pages_in_order(block_table: Tensor) -> Tensor:
-    """The table of those who take a paged cache for a contiguous one."""
+    """The table under which a paged cache is read as a contiguous one."""
     pages = torch.arange(block_table.numel(), dtype=torch.int32, device=block_table.device)
     return pages.view_as(block_table)

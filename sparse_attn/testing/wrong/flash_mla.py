@@ -8,288 +8,205 @@ import torch
 from torch import Tensor
 
 from ... import formats
-from . import Arguments, Variant, Wrapper, after, before, drop, only_if, pages_in_order, refuse
+from . import Arguments, Mistakes, after, before, drop, only_if, pages_in_order, refuse, variants
 
 INF, NAN, LN_2 = float("inf"), float("nan"), log(2)
 
 # FlashMLA's prefill: its results are (out, max_logits, lse)
 
-PREFILL: list[tuple[str, Wrapper, str]] = [
-    (
-        "lse in base 2",
-        after(lambda a, r: (r[0], r[1], r[2] / LN_2)),
-        "prefill_attends_to_what_is_selected",
-    ),
-    (
-        "max_logits in base 2",
-        after(lambda a, r: (r[0], r[1] / LN_2, r[2])),
-        "prefill_attends_to_what_is_selected",
-    ),
-    (
-        "max_logits and lse change places",
-        after(lambda a, r: (r[0], r[2], r[1])),
-        "prefill_attends_to_what_is_selected",
-    ),
-    (
-        "the last columns are the value",
-        before(lambda a: {name: a[name].roll(-64, -1) for name in ("q", "kv")}),
-        "prefill_attends_to_what_is_selected",
-    ),
-    (
-        "RoPE columns do not score",
-        before(lambda a: {"q": torch.cat([a["q"][..., :512], 0 * a["q"][..., 512:]], -1)}),
-        "prefill_attends_to_what_is_selected",
-    ),
-    (
-        "512 columns are taken for 448 and RoPE",
-        before(lambda a: {"q": a["q"] * (torch.arange(a["q"].shape[-1], device=a["q"].device) < 448)}),
-        "prefill_takes_d_qk_512",
-    ),
-    (
-        "max_logits without the scale",
-        after(lambda a, r: (r[0], r[1] / a["sm_scale"], r[2])),
-        "prefill_honours_sm_scale",
-    ),
-    (
-        "the scale is d_qk ** -0.5",
-        before(lambda a: {"sm_scale": a["q"].shape[-1] ** -0.5}),
-        "prefill_honours_sm_scale",
-    ),
-    (
-        "duplicates count once",
-        before(lambda a: {"indices": _without_duplicates(a["indices"])}),
-        "prefill_counts_duplicates",
-    ),
-    (
-        "indices from s_kv on become the last one",
-        before(lambda a: {"indices": a["indices"].clamp(max=a["kv"].shape[0] - 1)}),
-        "prefill_ignores_invalid_indices",
-    ),
-    (
-        "negative indices count from the end",
-        before(
+PREFILL: Mistakes = {
+    "prefill_attends_to_what_is_selected": {
+        "lse in base 2": after(lambda a, r: (r[0], r[1], r[2] / LN_2)),
+        "max_logits in base 2": after(lambda a, r: (r[0], r[1] / LN_2, r[2])),
+        "max_logits and lse change places": after(lambda a, r: (r[0], r[2], r[1])),
+        "the last columns are the value": before(
+            lambda a: {name: a[name].roll(-64, -1) for name in ("q", "kv")}
+        ),
+        "RoPE columns do not score": before(
+            lambda a: {"q": torch.cat([a["q"][..., :512], 0 * a["q"][..., 512:]], -1)}
+        ),
+    },
+    "prefill_takes_d_qk_512": {
+        "512 columns are taken for 448 and RoPE": before(
+            lambda a: {"q": a["q"] * (torch.arange(a["q"].shape[-1], device=a["q"].device) < 448)}
+        ),
+    },
+    "prefill_honours_sm_scale": {
+        "max_logits without the scale": after(lambda a, r: (r[0], r[1] / a["sm_scale"], r[2])),
+        "the scale is d_qk ** -0.5": before(lambda a: {"sm_scale": a["q"].shape[-1] ** -0.5}),
+    },
+    "prefill_counts_duplicates": {
+        "duplicates count once": before(lambda a: {"indices": _without_duplicates(a["indices"])}),
+    },
+    "prefill_ignores_invalid_indices": {
+        "indices from s_kv on become the last one": before(
+            lambda a: {"indices": a["indices"].clamp(max=a["kv"].shape[0] - 1)}
+        ),
+        "negative indices count from the end": before(
             lambda a: {"indices": torch.where(a["indices"] < 0, a["indices"] % len(a["kv"]), a["indices"])}
         ),
-        "prefill_ignores_invalid_indices",
-    ),
-    (
-        "the first invalid index ends a row",
-        before(lambda a: {"indices": _up_to_the_first_invalid(a["indices"], a["kv"].shape[0])}),
-        "prefill_ignores_invalid_indices",
-    ),
-    (
-        "lse of a lonely query is -inf",
-        after(lambda a, r: (r[0], r[1], torch.where(r[2] == INF, -INF, r[2]))),
-        "prefill_of_lonely_queries",
-    ),
-    (
-        "max_logits of a lonely query are the lowest float",
-        after(lambda a, r: (r[0], r[1].clamp(min=torch.finfo(torch.float32).min), r[2])),
-        "prefill_of_lonely_queries",
-    ),
-    (
-        "out of a lonely query is 0 / 0",
-        after(lambda a, r: (r[0].masked_fill((r[2] == INF)[..., None], NAN), r[1], r[2])),
-        "prefill_of_lonely_queries",
-    ),
-    ("topk_length has no effect", drop("topk_length"), "prefill_honours_topk_length"),
-    (
-        "topk_length is one too long",
-        only_if("topk_length", lambda a: {"topk_length": a["topk_length"] + 1}),
-        "prefill_honours_topk_length",
-    ),
-    ("attn_sink has no effect", drop("attn_sink"), "prefill_honours_attn_sink"),
-    (
-        "attn_sink in base 2",
-        only_if("attn_sink", lambda a: {"attn_sink": a["attn_sink"] * LN_2}),
-        "prefill_honours_attn_sink",
-    ),
-    (
-        "lse with the sink",
-        after(lambda a, r: (r[0], r[1], torch.logaddexp(r[2], a["attn_sink"]) if "attn_sink" in a else r[2])),
-        "prefill_honours_attn_sink",
-    ),
-    (
-        "an infinite sink gives inf / inf",
-        after(lambda a, r: (_nan_where_the_sink_is_infinite(a, r[0]), r[1], r[2])),
-        "prefill_honours_attn_sink",
-    ),
-    (
-        "strides of q are ignored",
-        before(lambda a: {"q": _as_if_contiguous(a["q"])}),
-        "prefill_reads_strided_inputs",
-    ),
-    (
-        "strides of kv are ignored",
-        before(lambda a: {"kv": _as_if_contiguous(a["kv"])}),
-        "prefill_reads_strided_inputs",
-    ),
-    (
-        "strides of indices are ignored",
-        before(lambda a: {"indices": _as_if_contiguous(a["indices"])}),
-        "prefill_reads_strided_inputs",
-    ),
-    (
-        "rows that nobody selects are multiplied by zero",
-        after(lambda a, r: (r[0] + 0 * a["kv"].sum(), r[1], r[2])),
-        "prefill_never_reads_what_nobody_selects",
-    ),
-    (
-        "sums differ from run to run",
-        after(lambda a, r: (r[0] + 2**-10 * torch.randn_like(r[0]) * r[0], r[1], r[2])),
-        "results_repeat_bit_for_bit",
-    ),
-    (
-        "only 64 or 128 heads",
-        before(lambda a: refuse(a["q"].shape[-2] not in (64, 128))),
-        "prefill_takes_any_size",
-    ),
-]
+        "the first invalid index ends a row": before(
+            lambda a: {"indices": _up_to_the_first_invalid(a["indices"], a["kv"].shape[0])}
+        ),
+    },
+    "prefill_of_empty_rows": {
+        "lse of an empty row is -inf": after(lambda a, r: (r[0], r[1], torch.where(r[2] == INF, -INF, r[2]))),
+        "max_logits of an empty row are the lowest float": after(
+            lambda a, r: (r[0], r[1].clamp(min=torch.finfo(torch.float32).min), r[2])
+        ),
+        "out of an empty row is 0 / 0": after(
+            lambda a, r: (r[0].masked_fill((r[2] == INF)[..., None], NAN), r[1], r[2])
+        ),
+    },
+    "prefill_honours_topk_length": {
+        "topk_length has no effect": drop("topk_length"),
+        "topk_length is one too long": only_if(
+            "topk_length", lambda a: {"topk_length": a["topk_length"] + 1}
+        ),
+    },
+    "prefill_honours_attn_sink": {
+        "attn_sink has no effect": drop("attn_sink"),
+        "attn_sink in base 2": only_if("attn_sink", lambda a: {"attn_sink": a["attn_sink"] * LN_2}),
+        "lse with the sink": after(
+            lambda a, r: (r[0], r[1], torch.logaddexp(r[2], a["attn_sink"]) if "attn_sink" in a else r[2])
+        ),
+        "an infinite sink gives inf / inf": after(
+            lambda a, r: (_nan_where_the_sink_is_infinite(a, r[0]), r[1], r[2])
+        ),
+    },
+    "prefill_reads_strided_inputs": {
+        "strides of q are ignored": before(lambda a: {"q": _as_if_contiguous(a["q"])}),
+        "strides of kv are ignored": before(lambda a: {"kv": _as_if_contiguous(a["kv"])}),
+        "strides of indices are ignored": before(lambda a: {"indices": _as_if_contiguous(a["indices"])}),
+    },
+    "prefill_never_reads_what_nobody_selects": {
+        "rows that nobody selects are multiplied by zero": after(
+            lambda a, r: (r[0] + 0 * a["kv"].sum(), r[1], r[2])
+        ),
+    },
+    "results_repeat_bit_for_bit": {
+        "sums differ from run to run": after(
+            lambda a, r: (r[0] + 2**-10 * torch.randn_like(r[0]) * r[0], r[1], r[2])
+        ),
+    },
+    "prefill_takes_any_size": {
+        "only 64 or 128 heads": before(lambda a: refuse(a["q"].shape[-2] not in (64, 128))),
+    },
+}
 
 # FlashMLA's decode: its results are (out, lse)
 
-DECODE: list[tuple[str, Wrapper, str]] = [
-    (
-        "656: the scales in reverse",
-        before(lambda a: {"k_cache": _scales_of_656(a["k_cache"], lambda s: s.flip(-1))}),
-        "decode_reads_656_bytes_a_token",
-    ),
-    (
-        "656: the first scale for all",
-        before(lambda a: {"k_cache": _scales_of_656(a["k_cache"], lambda s: s[..., :1].expand_as(s))}),
-        "decode_reads_656_bytes_a_token",
-    ),
-    (
-        "584: the scales of a token behind its values",
-        before(lambda a: {"k_cache": _584_by_token(a["k_cache"])}),
-        "decode_reads_584_bytes_a_token",
-    ),
-    (
-        "584: pages without padding",
-        before(lambda a: {"k_cache": _as_if_contiguous(a["k_cache"])}),
-        "decode_reads_584_bytes_a_token",
-    ),
-    (
-        "288: the high nibble first",
-        before(lambda a: {"k_cache": _swap_nibbles(a["k_cache"], 288, 256)}),
-        "decode_reads_528_and_288_bytes_a_token",
-    ),
-    (
-        "bf16 caches are refused",
-        before(lambda a: refuse(a["indices"] is not None and not a["is_fp8_kvcache"])),
-        "decode_reads_bf16_caches",
-    ),
-    (
-        "the default scale is d_v ** -0.5",
-        before(lambda a: {"softmax_scale": a.get("softmax_scale") or a["head_dim_v"] ** -0.5}),
-        "decode_has_a_default_scale",
-    ),
-    (
-        "lse is [batch, s_q, h_q]",
-        after(lambda a, r: (r[0], r[1].transpose(1, 2))),
-        "decode_several_queries_a_sequence",
-    ),
-    (
-        "lse is [batch, s_q, h_q] under another shape",
-        after(lambda a, r: (r[0], r[1].transpose(1, 2).reshape(r[1].shape))),
-        "decode_several_queries_a_sequence",
-    ),
-    (
-        "all queries of a sequence share the first one's indices",
-        before(lambda a: {"indices": a["indices"][:, :1].expand_as(a["indices"])}),
-        "decode_several_queries_a_sequence",
-    ),
-    (
-        "query t takes the topk_length of sequence t % batch",
-        lambda right, a: _with_lengths_in_turn(right, a),
-        "decode_several_queries_a_sequence",
-    ),
-    ("topk_length has no effect", drop("topk_length"), "decode_several_queries_a_sequence"),
-    (
-        "lse of a lonely query is -inf",
-        after(lambda a, r: (r[0], torch.where(r[1] == INF, -INF, r[1]))),
-        "decode_of_lonely_queries",
-    ),
-    ("attn_sink has no effect", drop("attn_sink"), "decode_honours_attn_sink"),
-    (
-        "the extra cache has no effect",
-        drop("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length"),
-        "decode_joins_an_extra_cache",
-    ),
-    ("extra_topk_length has no effect", drop("extra_topk_length"), "decode_joins_an_extra_cache"),
-    (
-        "the extra cache has a softmax of its own",
-        lambda right, a: _two_softmaxes(right, a),
-        "decode_joins_an_extra_cache",
-    ),
-    (
-        "the indices of the first call are kept in the metadata",
-        lambda right, a: _with_the_first_indices(right, a),
-        "decode_reuses_its_metadata",
-    ),
-    (
-        "indices are positions, found through the block table",
-        only_if("block_table", lambda a: {"indices": _through_the_table(a)}),
-        "decode_needs_no_block_table",
-    ),
-    (
-        "indices beyond the cache become the last one",
-        before(lambda a: {"indices": a["indices"].clamp(max=a["k_cache"].shape[:2].numel() - 1)}),
-        "decode_ignores_invalid_indices",
-    ),
-    (
-        "slots that nobody selects are multiplied by zero",
-        after(lambda a, r: (r[0] + 0 * _sum_of_cache(a["k_cache"]), r[1])),
-        "decode_never_reads_what_nobody_selects",
-    ),
-    (
-        "only pages of 64 tokens",
-        before(lambda a: refuse(a["k_cache"].shape[1] != 64)),
-        "decode_takes_any_size",
-    ),
-    (
-        "dense: the block table has no effect",
-        only_if(
-            "block_table",
-            lambda a: {"block_table": pages_in_order(a["block_table"])},
+DECODE: Mistakes = {
+    "decode_reads_656_bytes_per_token": {
+        "656: the scales in reverse": before(
+            lambda a: {"k_cache": _scales_of_656(a["k_cache"], lambda s: s.flip(-1))}
         ),
-        "dense_decode_follows_the_block_table",
-    ),
-    (
-        "dense: whole pages are attended to",
-        only_if("cache_seqlens", lambda a: {"cache_seqlens": (a["cache_seqlens"] + 63) // 64 * 64}),
-        "dense_decode_follows_the_block_table",
-    ),
-    ("dense: causal has no effect", drop("causal"), "dense_decode_may_be_causal"),
-    (
-        "dense: every query sees a token less",
-        before(lambda a: {"cache_seqlens": a["cache_seqlens"] - 1} if a.get("causal") else None),
-        "dense_decode_may_be_causal",
-    ),
-    (
-        "dense: every query sees a token at least",
-        only_if("cache_seqlens", lambda a: {"cache_seqlens": a["cache_seqlens"].clamp(min=a["q"].shape[1])}),
-        "dense_decode_reads_fp8",
-    ),
-    (
-        "causal with indices is let pass",
-        before(lambda a: {"causal": False} if a.get("indices") is not None else None),
-        "decode_refuses_what_contradicts_itself",
-    ),
-    ("num_splits is let pass", drop("num_splits"), "decode_refuses_what_contradicts_itself"),
-    (
-        "lengths without indices are let pass",
-        before(lambda a: {"topk_length": None} if a.get("indices") is None else None),
-        "decode_refuses_what_contradicts_itself",
-    ),
-]
+        "656: the first scale for all": before(
+            lambda a: {"k_cache": _scales_of_656(a["k_cache"], lambda s: s[..., :1].expand_as(s))}
+        ),
+    },
+    "decode_reads_584_bytes_per_token": {
+        "584: the scales of a token behind its values": before(
+            lambda a: {"k_cache": _584_by_token(a["k_cache"])}
+        ),
+        "584: pages without padding": before(lambda a: {"k_cache": _as_if_contiguous(a["k_cache"])}),
+    },
+    "decode_reads_528_and_288_bytes_per_token": {
+        "288: the high nibble first": before(lambda a: {"k_cache": _swap_nibbles(a["k_cache"], 288, 256)}),
+    },
+    "decode_reads_bf16_caches": {
+        "bf16 caches are refused": before(
+            lambda a: refuse(a["indices"] is not None and not a["is_fp8_kvcache"])
+        ),
+    },
+    "decode_has_a_default_scale": {
+        "the default scale is d_v ** -0.5": before(
+            lambda a: {"softmax_scale": a.get("softmax_scale") or a["head_dim_v"] ** -0.5}
+        ),
+    },
+    "decode_several_queries_per_sequence": {
+        "lse is [batch, s_q, h_q]": after(lambda a, r: (r[0], r[1].transpose(1, 2))),
+        "lse is [batch, s_q, h_q] under another shape": after(
+            lambda a, r: (r[0], r[1].transpose(1, 2).reshape(r[1].shape))
+        ),
+        "all queries of a sequence share the first one's indices": before(
+            lambda a: {"indices": a["indices"][:, :1].expand_as(a["indices"])}
+        ),
+        "query t takes the topk_length of sequence t % batch": lambda right, a: _with_lengths_in_turn(
+            right, a
+        ),
+        "topk_length has no effect": drop("topk_length"),
+    },
+    "decode_of_empty_rows": {
+        "lse of an empty row is -inf": after(lambda a, r: (r[0], torch.where(r[1] == INF, -INF, r[1]))),
+    },
+    "decode_honours_attn_sink": {
+        "attn_sink has no effect": drop("attn_sink"),
+    },
+    "decode_joins_an_extra_cache": {
+        "the extra cache has no effect": drop(
+            "extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length"
+        ),
+        "extra_topk_length has no effect": drop("extra_topk_length"),
+        "the extra cache has a softmax of its own": lambda right, a: _two_softmaxes(right, a),
+    },
+    "decode_reuses_its_metadata": {
+        "the indices of the first call are kept in the metadata": lambda right, a: _with_the_first_indices(
+            right, a
+        ),
+    },
+    "decode_needs_no_block_table": {
+        "indices are positions, found through the block table": only_if(
+            "block_table", lambda a: {"indices": _through_the_table(a)}
+        ),
+    },
+    "decode_ignores_invalid_indices": {
+        "indices beyond the cache become the last one": before(
+            lambda a: {"indices": a["indices"].clamp(max=a["k_cache"].shape[:2].numel() - 1)}
+        ),
+    },
+    "decode_never_reads_what_nobody_selects": {
+        "slots that nobody selects are multiplied by zero": after(
+            lambda a, r: (r[0] + 0 * _sum_of_cache(a["k_cache"]), r[1])
+        ),
+    },
+    "decode_takes_any_size": {
+        "only pages of 64 tokens": before(lambda a: refuse(a["k_cache"].shape[1] != 64)),
+    },
+    "dense_decode_follows_the_block_table": {
+        "dense: the block table has no effect": only_if(
+            "block_table", lambda a: {"block_table": pages_in_order(a["block_table"])}
+        ),
+        "dense: whole pages are attended to": only_if(
+            "cache_seqlens", lambda a: {"cache_seqlens": (a["cache_seqlens"] + 63) // 64 * 64}
+        ),
+    },
+    "dense_decode_may_be_causal": {
+        "dense: causal has no effect": drop("causal"),
+        "dense: every query sees a token less": before(
+            lambda a: {"cache_seqlens": a["cache_seqlens"] - 1} if a.get("causal") else None
+        ),
+    },
+    "dense_decode_reads_fp8": {
+        "dense: every query sees a token at least": only_if(
+            "cache_seqlens", lambda a: {"cache_seqlens": a["cache_seqlens"].clamp(min=a["q"].shape[1])}
+        ),
+    },
+    "decode_refuses_what_contradicts_itself": {
+        "causal with indices is let pass": before(
+            lambda a: {"causal": False} if a.get("indices") is not None else None
+        ),
+        "num_splits is let pass": drop("num_splits"),
+        "lengths without indices are let pass": before(
+            lambda a: {"topk_length": None} if a.get("indices") is None else None
+        ),
+    },
+}
 
 
 def _without_duplicates(indices: Tensor) -> Tensor:
-    earlier = torch.ones(indices.shape[-1], indices.shape[-1], dtype=torch.bool, device=indices.device).tril(
-        -1
-    )
-    repeated = ((indices[..., :, None] == indices[..., None, :]) & earlier).any(-1)
+    equal = indices[..., :, None] == indices[..., None, :]
+    repeated = equal.tril(-1).any(-1)  # equal to an earlier one
     return indices.masked_fill(repeated, -1)
 
 
@@ -317,7 +234,7 @@ def _scales_of_656(cache: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _584_by_token(cache: Tensor) -> Tensor:
-    """What is found in a cache by those who read 584 adjoining bytes a token, stored where it belongs."""
+    """What a reader of 584 adjoining bytes per token finds, stored where it belongs."""
     if cache.shape[-1] != 584:
         return cache
     pages, page_size = cache.shape[:2]
@@ -376,10 +293,11 @@ def _through_the_table(arguments: Arguments) -> Tensor:
 
 
 def _sum_of_cache(cache: Tensor) -> Tensor:
-    return sum(part.float().sum() for part in formats.views(cache[:, :, 0]) if part.dtype != torch.uint8)
+    parts = formats.views(cache[:, :, 0])
+    return torch.stack([part.float().sum() for part in parts if part.dtype != torch.uint8]).sum()
 
 
 VARIANTS = [
-    *(Variant(name, ("flash_mla_sparse_fwd",), *rest) for name, *rest in PREFILL),
-    *(Variant(name, ("flash_mla_with_kvcache",), *rest) for name, *rest in DECODE),
+    *variants(("flash_mla_sparse_fwd",), PREFILL),
+    *variants(("flash_mla_with_kvcache",), DECODE),
 ]

@@ -19,11 +19,7 @@ from .rope import apply_rope, rope_cos_sin
 
 
 class _SparseAttention(nn.Module):
-    """What both layers share: place the tokens, store their rows, select, attend, project.
-
-    A layer's ``_project`` returns its queries, the rows to store, and the indexer's input;
-    ``_attend`` reads the selected rows and returns ``[tokens, num_attention_heads * v_head_dim]``.
-    """
+    """What both layers share: place the tokens, store their rows, select, attend."""
 
     def __init__(self, config: DSAConfig, backend: str, dtype, device) -> None:
         super().__init__()
@@ -48,9 +44,9 @@ class _SparseAttention(nn.Module):
             ``[tokens, hidden_size]``.
 
         Raises:
-            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. After these
-                and any other exception, also of a call that ran out of memory or was interrupted, the
-                cache holds what it held before, and the call may be made again.
+            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. After these and
+                any other exception, such as a lack of memory or an interrupt, the cache holds what it held
+                before, and the call may be made again.
         """
         self._check_inputs(hidden_states, cache)
         counts = _sequence_counts(hidden_states.shape[0], cache, cu_seqlens_q)
@@ -74,6 +70,14 @@ class _SparseAttention(nn.Module):
             cache.commit(placement)
         return out
 
+    def _project(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Queries, the rows to store by their name in the cache, and the input of the indexer's queries."""
+        raise NotImplementedError
+
+    def _attend(self, q: Tensor, rows: dict[str, Tensor], indices: Tensor) -> Tensor:
+        """``[tokens, hidden_size]``, from the rows that ``indices`` select."""
+        raise NotImplementedError
+
     def _select(
         self, q: Tensor, k: Tensor, weights: Tensor, placement: Placement, cache: DSACache | None
     ) -> Tensor:
@@ -83,7 +87,7 @@ class _SparseAttention(nn.Module):
         if cache is None:
             ks, ke = first.int(), (first + visible).int()
             return lightning_topk(q, k, weights, topk, ks, ke, backend=self.backend)
-        # The cache is paged with one page a sequence; only as much of a page as is in use is scored.
+        # A page is a sequence, cut to the longest one: unused rows are not scored.
         pages, scales = cache.index_keys(placement.longest)
         table = placement.sequences[:, None].int() if cache.batch_size > 1 else first.new_zeros(1, 1).int()
         ranges = torch.zeros_like(visible, dtype=torch.int32), visible.int()
@@ -168,15 +172,15 @@ class SparseMLA(_SparseAttention):
         """One layer of a Hugging Face checkpoint.
 
         Args:
-            state_dict: tensors named ``...layers.{layer}.self_attn.*``, other names are ignored:
+            state_dict: tensors named ``...layers.{layer}.self_attn.*``; other names are ignored.
                 :class:`sparse_attn.checkpoint.Safetensors` reads files lazily. e4m3 weights with
                 ``weight_scale_inv`` are dequantised.
             config: the dict of the checkpoint's ``config.json``, or a :class:`DSAConfig`.
             layer: which layer.
             backend, device: as for the class.
-            dtype: of the weights; by default that of the checkpoint, bf16 for fp8. Those of the indexer's
-                norm and head weights stay in fp32 if they are stored so. What needs no conversion shares
-                its memory with ``state_dict``.
+            dtype: of the weights; by default that of the checkpoint, bf16 for fp8. The weights of the
+                indexer's norm and head weights stay in fp32 if they are stored so. Weights that need no
+                conversion share their memory with ``state_dict``.
 
         Raises:
             ValueError: weights are missing, unexpected or of another shape; all of them are named.
@@ -200,30 +204,24 @@ class SparseMLA(_SparseAttention):
         """The weights under a Hugging Face model's names, ``model.layers.{layer}.self_attn.*``."""
         return checkpoint.to_hf(self.state_dict(), layer)
 
-    def _project(self, hidden_states: Tensor, positions: Tensor):
+    def _project(self, hidden_states, positions):
         config = self.config
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         cos, sin = rope_cos_sin(positions, rope, config)
         q_lora = self.q_norm(self.wq_a(hidden_states))
         q = rearrange(self.wq_b(q_lora), "t (h d) -> t h d", h=config.num_attention_heads)
         q_nope, q_rope = q.split([nope, rope], -1)
-        # Absorb wkv_b's key half into the query: scores are then taken with the latent itself.
+        # Absorb the key part of wkv_b into the query: scores are then taken with the latent itself.
         q_latent = einsum(q_nope, self._wkv_b()[:, :nope], "t h d, h d c -> t h c")
         q = torch.cat([q_latent, apply_rope(q_rope, cos, sin, "interleaved")], -1)
         latent, k_rope = self.wkv_a(hidden_states).split([config.kv_lora_rank, rope], -1)
         k_rope = apply_rope(k_rope[:, None], cos, sin, "interleaved")[:, 0]
         return q, {"kv": torch.cat([self.kv_norm(latent), k_rope], -1)}, q_lora
 
-    def _attend(self, q: Tensor, rows: dict[str, Tensor], indices: Tensor) -> Tensor:
-        out = sparse_mla(
-            q,
-            rows["kv"],
-            indices,
-            d_v=self.config.kv_lora_rank,
-            softmax_scale=self.config.softmax_scale,
-            backend=self.backend,
-        )
-        values = value_half(self._wkv_b(), self.config.qk_nope_head_dim)
+    def _attend(self, q, rows, indices):
+        scale, d_v = self.config.softmax_scale, self.config.kv_lora_rank
+        out = sparse_mla(q, rows["kv"], indices, d_v=d_v, softmax_scale=scale, backend=self.backend)
+        values = value_part(self._wkv_b(), self.config.qk_nope_head_dim)
         out = einsum(out, values, "t h c, h d c -> t h d")
         return self.wo(rearrange(out, "t h d -> t (h d)"))
 
@@ -257,7 +255,7 @@ class SparseGQA(_SparseAttention):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, **linear)
         self.o_proj = nn.Linear(q_size, config.hidden_size, **linear)
 
-    def _project(self, hidden_states: Tensor, positions: Tensor):
+    def _project(self, hidden_states, positions):
         d = self.config.head_dim
         cos, sin = rope_cos_sin(positions, d, self.config)
         q, k, v = (
@@ -267,13 +265,13 @@ class SparseGQA(_SparseAttention):
         rows = {"k": apply_rope(k, cos, sin, "half"), "v": v}
         return apply_rope(q, cos, sin, "half"), rows, hidden_states
 
-    def _attend(self, q: Tensor, rows: dict[str, Tensor], indices: Tensor) -> Tensor:
+    def _attend(self, q, rows, indices):
         scale = self.config.softmax_scale
         out = sparse_gqa(q, rows["k"], rows["v"], indices, softmax_scale=scale, backend=self.backend)
         return self.o_proj(rearrange(out, "t h d -> t (h d)"))
 
 
-def value_half(kv_b: Tensor, qk_nope_head_dim: int) -> Tensor:
+def value_part(kv_b: Tensor, qk_nope_head_dim: int) -> Tensor:
     """``[heads, v_head_dim, kv_lora_rank]`` of ``[heads, qk_nope_head_dim + v_head_dim, kv_lora_rank]``."""
     values = kv_b[:, qk_nope_head_dim:]
     # If it were not contiguous, torch's bf16 product on a CPU would transpose it at every call.
