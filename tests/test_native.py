@@ -330,7 +330,7 @@ def library_loads_anew():
 @pytest.mark.parametrize("name", native._STRUCTURES)
 def test_a_library_with_other_structures_is_refused(name, library_loads_anew, monkeypatch):
     class Longer(native._STRUCTURES[name]):
-        _fields_ = [("one_more", ctypes.c_void_p)]
+        _fields_ = (("one_more", ctypes.c_void_p),)
 
     monkeypatch.setitem(native._STRUCTURES, name, Longer)
     theirs = ctypes.sizeof(Longer) - 8

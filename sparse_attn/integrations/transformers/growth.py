@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import DynamicIndexedLayer
-from transformers.utils import is_tracing
+from transformers.utils.import_utils import is_tracing
 
 SPARE = 8  # a new buffer is larger than needed by one row in so many
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
-from transformers.utils import is_tracing
+from transformers.utils.import_utils import is_tracing
 
 NAME = "sparse_attn"  # of the attention and mask functions in transformers' registries
 QUERY_BYTES = 64 << 20  # of queries at a time
