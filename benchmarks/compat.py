@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from bench.timing import describe, machine
 from sparse_attn import formats, index_logits, ops, sparse_mla
-from sparse_attn.bench.timing import describe, machine
 from sparse_attn.compat import deep_gemm, flash_mla
 
 

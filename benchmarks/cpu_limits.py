@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.timing import append_json, machine
 from sparse_attn import native, reference
-from sparse_attn.bench.timing import append_json, machine
 from sparse_attn.testing import assert_close
 
 HEADS, D_QK, D_V, TOPK, SCALE = 128, 576, 512, 2048, 192**-0.5

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
+from bench.timing import peak_memory
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, native, ops
-from sparse_attn.bench.timing import peak_memory
 
 CONTEXTS = (2048, 4096, 8192)  # each a multiple of the keys that torch scores at a time
 PAGE = mmap.PAGESIZE

