@@ -4,12 +4,10 @@ Calls are so small that hardly anything but their overhead is left: one query, f
 """
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 
-from bench.timing import describe, machine
+from bench.timing import describe, interleaved, machine
 from sparse_attn import formats, index_logits, ops, sparse_mla
 from sparse_attn.compat import deep_gemm, flash_mla
 
@@ -70,20 +68,9 @@ def cases():
     )
 
 
-def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of the fastest call of each, called in turn: whatever else the machine does only adds."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: seconds * 1e6 for name, seconds in best.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument(
         "--limit", type=float, help="fail if a facade costs more microseconds over its function"
     )
@@ -93,12 +80,13 @@ def main() -> None:
     worst = 0.0
     with torch.inference_mode():
         print(describe(machine()))
-        print(f"{'microseconds a call':30} {'facade':>8} {'function':>9} {'op':>8} {'facade adds':>12}")
+        print(f"{'microseconds per call':30} {'facade':>8} {'function':>9} {'op':>8} {'facade adds':>12}")
         for name, functions in cases():
             results = [function() for function in functions.values()]
             if not all(torch.equal(results[0], other) for other in results):
                 raise AssertionError(f"{name}: the results differ")
-            times = fastest(functions, arguments.rounds)
+            timings = interleaved(functions, arguments.rounds)
+            times = {form: 1e6 * timing.low for form, timing in timings.items()}  # noise only adds
             added = times["facade"] - times["function"]
             worst = max(worst, added)
             op = f"{times['op']:8.1f}" if "op" in times else f"{'':8}"

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     known = ", ".join(operations.OPERATIONS)
     parser.add_argument("operations", nargs="*", metavar="operation", help=f"of {known}; default: all")
-    parser.add_argument("--quick", action="store_true", help="few sizes, a few minutes")
+    parser.add_argument("--quick", action="store_true", help="few sizes, less than two minutes")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument(

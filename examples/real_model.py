@@ -260,22 +260,12 @@ def retrieve(model, tokenizer, haystack: Tensor, topk: int, depths, show) -> lis
 
 
 @contextmanager
-def prefill_progress(console: Console, model, passes: int):
-    """A progress bar over the layers of ``passes`` prefills; yields a function that names the current one."""
+def passes_progress(console: Console, passes: int):
+    """A progress bar; yields a function that names the pass which starts."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=passes * len(model.model.layers))
-
-        def advance(module, inputs, output) -> None:
-            if output.shape[1] > 1:  # not while decoding
-                progress.advance(task)
-
-        hooks = [layer.register_forward_hook(advance) for layer in model.model.layers]
-        try:
-            yield lambda description: progress.update(task, description=description)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        task = progress.add_task("", total=passes, completed=-1)
+        yield lambda description: progress.update(task, description=description, advance=1)
 
 
 def quality_table(dense: dict, sparse: list[dict]) -> Table:
@@ -407,7 +397,7 @@ def run(
     )
 
     retrieval_k = min(topk, key=lambda k: abs(k - tokens / 8))
-    with prefill_progress(console, model, passes=1 + len(topk) + 2 * len(depths)) as show:
+    with passes_progress(console, 1 + len(topk) + 2 * len(depths)) as show:
         readings, observers = read_at_each(model, ids, topk, new_tokens, show)
         pass_keys = retrieve(model, tokenizer, ids, retrieval_k, depths, show)
     dense, *sparse = (summary(k, readings, observers, tokenizer) for k in readings)

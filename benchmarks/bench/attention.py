@@ -15,7 +15,7 @@ from sparse_attn.formats import unpack_v32_kv
 from sparse_attn.testing import assert_close, relative_error
 
 from . import dense, peers
-from .case import Case, Cases, Functions, Sizes
+from .case import Case, Cases, Functions, Sizes, decodes
 from .index import scores
 from .limits import Work, attention_work, index_work
 from .tensors import cache, gathered, highest, normal, on_huge_pages, packed
@@ -30,10 +30,7 @@ FACTOR = {"cpu": 1.5, "cuda": 2.5}
 
 def attention(sizes: Sizes, device: torch.device) -> Cases:
     """MLA of one query per sequence over the selected tokens, beside dense attention over all of them."""
-    for batch in sizes.batches:
-        for context in sizes.contexts:
-            data = "gaussian" if batch == 1 else f"gaussian, {batch} sequences"
-            yield context, data, partial(_attention, sizes, device, "gaussian", batch, context)
+    yield from decodes(sizes, "gaussian", partial(_attention, sizes, device, "gaussian"))
     if "clustered" in sizes.scores:
         yield sizes.middle, "clustered", partial(_attention, sizes, device, "clustered", 1, sizes.middle)
 
@@ -118,10 +115,7 @@ def dense_mla(q: Tensor, kv: Tensor, scale: float) -> Functions:
 
 def gqa(sizes: Sizes, device: torch.device) -> Cases:
     """Grouped queries in decode, once with rows that no cache holds, and in prefill."""
-    for batch in sizes.batches:
-        for context in sizes.contexts:
-            data = "gaussian" if batch == 1 else f"gaussian, {batch} sequences"
-            yield context, data, partial(_gqa_decode, sizes, device, batch, context)
+    yield from decodes(sizes, "gaussian", partial(_gqa_decode, sizes, device))
     if 1 in sizes.batches:
         cold = partial(_gqa_decode, sizes, device, 1, sizes.contexts[-1], cold=True)
         yield sizes.contexts[-1], "gaussian, cold rows", cold

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich import box
@@ -55,18 +56,21 @@ ON_CPU = {"page_size": None, "dense_heads": 4}
 QUICK = Sizes((8192, 32768), prefill=(64, 8192), **ON_CPU)
 FULL = Sizes((1024, 8192, 32768, 65536, 131072), real=True, long=(1 << 20,), queries=16, flex=8192, **ON_CPU)
 GPU = Sizes((8192, 32768, 131072), (1, 32), prefill=(1024, 32768), rows=(1, 64, 1024), scores=("gaussian",))
-TINY = Sizes(
-    (128,),
-    (2,),
-    prefill=(5, 128),
-    rows=(3,),
-    scores=("gaussian",),
-    topk=16,
-    heads=4,
-    index_heads=4,
-    gqa_heads=(4, 2),
-    hidden=(64, 32),
+TINY = GPU._replace(
+    **{"contexts": (128,), "batches": (2,), "prefill": (5, 128), "rows": (3,), "topk": 16, "heads": 4},
+    **{"index_heads": 4, "gqa_heads": (4, 2), "hidden": (64, 32)},
 )
+
+
+def decodes(sizes: Sizes, data: str, build: Callable[..., Case]) -> Cases:
+    """Of one query per sequence: ``build`` takes how many sequences, and their context."""
+    for batch in sizes.batches:
+        for context in sizes.contexts:
+            yield (
+                context,
+                data if batch == 1 else f"{data}, {batch} sequences",
+                partial(build, batch, context),
+            )
 
 
 def measure(

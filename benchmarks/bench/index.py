@@ -10,7 +10,7 @@ from sparse_attn.formats import index_k_views, pack_index_k
 from sparse_attn.testing import adversarial_logits, assert_logits_close
 
 from . import real
-from .case import Case, Cases, Sizes
+from .case import Case, Cases, Sizes, decodes
 from .limits import index_work, select_work
 from .tensors import cache, normal, on_huge_pages
 
@@ -22,19 +22,14 @@ REAL_TOKENS, REAL_TOPK = 2048, 256
 def indexer(sizes: Sizes, device: torch.device) -> Cases:
     """Scores of one query per sequence over all its keys, then of several."""
 
-    def case(batch: int, queries: int, context: int) -> tuple:
-        kinds = [f"{n} {what}" for n, what in ((batch, "sequences"), (queries, "queries")) if n > 1]
-        data = ", ".join(["gaussian", *kinds])
-        return context, data, partial(_indexer, sizes, device, batch, queries, context)
-
-    for batch in sizes.batches:
-        for context in (*sizes.contexts, *sizes.long):
-            yield case(batch, 1, context)
+    longer = sizes._replace(contexts=(*sizes.contexts, *sizes.long))
+    yield from decodes(longer, "gaussian", partial(_indexer, sizes, device))
     if sizes.queries > 1:
-        yield case(1, sizes.queries, sizes.middle)
+        several = partial(_indexer, sizes, device, 1, sizes.middle, sizes.queries)
+        yield sizes.middle, f"gaussian, {sizes.queries} queries", several
 
 
-def _indexer(sizes: Sizes, device: torch.device, batch: int, queries: int, context: int) -> Case:
+def _indexer(sizes: Sizes, device: torch.device, batch: int, context: int, queries: int = 1) -> Case:
     s_q, heads, page_size = batch * queries, sizes.index_heads, sizes.page_size or context
     q, weights = normal(device, s_q, heads, D), torch.randn(s_q, heads, device=device)
     table = torch.randperm(batch * context // page_size, device=device).int().view(batch, -1)

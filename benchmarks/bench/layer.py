@@ -22,7 +22,7 @@ from sparse_attn.testing import assert_close, relative_error
 
 from . import dense
 from .attention import D_QK, D_V, attend, dense_mla, ranges, spread
-from .case import Case, Cases, Functions, Sizes
+from .case import Case, Cases, Functions, Sizes, decodes
 from .limits import Work, attention_work, index_work, select_work
 from .tensors import normal
 from .timing import peak_memory
@@ -42,10 +42,7 @@ FIELDS = {
 
 def layer(sizes: Sizes, device: torch.device) -> Cases:
     """Indexer, top-k and attention, each alone and together, beside dense attention and the whole layer."""
-    for batch in sizes.batches:
-        for context in sizes.contexts:
-            data = "decode" if batch == 1 else f"decode of {batch} sequences"
-            yield context, data, partial(_decode, sizes, device, batch, context)
+    yield from decodes(sizes, "decode", partial(_decode, sizes, device))
     tokens, context = sizes.prefill
     yield context, f"prefill of {tokens}", partial(_prefill, sizes, device)
 
@@ -174,23 +171,14 @@ def fields(line: dict[str, Any]) -> dict[str, Any]:
 
 def words(lines: list[dict[str, Any]]) -> list[str]:
     """What the table of the layer does not say, in sentences, of lines with :func:`fields`."""
-    said = [
-        f"{line['data']} at {line['context']:,}: the projections, the same on both sides, are "
-        f"{line['projections'] / line['layer']:.0%} of the whole layer."
-        for line in lines
-        if "projections" in line
-    ]
-    said += [
-        f"{line['data']}: {line['peak_bytes'] / 2**20:.0f} MiB of extra memory. Dense: per-head attention."
-        for line in lines
-        if line["peak_bytes"]
-    ]
-    errors = [line["errors"] for line in lines if "errors" in line]
-    if errors:
-        worst = {name: max(e[name] for e in errors) for name in errors[0]}
-        said.append(
-            f"Relative error against the fp64 reference: logits {worst['logits']:.1e}, attention "
-            f"{worst['attention']:.2e} (rounding the exact result to bf16: {worst['bf16_rounding']:.2e}); "
-            "every selection equals the reference's."
-        )
+    said = ["Dense prefill is per-head attention. The projections are the same on both sides."]
+    for line in lines:
+        if "projections" in line:
+            share = line["projections"] / line["layer"]
+            said.append(f"{line['data']} at {line['context']:,}: {share:.0%} of the layer is projections.")
+        if line["peak_bytes"]:
+            said.append(f"{line['data']}: {line['peak_bytes'] / 2**20:.0f} MiB of extra memory.")
+        if "errors" in line:
+            errors = ", ".join(f"{name} {error:.2e}" for name, error in line["errors"].items())
+            said.append(f"{line['data']} at {line['context']:,}: relative errors against fp64: {errors}.")
     return said

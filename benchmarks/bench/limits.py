@@ -15,13 +15,14 @@ four streams over memory that no cache holds. A share above 1 means that the byt
 """
 
 import dataclasses
-import time
 
 import torch
 
 from sparse_attn import native
 
-PEAK_SECONDS = 10e-3
+from .timing import interleaved, thread_clock
+
+PEAK_ROUNDS = 10_000  # of multiply-adds in registers
 PEAK_TRIES = 5  # the best counts: something else may share the core
 STREAM_BYTES = 256 << 20
 
@@ -78,34 +79,22 @@ def peak_of_a_core() -> float:
 
 
 def _peak(kind: str) -> float:
-    if not native.peak(kind, 1):
+    operations = native.peak(kind, PEAK_ROUNDS)
+    if not operations:
         return 0.0
-    rounds, speeds = 1000, []
-    while len(speeds) < PEAK_TRIES:
-        start = time.thread_time()
-        operations = native.peak(kind, rounds)
-        taken = time.thread_time() - start
-        if taken > PEAK_SECONDS:
-            speeds.append(operations / taken)
-        else:
-            rounds *= 4
-    return max(speeds)
+    timing = interleaved({kind: lambda: native.peak(kind, PEAK_ROUNDS)}, PEAK_TRIES, clock=thread_clock)
+    return operations / timing[kind].low
 
 
 def bandwidth() -> float:
     """Bytes per second of the best pass that sums, compares, copies or scales ``STREAM_BYTES``."""
     source = torch.ones(STREAM_BYTES // 4)
     target = torch.empty_like(source)
-    passes = {
-        STREAM_BYTES: (source.sum, source.max),
-        2 * STREAM_BYTES: (lambda: target.copy_(source), lambda: torch.mul(source, 2.0, out=target)),
+    passes = {  # of one or two streams
+        (1, "sum"): source.sum,
+        (1, "max"): source.max,
+        (2, "copy"): lambda: target.copy_(source),
+        (2, "scale"): lambda: torch.mul(source, 2.0, out=target),
     }
-    best = 0.0
-    for moved, functions in passes.items():
-        for function in functions:
-            function()
-            for _ in range(3):
-                start = time.perf_counter()
-                function()
-                best = max(best, moved / (time.perf_counter() - start))
-    return best
+    timings = interleaved(passes, rounds=3)
+    return max(streams * STREAM_BYTES / timing.low for (streams, _), timing in timings.items())

@@ -34,34 +34,20 @@ def scores(tokens: int) -> dict[int, Tensor]:
 
 
 def scores_of(model, ids: Tensor, layers: Sequence[int] = LAYERS) -> dict[int, Tensor]:
-    """The same for the last of ids ``[1, tokens]``, of any Llama; the model runs its own, dense attention."""
-    from real_model import training_free_indexer
+    """The same for the last of ids ``[1, tokens]``, of any Llama; every layer attends to every token."""
+    from real_model import training_free_indexer, use_attention
 
     found: dict[int, Tensor] = {}
 
-    def observe(module, arguments, keywords, output) -> None:
-        hidden, (cos, sin) = keywords["hidden_states"], keywords["position_embeddings"]
-        q = module.q_proj(hidden[:, -1:]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        k = module.k_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        q, k = _rotate(q, cos[:, -1:], sin[:, -1:]), _rotate(k, cos, sin)
-        index = training_free_indexer(q[0].transpose(0, 1), k[0].transpose(0, 1))
-        ke = torch.tensor([k.shape[2]], dtype=torch.int32)
-        found[module.layer_idx] = index_logits(*index, ke * 0, ke)
+    def observe(layer: int, q: Tensor, k: Tensor, *_) -> None:
+        if layer in layers:
+            ke = torch.tensor([len(k)], dtype=torch.int32)
+            found[layer] = index_logits(*training_free_indexer(q[-1:], k), ke * 0, ke)
 
-    hooks = [
-        model.model.layers[layer].self_attn.register_forward_hook(observe, with_kwargs=True)
-        for layer in layers
-    ]
+    use_attention(model, ids.shape[1])
     try:
         with torch.inference_mode():
-            model.model(ids, use_cache=False)
+            model.model(ids, use_cache=False, observe=observe)
     finally:
-        for hook in hooks:
-            hook.remove()
+        use_attention(model, None)
     return found
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x ``[1, heads, tokens, d]``, rotary embedding of the two halves, as Llama has it."""
-    first, second = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]

@@ -50,6 +50,14 @@ def cpu_clock(function: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def thread_clock(function: Callable[[], object], calls: int) -> float:
+    """Of functions that run on this thread alone: when neighbours take the core away does not count."""
+    start = time.thread_time()
+    for _ in range(calls):
+        function()
+    return (time.thread_time() - start) / calls
+
+
 class CudaClock:
     """Of functions that run on a CUDA device, by its own events.
 
@@ -78,12 +86,11 @@ class CudaClock:
 def interleaved(
     functions: dict[str, Callable[[], object]],
     rounds: int = 5,
-    progress: Callable[[], None] | None = None,
     clock: Clock = cpu_clock,
 ) -> dict[str, Timing]:
     """Time each function once per round, in turn, so that a drift of the machine meets all of them.
 
-    Every function runs once before, unmeasured. ``progress`` is called after each sample.
+    Every function runs once before, unmeasured.
     """
     calls = {}
     for name, function in functions.items():
@@ -93,8 +100,6 @@ def interleaved(
     for _ in range(rounds):
         for name, function in functions.items():
             samples[name].append(clock(function, calls[name]))
-            if progress:
-                progress()
     return {name: Timing.of(s) for name, s in samples.items()}
 
 
