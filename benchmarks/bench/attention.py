@@ -53,7 +53,7 @@ def _attention(sizes: Sizes, device: torch.device, kind: str, batch: int, contex
 
 
 def ranges(batch: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many tokens the query of each sequence sees ``[batch]``, in the rows from where ``[batch, 1]``."""
+    """Of one query per sequence: the tokens that it sees ``[batch]``, and their first row ``[batch, 1]``."""
     sequences = torch.arange(batch, dtype=torch.int32, device=device)
     return torch.full_like(sequences, context), context * sequences[:, None]
 
