@@ -32,7 +32,7 @@ help:
 	@echo "make clean    remove .venv and everything that was built or cached"
 
 demo: $(READY)
-	.venv/bin/sparse-attn demo
+	.venv/bin/python examples/demo.py
 
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for another package.
 test: $(READY)
@@ -49,7 +49,7 @@ format: $(READY)
 	.venv/bin/clang-format -i $(CPP)
 
 bench: $(READY)
-	.venv/bin/sparse-attn bench --quick
+	.venv/bin/python benchmarks/run.py --quick
 
 # One seed after another, each printed before it runs; the first failure ends it.
 fuzz: $(READY)

@@ -4,14 +4,13 @@ Calls are so small that hardly anything but their overhead is left: one query, f
 """
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 
+from bench.timing import describe, interleaved, machine
 from sparse_attn import formats, index_logits, ops, sparse_mla
-from sparse_attn.bench.timing import describe, machine
 from sparse_attn.compat import deep_gemm, flash_mla
+from sparse_attn.ops.attention import SparseMLAOp
 
 
 def cases():
@@ -28,21 +27,13 @@ def cases():
     }
     rows, slots, pages = q[0], indices[0], cache[:, :, 0]
     out, lse, max_logits = torch.empty(1, 8, 512).bfloat16(), torch.empty(1, 8), torch.empty(1, 8)
-    nothing = (None,) * 5
+    a = SparseMLAOp(rows, pages, slots, 512, 576**-0.5, out, lse, max_logits)
     yield (
         "flash_mla_with_kvcache, fp8",
         {
             "facade": lambda: flash_mla.flash_mla_with_kvcache(q, cache, **options)[0][0],
             "function": lambda: sparse_mla(rows, cache, slots, return_lse=True)[0],
-            "op": lambda: (
-                ops.call(
-                    "sparse_mla",
-                    "auto",
-                    (rows, pages, slots, 512, 576**-0.5, *nothing),
-                    (out, lse, max_logits),
-                ),
-                out,
-            )[1],
+            "op": lambda: (ops.call("sparse_mla", a, "auto"), out)[1],
         },
     )
 
@@ -70,20 +61,9 @@ def cases():
     )
 
 
-def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of the fastest call of each, called in turn: whatever else the machine does only adds."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: seconds * 1e6 for name, seconds in best.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument(
         "--limit", type=float, help="fail if a facade costs more microseconds over its function"
     )
@@ -93,12 +73,13 @@ def main() -> None:
     worst = 0.0
     with torch.inference_mode():
         print(describe(machine()))
-        print(f"{'microseconds a call':30} {'facade':>8} {'function':>9} {'op':>8} {'facade adds':>12}")
+        print(f"{'microseconds per call':30} {'facade':>8} {'function':>9} {'op':>8} {'facade adds':>12}")
         for name, functions in cases():
             results = [function() for function in functions.values()]
             if not all(torch.equal(results[0], other) for other in results):
                 raise AssertionError(f"{name}: the results differ")
-            times = fastest(functions, arguments.rounds)
+            timings = interleaved(functions, arguments.rounds)
+            times = {form: 1e6 * timing.low for form, timing in timings.items()}  # noise only adds
             added = times["facade"] - times["function"]
             worst = max(worst, added)
             op = f"{times['op']:8.1f}" if "op" in times else f"{'':8}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sparse_attn.bench.timing import append_json
+from bench.timing import append_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.timing import append_json, interleaved, machine
 from sparse_attn import lightning_topk, sparse_gqa, sparse_mla
-from sparse_attn.bench.timing import append_json, interleaved, machine
 
 TOPK = 2048
 OPERATIONS = ("attention", "indexer + top-k", "GQA")

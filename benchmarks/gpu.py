@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparse_attn.bench import gpu, timing
+from bench import operations, timing
+from bench.case import GPU, TINY
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "records"
@@ -28,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--skip-tests", action="store_true", help="only time")
-    parser.add_argument("--only", default="", metavar="TEXT", help=f"of {', '.join(gpu.GROUPS)}")
+    parser.add_argument("--only", default="", metavar="TEXT", help=f"of {', '.join(operations.OPERATIONS)}")
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default 10)")
     parser.add_argument(
         "--output", type=Path, help="folder of the record (default benchmarks/records; a dry run keeps none)"
@@ -43,19 +44,18 @@ def main() -> None:
 
 def record(options: argparse.Namespace, folder: Path) -> bool:
     """Test, time and write; whether all of it was right."""
-    torch.manual_seed(0)
     now, console = datetime.datetime.now(), Console(record=True, width=160)
     if options.dry_run:
         torch.set_num_threads(1)
-        device, card, sizes, clock = torch.device("cpu"), "dry run on a CPU", gpu.TINY, timing.cpu_clock
+        device, card, sizes, clock = torch.device("cpu"), "dry run on a CPU", TINY, timing.cpu_clock
     else:
-        device, sizes = torch.device("cuda"), gpu.FULL
+        device, sizes = torch.device("cuda"), GPU
         card, clock = torch.cuda.get_device_name(), timing.CudaClock(device)
     console.print(f"{card}, torch {torch.__version__}, {now:%Y-%m-%d %H:%M}", highlight=False)
     passed, tests = (True, "skipped") if options.skip_tests else run_tests(options.dry_run)
     console.print(f"tests: {tests}", highlight=False)
-    with torch.inference_mode():
-        lines = gpu.run(console, device, sizes, options.rounds, clock, options.only)
+    names = [name for name in operations.OPERATIONS if options.only in name]
+    lines = operations.run(console, names, sizes, device, options.rounds, clock)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{now:%Y-%m-%d-%H%M}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.jsonl"
     about = {"card": card, "date": f"{now:%Y-%m-%d}", "dry_run": options.dry_run, "tests": tests}

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 import sparse_attn.integrations.transformers
-from sparse_attn.bench.timing import Timing, append_json, cpu_clock, describe, machine, peak_memory
+from bench.timing import Timing, append_json, cpu_clock, describe, machine, peak_memory
 from sparse_attn.testing import relative_error
 
 SIZES = {

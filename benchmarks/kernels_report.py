@@ -1,7 +1,7 @@
 """What each GPU kernel becomes on each architecture, without a GPU, and whether any got worse.
 
 Compiles every kernel for every class of shapes and reads the machine code back. Nothing runs: the cycles are
-lower bounds for one round of the main loop (sparse_attn/aot/bounds.py says what they leave out), not times.
+lower bounds for one round of the main loop (benchmarks/aot/bounds.py says what they leave out), not times.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sparse_attn.aot import report
-from sparse_attn.aot.bounds import ARCHITECTURES
-from sparse_attn.aot.report import Row
+from aot import report
+from aot.bounds import ARCHITECTURES
+from aot.report import Row
 
 BUDGETS = Path(__file__).parent / "kernels_budget"
 WIDTH = 160  # of the table where the terminal's is not known

@@ -1,4 +1,4 @@
-"""The measured part of README.md, made from a record of ``sparse-attn bench``, so that no figure is typed.
+"""The measured part of README.md, made from a record of ``benchmarks/run.py``, so that no figure is typed.
 
     python benchmarks/readme.py benchmarks/records/RECORD.jsonl            prints it
     python benchmarks/readme.py benchmarks/records/RECORD.jsonl --write    puts it into README.md
@@ -46,7 +46,7 @@ def measured(record: Path) -> str:
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     layer = [line for line in lines if line["operation"] == "layer"]
     if not layer:
-        sys.exit(f"{record}: holds no layer; run `sparse-attn bench layer --json {record}`")
+        sys.exit(f"{record}: holds no layer; run `python benchmarks/run.py layer --json {record}`")
     decode = [line for line in layer if line["data"] == "decode" and line["context"] >= SHORTEST]
     prefill = next(line for line in layer if line["data"].startswith("prefill"))
     name = record.resolve().relative_to(ROOT).as_posix()
@@ -75,7 +75,7 @@ def _introduction(line: dict[str, Any], name: str) -> str:
         f"in the run), torch {machine['torch']}, medians of {line['rounds']} interleaved rounds: "
         f"`{line['command']}`, {line['date']}, [record]({name}). Milliseconds; in brackets how many times "
         "longer dense takes. *Of limit*: the least time that the machine could take (counted in "
-        "`sparse_attn/bench/limits.py`) over the time taken."
+        "`benchmarks/bench/limits.py`) over the time taken."
     )
 
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 from . import formats, ops
 from . import reference as exact
 from ._version import __version__
-from .bench.timing import cpu_flags, processor
 from .ops import attention, index, writers
 from .ops.backends import native
 from .testing import (
@@ -115,6 +115,25 @@ def _entry(table: dict[int, Any], architecture: int) -> Any:
     if isinstance(entry, dict):  # by heads a program
         return {str(heads): config._asdict() for heads, config in entry.items()}
     return entry._asdict()
+
+
+def processor() -> str:
+    for line in _cpuinfo().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    for line in _cpuinfo().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def _version(package: str) -> str | None:

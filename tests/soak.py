@@ -18,8 +18,10 @@ from torch import Tensor
 
 import sparse_attn
 from sparse_attn import DSACache, DSAConfig, SparseMLA, reference
-from sparse_attn.bench.timing import return_free_memory
 from sparse_attn.testing import assert_close
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from bench.timing import return_free_memory
 
 MAX_TOKENS, SEQUENCES, TOPK = 96, 5, 16
 NEAR_TIE = 1e-5  # index logits that rounding may put in either order

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import DSAConfig, cli, index_logits, native
+from sparse_attn import cli, index_logits
+from sparse_attn.ops.backends import native
 from sparse_attn.reference import sparse_mla
 from sparse_attn.testing import relative_error
 
@@ -21,23 +22,30 @@ pytest.importorskip("matplotlib", reason="matplotlib is in the demo extra")
 
 from rich.console import Console
 
-from sparse_attn.bench import dense, layer, limits, operations, run, timing
+from bench import attention, case, dense, limits, operations, timing
 
 ROOT = Path(__file__).parents[1]
-SMALL = DSAConfig.deepseek_v32(
-    **{"hidden_size": 64, "num_attention_heads": 8, "q_lora_rank": 32, "kv_lora_rank": 48},
-    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
-    **{"index_n_heads": 4, "index_head_dim": 32, "index_topk": 16},
-)
+SMALL = case.TINY._replace(contexts=(64, 128), batches=(1,), prefill=(20, 128), dense_heads=2)
 
 
-@pytest.mark.parametrize("form", [dense.sdpa_folded, dense.gemm_chunked, dense.own_kernel])
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+run = load(ROOT / "benchmarks" / "run.py")
+demo = load(ROOT / "examples" / "demo.py")
+
+
+@pytest.mark.parametrize("form", [dense.sdpa_folded, dense.gemm, dense.gemm_chunked, dense.own_kernel])
 def test_dense_decode_forms_are_attention_over_everything(form):
-    q, kv = torch.randn(8, 72, dtype=torch.bfloat16), torch.randn(300, 72, dtype=torch.bfloat16)
-    everything = torch.arange(300, dtype=torch.int32)[None]
-    exact, *_ = sparse_mla(q[None].double(), kv.double(), everything, 64, 0.1)
+    q, kv = torch.randn(2, 8, 72, dtype=torch.bfloat16), torch.randn(2, 300, 72, dtype=torch.bfloat16)
+    everything = torch.arange(600, dtype=torch.int32).view(2, 300)
+    exact, *_ = sparse_mla(q.double(), kv.flatten(0, 1).double(), everything, 64, 0.1)
     options = {"chunk": 128} if form is dense.gemm_chunked else {}
-    assert relative_error(form(q, kv, 0.1, d_v=64, **options), exact[0]) < 1e-2
+    assert relative_error(form(q, kv, 0.1, d_v=64, **options), exact) < 1e-2
 
 
 @pytest.mark.parametrize("form", [dense.sdpa_causal, dense.mha_causal])
@@ -51,14 +59,10 @@ def test_dense_prefill_forms_are_causal_attention(form):
 
 
 def test_timings_are_of_the_functions():
-    seen = []
-    times = timing.interleaved(
-        {"short": lambda: time.sleep(1e-3), "long": lambda: time.sleep(8e-3)}, 3, lambda: seen.append(1)
-    )
+    times = timing.interleaved({"short": lambda: time.sleep(1e-3), "long": lambda: time.sleep(8e-3)}, 3)
     assert times["short"].low >= 1e-3 and times["long"].low >= 8e-3
     assert times["short"].median < times["long"].median
     assert all(t.low <= t.median <= t.high for t in times.values())
-    assert len(seen) == 6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -70,34 +74,29 @@ def test_peak_memory_sees_what_was_freed_again():
     assert timing.peak_memory(lambda: None) < 8 << 20
 
 
-def test_the_layer_benchmark_on_a_small_layer(tmp_path):
+def test_the_layer_of_the_demo_on_a_small_layer(tmp_path):
     with open(tmp_path / "table.txt", "w") as file:
-        results = layer.run(
-            Console(file=file, width=120),
-            tmp_path,
-            contexts=(64, 100),
-            prefill_tokens=20,
-            prefill_context=80,
-            rounds=1,
-            config=SMALL,
-        )
-    assert [row["context"] for row in results["decode"]] == [64, 100]
+        results = demo.layer(Console(file=file, width=150), tmp_path, SMALL, rounds=1)
+    assert [row["context"] for row in results["decode"]] == [64, 128]
     for row in (*results["decode"], results["prefill"]):
         assert row["errors"]["attention"] < 1.5 * row["errors"]["bf16_rounding"]
         assert row["sparse"] > 0 and row["dense_sdpa"] > 0
-    assert "Decode of one token" in (tmp_path / "table.txt").read_text()
+        assert row["sparse"] == row["seconds"]["indexer + top-k + attend"]["median"]
+    assert "layer, ms" in (tmp_path / "table.txt").read_text()
+    assert results["prefill"]["tokens"] == 20 and results["decode"][0]["projections"] > 0
     assert (tmp_path / "layer_decode.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(results)
 
 
 def test_a_benchmark_script_runs(tmp_path):
     record = tmp_path / "record.jsonl"
-    command = [sys.executable, str(ROOT / "benchmarks" / "select_topk.py"), "--quick", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "top-k", "--quick", "--rounds", "1"]
     done = subprocess.run([*command, "--json", str(record)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "torch.topk" in done.stdout
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert {line["data"] for line in lines} == {"gaussian", "clustered", "plateaus"}
+    assert lines[0]["command"] == f"python benchmarks/run.py top-k --quick --rounds 1 --json {record}"
     for line in lines:
         assert line["machine"]["threads"] == 1 and line["limits"]["bytes_per_second"] > 0
         ours = line["seconds"]["select_topk"]
@@ -123,22 +122,20 @@ def test_a_script_about_the_cpu_kernels_runs(script, arguments, heading, tmp_pat
 
 @pytest.mark.parametrize("name", list(operations.OPERATIONS))
 def test_every_operation_is_checked_timed_and_plotted(name, tmp_path, monkeypatch):
-    for size in ("HEADS", "INDEX_HEADS", "TOPK", "MEMORY_QUERIES"):
-        monkeypatch.setattr(operations, size, 8)
-    monkeypatch.setattr(operations, "GQA_HEADS", (8, 2))
-    monkeypatch.setattr(operations, "QUICK", (64, 128))
+    monkeypatch.setattr(attention, "MEMORY_QUERIES", 8)
     monkeypatch.setattr(limits, "STREAM_BYTES", 1 << 20)
     record = tmp_path / "record.jsonl"
-    options = argparse.Namespace(quick=True, threads=1, rounds=1, json=record, output=tmp_path)
+    options = argparse.Namespace(operations=[name], rounds=1, json=record, output=tmp_path)
+    sizes = SMALL._replace(scores=case.QUICK.scores, rows=(1,), queries=2)
     with open(tmp_path / "table.txt", "w") as file:
-        assert run.run(options, [name], Console(file=file, width=150))
+        assert run.run(options, sizes, Console(file=file, width=150))
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     values = [line["peak_bytes"] if name == "memory" else line["seconds"] for line in lines]
     assert lines and all(len(found) > 1 for found in values) and not any(line["failed"] for line in lines)
     assert all(line["limit_seconds"] > 0 for line in lines)
     assert f"{name}, " in (tmp_path / "table.txt").read_text()
-    if name != "memory":
-        assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
+    plot = {"memory": "memory", "layer": "crossover", "merge": None, "writers": None}.get(name, "time")
+    assert plot is None or (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_wrong_result_is_named_and_not_timed_and_a_peer_may_fail(tmp_path):
@@ -149,16 +146,32 @@ def test_a_wrong_result_is_named_and_not_timed_and_a_peer_may_fail(tmp_path):
         raise RuntimeError("no such kernel\nand much more")
 
     work, limits_ = limits.Work(1e9, 1e6), limits.Limits(1e12, 1e9)
-    case = operations.Case(64, "gaussian", {"ours": lambda: None}, wrong, work)
-    line = {"operation": "top-k", **run.measure(case, limits_, 1)}
-    assert line["wrong"] == "another selection" and line["seconds"] == {}
-    case = operations.Case(64, "gaussian", {"ours": lambda: None, "peer": fail}, lambda: None, work)
-    other = {"operation": "top-k", **run.measure(case, limits_, 1)}
+
+    def measure(*made):
+        line = case.measure(64, "gaussian", lambda: case.Case(*made, work), 1, limits=limits_)
+        return {"operation": "top-k", **line}
+
+    line = measure({"ours": lambda: None}, wrong)
+    assert line["not_timed"] == "wrong: another selection" and line["seconds"] == {}
+    other = measure({"ours": lambda: None, "peer": fail}, lambda: None)
     assert other["failed"] == {"peer": "RuntimeError: no such kernel"} and list(other["seconds"]) == ["ours"]
+    unbuilt = case.measure(64, "plateaus", fail, 1)
+    assert unbuilt["not_timed"] == "RuntimeError: no such kernel" and unbuilt["seconds"] == {}
     with open(tmp_path / "table.txt", "w") as file:
-        run.show(Console(file=file, width=120), "top-k", [line, other])
+        case.show(Console(file=file, width=120), "top-k", [line, other, unbuilt])
     said = (tmp_path / "table.txt").read_text()
-    assert "wrong: another selection" in said and "no such kernel" in said
+    assert (
+        "not timed: wrong: another selection" in said and "64, gaussian, peer: RuntimeError: no such" in said
+    )
+    assert "64, plateaus: not timed: RuntimeError: no such kernel" in said
+
+
+def test_a_function_that_does_a_part_of_the_work_is_timed_as_if_it_did_all():
+    functions = dict.fromkeys(("all", "half"), lambda: time.sleep(4e-3))
+    made = case.Case(functions, lambda: {"errors": 0}, shares={"half": 0.5})
+    line = case.measure(1, "", lambda: made, 1)
+    assert line["errors"] == 0
+    assert line["seconds"]["half"]["low"] >= 8e-3 and line["seconds"]["all"]["low"] >= 4e-3
 
 
 def test_the_limit_is_the_longer_of_computing_and_reading():
@@ -195,8 +208,8 @@ def test_real_scores_are_those_of_the_model():
     pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sparse_attn.bench import real
-    from sparse_attn.demo import model as demo
+    import real_model
+    from bench import real
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -206,11 +219,13 @@ def test_real_scores_are_those_of_the_model():
     seen = {}
 
     def observe(layer, q, k, indices, lse, scaling):
-        seen[layer] = index_logits(*demo.training_free_indexer(q[-1:], k), *torch.tensor([[0], [50]]).int())
+        seen[layer] = index_logits(
+            *real_model.training_free_indexer(q[-1:], k), *torch.tensor([[0], [50]]).int()
+        )
 
-    demo.use_attention(model, 50)
+    real_model.use_attention(model, 50)
     model.model(ids, observe=observe)
-    demo.use_attention(model, None)
+    real_model.use_attention(model, None)
     for number, scores in real.scores_of(model, ids, layers=(0, 1)).items():
         torch.testing.assert_close(scores, seen[number], rtol=1e-4, atol=1e-4)
 
@@ -227,7 +242,7 @@ def test_the_readme_shows_its_record():
 def test_the_part_of_the_readme_says_what_the_record_holds(tmp_path, monkeypatch):
     script = load(ROOT / "benchmarks" / "readme.py")
     monkeypatch.setattr(script, "ROOT", tmp_path)
-    about = {"operation": "layer", "rounds": 5, "command": "sparse-attn bench", "date": "2026-01-02"}
+    about = {"operation": "layer", "rounds": 5, "command": "python benchmarks/run.py", "date": "2026-01-02"}
     about |= {"limits": {"operations_per_second": 2e11, "bytes_per_second": 5e9}, "limit_seconds": 1e-3}
     about |= {"machine": {"threads": 1, "processor": "Chip", "bf16_instructions": "none", "torch": "2"}}
     about |= {"errors": {"attention": 1.5e-3, "bf16_rounding": 1.4e-3}, "peak_bytes": 64 << 20, "tokens": 512}
@@ -253,21 +268,15 @@ def test_the_part_of_the_readme_says_what_the_record_holds(tmp_path, monkeypatch
     assert (tmp_path / "README.md").read_text() == f"before\n{text}\nafter\n"
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_command_explains_itself(capsys):
+def test_the_commands_explain_themselves(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["demo", "--help"])
+        demo.main(["--help"])
     assert stop.value.code == 0
     assert "--part" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        cli.main(["bench", "nonsense"])
-    assert "expected some of indexer, top-k, attention, gqa, memory, layer" in capsys.readouterr().err
+        run.main(["nonsense"])
+    expected = "expected some of indexer, top-k, attention, gqa, merge, writers, memory, layer, got nonsense"
+    assert expected in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
         cli.main(["nonsense"])
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err
@@ -275,7 +284,5 @@ def test_the_command_explains_itself(capsys):
 
 def test_a_missing_package_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    with pytest.raises(
-        SystemExit, match=r"sparse-attn demo needs rich.console: pip install .sparse_attn\[demo\]"
-    ):
-        cli.main(["demo", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"demo needs rich.console: pip install .sparse_attn\[demo\]"):
+        demo.main(["--output", str(tmp_path)])

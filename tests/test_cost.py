@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
+from bench.timing import peak_memory
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, ops
-from sparse_attn.bench.timing import peak_memory
 from sparse_attn.ops.backends import native
 
 CONTEXTS = (2048, 4096, 8192)  # each a multiple of the keys that torch scores at a time

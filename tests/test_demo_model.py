@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from sparse_attn import index_logits
 
 transformers = pytest.importorskip("transformers")
-demo = pytest.importorskip("sparse_attn.demo.model", reason="the demo's packages are not installed")
+demo = pytest.importorskip("real_model", reason="the demo's packages are not installed")
 
 
 @pytest.fixture(scope="module")

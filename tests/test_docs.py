@@ -56,5 +56,5 @@ def test_links_and_paths_lead_somewhere(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:sparse_attn|kernels|tests|benchmarks)/[\w/.]+)`", text):
+    for path in re.findall(r"`((?:sparse_attn|kernels|tests|benchmarks|examples)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path

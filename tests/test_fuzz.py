@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparse_attn
-from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, native, reference
+from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, reference
 from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.indexer import hadamard_transform
+from sparse_attn.ops.backends import native
 from sparse_attn.rope import apply_rope
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,

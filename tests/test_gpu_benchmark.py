@@ -14,8 +14,8 @@ pytest.importorskip("rich", reason="rich is in the demo extra")
 
 from rich.console import Console
 
+from bench import attention, case, dense, index, layer, operations, timing
 from sparse_attn import reference
-from sparse_attn.bench import gpu, timing
 from sparse_attn.compat import flash_mla as compat
 from sparse_attn.testing import assert_close, relative_error
 
@@ -47,8 +47,18 @@ def console(tmp_path):
         yield Console(file=file, width=200)
 
 
-def cases(sizes=gpu.TINY):
-    return {group: next(iter(make(sizes, CPU)))[1]() for group, make in gpu.GROUPS.items()}
+def cases(sizes=case.TINY):
+    """The first and the last case of each operation: layer and gqa end in a prefill."""
+    for operation, make in operations.OPERATIONS.items():
+        if operation != "memory":
+            builders = [build for _, _, build in make(sizes, CPU)]
+            for build in (builders[0], *builders[1:][-1:]):
+                yield operation, build()
+
+
+def timed(console, operation):
+    """The lines of a dry run."""
+    return operations.run(console, [operation], case.TINY, CPU, 1)
 
 
 def test_without_a_gpu_it_says_so_in_a_sentence(command, monkeypatch):
@@ -61,25 +71,29 @@ def test_a_dry_run_times_every_operation_and_writes_a_record(command, tmp_path):
     assert command("--dry-run", "--rounds", 1, "--output", tmp_path / "records") == 0
     (record,) = (tmp_path / "records").glob("*-dry-run-on-a-cpu.jsonl")
     lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [line["group"] for line in lines] == list(gpu.GROUPS)
+    assert list(dict.fromkeys(line["operation"] for line in lines)) == list(operations.OPERATIONS)
     for line in lines:
         assert line["dry_run"] and line["benchmark"] == "gpu" and "tests collected" in line["tests"]
         assert line["machine"]["torch"] == torch.__version__ and line["date"] in record.name
         assert line["failed"] == {} and "not_timed" not in line
-        assert len(line["seconds"]) >= 2 and all(t["median"] > 0 for t in line["seconds"].values())
+        if line["operation"] == "memory":
+            assert len(line["peak_bytes"]) >= 2
+        else:
+            assert len(line["seconds"]) >= 2 and all(t["median"] > 0 for t in line["seconds"].values())
     table = record.with_suffix(".txt").read_text()
-    assert all(f"{group}, ms" in table for group in gpu.GROUPS) and "dry run on a CPU" in table
+    assert all(f"{name}, M" in table or f"{name}, ms" in table for name in operations.OPERATIONS)
+    assert "dry run on a CPU" in table
 
 
-def test_failing_tests_and_unknown_groups_fail_the_run(command, monkeypatch, tmp_path):
+def test_failing_tests_and_unknown_operations_fail_the_run(command, monkeypatch, tmp_path):
     options = "--dry-run", "--rounds", 1, "--output", tmp_path
-    assert command(*options, "--only", "merge_attention", "--skip-tests") == 0
-    assert command(*options, "--only", "no such group", "--skip-tests") == 1
+    assert command(*options, "--only", "merge", "--skip-tests") == 0
+    assert command(*options, "--only", "no such operation", "--skip-tests") == 1
     pytest_that_fails = tmp_path / "pytest"
     pytest_that_fails.write_text("#!/bin/sh\necho '== 1 failed in 0.1s =='\nexit 1\n")
     pytest_that_fails.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert command(*options, "--only", "merge_attention") == 1
+    assert command(*options, "--only", "merge") == 1
     (record,) = tmp_path.glob("*.jsonl")
     assert [json.loads(line)["tests"] for line in record.read_text().splitlines()] == [
         "skipped",
@@ -88,62 +102,49 @@ def test_failing_tests_and_unknown_groups_fail_the_run(command, monkeypatch, tmp
 
 
 def test_a_wrong_result_is_not_timed(console, monkeypatch, tmp_path):
-    right = gpu.merge_attention
-    monkeypatch.setattr(gpu, "merge_attention", lambda outs, lses: (right(outs, lses)[0] * 1.1, None))
-    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, "merge_attention")
+    right = attention.merge_attention
+    monkeypatch.setattr(attention, "merge_attention", lambda outs, lses: (right(outs, lses)[0] * 1.1, None))
+    (line,) = timed(console, "merge")
     assert line["seconds"] == {} and "exceeds the budget" in line["not_timed"]
     console.file.flush()
-    assert "not timed: AssertionError" in (tmp_path / "printed.txt").read_text()
+    assert "not timed: wrong: relative error" in (tmp_path / "printed.txt").read_text()
 
 
 @pytest.mark.parametrize(
-    "group, function", [("MLA decode", "lightning_topk"), ("select_topk", "select_topk")]
+    "operation, module, function", [("layer", layer, "lightning_topk"), ("top-k", index, "select_topk")]
 )
-def test_another_selection_is_not_timed(console, monkeypatch, group, function):
-    right = getattr(gpu, function)
+def test_another_selection_is_not_timed(console, monkeypatch, operation, module, function):
+    right = getattr(module, function)
 
     def wrong(*args, **options):
         selected = right(*args, **options)
         selected[-1, -1] = -1
         return selected
 
-    monkeypatch.setattr(gpu, function, wrong)
-    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, group)
-    assert line["seconds"] == {} and "selection differs" in line["not_timed"]
-
-
-def test_a_peer_that_cannot_run_is_named(console, tmp_path):
-    def broken():
-        raise RuntimeError("not built for sm_75\nand more")
-
-    case = gpu.Case({"ours": lambda: torch.ones(2), "peer": broken}, lambda: None)
-    line = gpu.measure(lambda: case, 1, timing.cpu_clock)
-    assert list(line["seconds"]) == ["ours"] and line["failed"] == {
-        "peer": "RuntimeError: not built for sm_75"
-    }
-    gpu.show(console, "group", [{"case": "x", **line}])
-    console.file.flush()
-    assert "x, peer: RuntimeError: not built for sm_75" in (tmp_path / "printed.txt").read_text()
+    monkeypatch.setattr(module, function, wrong)
+    for line in timed(console, operation):
+        assert line["seconds"] == {} and "selection differs" in line["not_timed"]
 
 
 def test_the_dense_peers_are_attention_over_everything():
-    everything = gpu.TINY._replace(topk=128)
-    for group, case in cases(everything).items():
-        ours = case.functions.get("attend") or case.functions.get("sparse_gqa")
-        for name, function in case.functions.items():
-            if "dense" in name and "expanded" not in name:  # those have heads of their own
-                out = function()
-                assert relative_error(out[..., : ours().shape[-1]], ours()) < 2e-2, (
-                    group,
-                    name,
-                )  # GEMM rounds scores
+    seen = set()
+    for operation, made in cases(case.TINY._replace(topk=128)):
+        ours = made.functions.get("attend") or made.functions.get("sparse_gqa")
+        if operation == "layer" and "layer" not in made.functions:
+            continue  # the heads of a prefill are expanded: dense has inputs of its own
+        for name, function in made.functions.items():
+            if "dense" in name:
+                out = function()  # GEMM rounds scores
+                assert relative_error(out[..., : ours().shape[-1]], ours()) < 2e-2, (operation, name)
+                seen.add((operation, name))
+    assert {operation for operation, _ in seen} == {"attention", "gqa", "layer"} and len(seen) >= 8
 
 
 def test_the_expanded_heads_are_causal_attention():
     q, k, v = (torch.randn(1, 3, n, 24, dtype=torch.bfloat16) for n in (5, 40, 40))
     scores = q.double() @ k.double().mT * 0.3
     scores.masked_fill_(torch.ones(5, 40).triu(36).bool(), float("-inf"))
-    assert_close(gpu._sdpa_causal(q, k, v, 0.3), scores.softmax(-1) @ v.double(), factor=6)
+    assert_close(dense.sdpa_causal(q[0], k[0], v[0], 0.3)[None], scores.softmax(-1) @ v.double(), factor=6)
 
 
 def install(monkeypatch, **modules):
@@ -165,33 +166,35 @@ def test_flash_mla_is_called_as_documented(monkeypatch):
 
     paged = {name: getattr(compat, name) for name in ("flash_mla_with_kvcache", "get_mla_metadata")}
     install(monkeypatch, flash_mla={"flash_mla_sparse_fwd": flash_mla_sparse_fwd, **paged})
-    for group, case in cases().items():
-        if "MLA" in group:
-            functions = case.functions
+    for operation, made in cases():
+        if operation in ("attention", "layer"):
+            functions = made.functions
             assert_close(functions["attend"](), functions["attend, FlashMLA"](), factor=2.5)
             assert torch.equal(functions["attend, fp8 cache"](), functions["attend, FlashMLA fp8 cache"]())
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.1])
-def test_the_warp_specialised_kernel_is_judged_apart(console, monkeypatch, wrong):
-    right = gpu.sparse_mla
+@pytest.mark.parametrize("operation", ["attention", "layer"])
+def test_the_warp_specialised_kernel_is_judged_apart(console, monkeypatch, operation, wrong):
+    right = attention.sparse_mla
 
     def sparse_mla(*args, variant=None, **options):
         return right(*args, **options) * (1 + wrong if variant else 1)
 
-    monkeypatch.setattr(gpu, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(gpu, "sparse_mla", sparse_mla)
-    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, "MLA prefill")
+    monkeypatch.setattr(attention, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(attention, "sparse_mla", sparse_mla)
     name = "attend, warp-specialised"
-    assert (name in line["failed"]) == (wrong > 0) and (name in line["seconds"]) == (wrong == 0)
-    assert "attend" in line["seconds"]
+    for line in timed(console, operation):
+        assert (name in line["failed"]) == (wrong > 0) and (name in line["seconds"]) == (wrong == 0)
+        assert "attend" in line["seconds"]
 
 
 def test_a_wrong_fp8_attention_is_not_timed(console, monkeypatch):
-    monkeypatch.setattr(gpu, "_packed", lambda kv: gpu.pack_v32_kv(kv).unflatten(0, (-1, 64)).flip(1))
-    monkeypatch.setattr(gpu, "unpack_v32_kv", lambda rows, dtype: torch.zeros(len(rows), 576, dtype=dtype))
-    (line,) = gpu.run(console, CPU, gpu.TINY, 1, timing.cpu_clock, "MLA prefill")
-    assert line["seconds"] == {} and "exceeds the budget" in line["not_timed"]
+    right = attention.packed
+    monkeypatch.setattr(attention, "packed", lambda kv: right(kv).flip(1))
+    monkeypatch.setattr(attention, "unpack", lambda rows, dtype: torch.zeros(len(rows), 576, dtype=dtype))
+    for line in timed(console, "attention"):
+        assert line["seconds"] == {} and "exceeds the budget" in line["not_timed"]
 
 
 def test_flashinfer_is_called_as_documented(monkeypatch):
@@ -237,10 +240,13 @@ def test_flashinfer_is_called_as_documented(monkeypatch):
         flashinfer={"single_prefill_with_kv_cache": single_prefill_with_kv_cache},
         flashinfer__mla={"BatchMLAPagedAttentionWrapper": BatchMLAPagedAttentionWrapper},
     )
-    made = cases(gpu.TINY._replace(topk=128))
-    for group, ours in (("MLA decode", "attend"), ("GQA prefill", "sparse_gqa")):
-        functions = made[group].functions
-        assert_close(functions[ours](), functions["dense FlashInfer"](), factor=2.5)
+    seen = []
+    for operation, made in cases(case.TINY._replace(topk=128)):
+        if flashinfer := made.functions.get("dense FlashInfer"):
+            ours = made.functions["attend" if operation != "gqa" else "sparse_gqa"]
+            assert_close(ours(), flashinfer(), factor=2.5)
+            seen.append(operation)
+    assert seen == ["attention", "gqa", "layer"]
 
 
 def test_the_cuda_clock_flushes_waits_and_measures_each_call(monkeypatch):

@@ -18,10 +18,10 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
+from aot import bounds, cases, report, sass  # noqa: E402
+from aot.cases import CASES, Product  # noqa: E402
+from aot.launch import compile_launches  # noqa: E402
 from sparse_attn import ops  # noqa: E402
-from sparse_attn.aot import bounds, cases, report, sass  # noqa: E402
-from sparse_attn.aot.cases import CASES, Product  # noqa: E402
-from sparse_attn.aot.launch import compile_launches  # noqa: E402
 
 BUDGETS = Path(__file__).parents[1] / "benchmarks" / "kernels_budget"
 

@@ -98,6 +98,8 @@ def test_wheel_holds_every_source_file(source, wheel):
     assert {"sparse_attn/py.typed", "sparse_attn/kernels/__init__.py"} <= expected
     packaged = {name for name in wheel_files(wheel) if ".dist-info/" not in name}
     assert packaged - {LIBRARY} == expected  # so no top-level `kernels`, and no tests
+    folders = {folder for name in packaged for folder in Path(name).parts[:-1]}
+    assert not folders & {"bench", "aot", "demo", *BESIDE_CODE}
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     if shutil.which("c++"):
         assert LIBRARY in packaged
@@ -108,6 +110,7 @@ def test_sdist_holds_the_checkout_and_builds_the_same_wheel(source, wheel, tmp_p
     run("tar", "-xf", build("sdist", source, tmp_path), cwd=tmp_path / "sdist")
     unpacked = next((tmp_path / "sdist").iterdir())
     expected = {f"{name}/{file}" for name in (*CODE, *BESIDE_CODE) for file in files_below(source / name)}
+    assert {"benchmarks/bench/case.py", "benchmarks/aot/cases.py", "examples/demo.py"} <= expected
     assert expected | set(FILES) <= files_below(unpacked)
 
     again = build("wheel", unpacked, tmp_path)

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+from sparse_attn.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from .. import ops
-from ..kernels import configs
+from sparse_attn import ops
 
 
 class Launch(NamedTuple):

@@ -1,5 +1,6 @@
 """Interleaved timing, peak memory, and what machine it was."""
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -15,15 +16,16 @@ from pathlib import Path
 
 import torch
 
-from .._version import __version__
-from ..ops.backends import native
+from sparse_attn import __version__
+from sparse_attn.doctor import cpu_flags, processor
+from sparse_attn.ops.backends import native
 
 SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within one sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds a call, over the rounds of one run."""
+    """Seconds per call, over the rounds of one run."""
 
     median: float
     low: float
@@ -38,7 +40,7 @@ class Timing:
         return cls(median, min(samples), max(samples), p25, p75)
 
 
-Clock = Callable[[Callable[[], object], int], float]  # a function, how often -> mean seconds a call
+Clock = Callable[[Callable[[], object], int], float]  # a function, how often -> mean seconds per call
 
 
 def cpu_clock(function: Callable[[], object], calls: int) -> float:
@@ -47,6 +49,14 @@ def cpu_clock(function: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.perf_counter() - start) / calls
+
+
+def thread_clock(function: Callable[[], object], calls: int) -> float:
+    """Of functions that run on this thread alone: when neighbours take the core away does not count."""
+    start = time.thread_time()
+    for _ in range(calls):
+        function()
+    return (time.thread_time() - start) / calls
 
 
 class CudaClock:
@@ -77,12 +87,11 @@ class CudaClock:
 def interleaved(
     functions: dict[str, Callable[[], object]],
     rounds: int = 5,
-    progress: Callable[[], None] | None = None,
     clock: Clock = cpu_clock,
 ) -> dict[str, Timing]:
-    """Time each function once a round, in turn, so that a drift of the machine meets all of them.
+    """Time each function once per round, in turn, so that a drift of the machine meets all of them.
 
-    Every function runs once before, unmeasured. ``progress`` is called after each sample.
+    Every function runs once before, unmeasured.
     """
     calls = {}
     for name, function in functions.items():
@@ -92,8 +101,6 @@ def interleaved(
     for _ in range(rounds):
         for name, function in functions.items():
             samples[name].append(clock(function, calls[name]))
-            if progress:
-                progress()
     return {name: Timing.of(s) for name, s in samples.items()}
 
 
@@ -110,6 +117,17 @@ def peak_memory(function: Callable[[], object]) -> int | None:
     peak = _kibibytes(status.read_text(), "VmHWM")
     del result
     return max(0, peak - before) * 1024
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """Torch's threads, for as long as the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def return_free_memory() -> None:
@@ -181,29 +199,10 @@ def describe(machine: dict[str, str | int]) -> str:
 
 
 def append_json(path: str, benchmark: str, rows: list[dict]) -> None:
-    """Add each row of figures to a file, one JSON object a line, with the machine it was measured on."""
+    """Add each row of figures to a file, one JSON object per line, with the machine it was measured on."""
     with open(path, "a") as file:
         for row in rows:
             file.write(json.dumps({"benchmark": benchmark, **row, "machine": machine()}) + "\n")
-
-
-def processor() -> str:
-    for line in _cpuinfo().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def cpu_flags() -> set[str]:
-    for line in _cpuinfo().splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
-
-
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
 
 
 def _version(package: str) -> str:

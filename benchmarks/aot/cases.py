@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..formats import index_k_views
-from ..ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
-from ..ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
-from ..ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
+from sparse_attn.formats import index_k_views
+from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
+from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
+from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 64, 100_000, 2048

@@ -1,7 +1,7 @@
-"""Dense attention as a good engineer would write it in torch on a CPU: what sparse attention must beat.
+"""Dense attention as a good engineer would write it in torch: what sparse attention must beat.
 
-Decode forms take q ``[h_q, 576]`` of one token and the latent cache kv ``[s_kv, 576]``, and give
-``[h_q, 512]``: absorbed multi-head latent attention over every token.
+Decode forms take q ``[batch, h_q, 576]`` of one token per sequence and the latents kv
+``[batch, s_kv, 576]``, and give ``[batch, h_q, 512]``: absorbed multi-head latent attention over every token.
 """
 
 import functools
@@ -9,8 +9,10 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from ..functional import sparse_mla
+from sparse_attn import sparse_mla
+
 from .timing import interleaved
 
 
@@ -31,32 +33,36 @@ def gemm_dtype() -> torch.dtype:
 def sdpa_folded(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
     """torch's flash attention with the heads as query rows, so that one pass over kv serves them all."""
     # Value as wide as the key: with 512 columns torch leaves its flash kernel.
-    return F.scaled_dot_product_attention(q[None, None], kv[None, None], kv[None, None], scale=scale)[
-        0, 0, :, :d_v
-    ]
+    every = kv[:, None]
+    return F.scaled_dot_product_attention(q[:, None], every, every, scale=scale)[:, 0, :, :d_v]
+
+
+def gemm(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
+    """Two matrix products in the tensors' own dtype."""
+    return (q @ kv.mT * scale).softmax(-1) @ kv[..., :d_v]
 
 
 def gemm_chunked(q: Tensor, kv: Tensor, scale: float, d_v: int = 512, chunk: int = 4096) -> Tensor:
-    """Two matrix products a chunk of keys in the fastest dtype, with an online softmax in fp32."""
-    rows, dtype = q.shape[0], gemm_dtype()
-    row_max = torch.full((rows, 1), float("-inf"))
-    row_sum, acc = torch.zeros(rows, 1), torch.zeros(rows, d_v)
+    """On a CPU: two products per chunk of keys in the fastest dtype, with an online softmax in fp32."""
+    rows, dtype = q.shape[:-1], gemm_dtype()
+    row_max = torch.full((*rows, 1), float("-inf"))
+    row_sum, acc = torch.zeros(*rows, 1), torch.zeros(*rows, d_v)
     scaled = (q * scale).to(dtype)
-    for keys in (keys.to(dtype) for keys in kv.split(chunk)):
+    for keys in (keys.to(dtype) for keys in kv.split(chunk, -2)):
         scores = (scaled @ keys.mT).float()
         new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
         scores.sub_(new_max).exp_()
         alpha = (row_max - new_max).exp_()
         row_sum.mul_(alpha).add_(scores.sum(-1, keepdim=True))
-        acc.mul_(alpha).add_(scores.to(dtype) @ keys[:, :d_v])
+        acc.mul_(alpha).add_(scores.to(dtype) @ keys[..., :d_v])
         row_max = new_max
     return (acc / row_sum).to(q.dtype)
 
 
 def own_kernel(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
     """This library's attention with every token selected: the baseline with equally good kernels."""
-    everything = torch.arange(kv.shape[0], dtype=torch.int32)[None]
-    return sparse_mla(q[None], kv, everything, d_v=d_v, softmax_scale=scale)[0]
+    everything = torch.arange(kv.shape[:2].numel(), dtype=torch.int32, device=kv.device).view(kv.shape[:2])
+    return sparse_mla(q, kv.flatten(0, 1), everything, d_v=d_v, softmax_scale=scale)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,10 +78,10 @@ def _compiled_flex():
 
 
 def mha_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128) -> Tensor:
-    """Prefill over expanded keys and values, head by head: the last s_q of s_kv positions are the queries.
+    """Prefill over expanded keys and values, head by head, on a CPU; queries are the last s_q positions.
 
     q ``[heads, s_q, 192]``, k ``[heads, s_kv, 192]``, v ``[heads, s_kv, 128]`` -> ``[heads, s_q, 128]``.
-    Unabsorbed heads cost 320 multiplications a pair where absorbed ones cost 1088.
+    Unabsorbed heads cost 320 multiplications per pair where absorbed ones cost 1088.
     """
     s_q, s_kv = q.shape[1], k.shape[1]
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
@@ -91,10 +97,8 @@ def mha_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128) 
 
 
 def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same as :func:`mha_causal` by torch's flash attention, the value padded to the key's width."""
-    s_q, s_kv = q.shape[1], k.shape[1]
-    mask = torch.ones(s_q, s_kv, dtype=torch.bool).tril(s_kv - s_q)
-    padded = F.pad(v, (0, k.shape[2] - v.shape[2]))
-    return F.scaled_dot_product_attention(q[None], k[None], padded[None], attn_mask=mask, scale=scale)[
-        0, ..., : v.shape[2]
-    ]
+    """The same by torch's flash attention, which wants v padded to k's width; heads may be grouped."""
+    mask = causal_lower_right(q.shape[1], k.shape[1])  # not a tensor: on a GPU torch takes its flash kernel
+    grouped = q.shape[0] != k.shape[0]
+    q, k, v = q[None], k[None], v[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[0]

@@ -19,9 +19,8 @@ DENSE = {
 CURVES = ("#4c78a8", "#e45756", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#eeca3b")  # ours first
 
 
-def decode_plot(results: dict[str, Any], path: Path) -> None:
+def decode_plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """Time of one decode step by context: the parts of sparse attention beside the dense forms."""
-    rows = results["decode"]
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = 0.2
     for x, row in enumerate(rows):
@@ -39,11 +38,11 @@ def decode_plot(results: dict[str, Any], path: Path) -> None:
                 **{"ha": "center", "va": "bottom", "fontsize": 8},
             )
     axis.set_xticks(range(len(rows)), [f"{row['context'] // 1024}k tokens" for row in rows])
-    axis.set_ylabel("ms a token and layer")
+    axis.set_ylabel("ms per token and layer")
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{describe(results['machine'])}", fontsize=9)
+    axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{describe(machine)}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -54,42 +53,47 @@ def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder
     made = []
     by_operation: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        by_operation.setdefault(line["operation"], []).append(line)
+        if "not_timed" not in line:
+            by_operation.setdefault(line["operation"], []).append(line)
     layer = [row for row in by_operation.pop("layer", []) if row["data"] == "decode"]
     memory = by_operation.pop("memory", [])
+    by_operation = {
+        name: rows for name, rows in by_operation.items() if len({row["context"] for row in rows}) > 1
+    }
     if by_operation:
         made.append(_save(_times(by_operation), folder / "time.png", machine))
         made.append(_save(_shares(by_operation, layer), folder / "limits.png", machine))
     if memory:
         figure, axis = _figure()
-        _curves(axis, _series(memory, "peak_bytes"), 2**-20)
+        _curves(axis, memory, "peak_bytes", 2**-20)
         _log_axes(axis, "tokens in the context", "MiB above the inputs", "64 queries select and attend")
         made.append(_save(figure, folder / "memory.png", machine))
     if len(layer) > 1:
         made.append(_save(_crossover(layer), folder / "crossover.png", machine))
-        decode_plot({"decode": layer, "machine": machine}, folder / "layer_decode.png")
+        decode_plot(layer, machine, folder / "layer_decode.png")
         made.append(folder / "layer_decode.png")
     return made
 
 
-def _series(lines: list[dict[str, Any]], what: str) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (context, value), of the first kind of data that the operation was timed with."""
+def _first_kind(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the first kind of data that the operation was timed with."""
+    return [line for line in lines if line["data"] == lines[0]["data"]]
+
+
+def _line(axis, points: list[tuple[int, float]], style: str = "o-", **options) -> None:
+    axis.plot(*zip(*points, strict=True), style, **options)
+
+
+def _curves(axis, lines: list[dict[str, Any]], what: str, scale: float) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in lines:
-        if line["data"] == lines[0]["data"]:
-            for name, value in line[what].items():
-                value = value["median"] if isinstance(value, dict) else value
-                if value:
-                    series.setdefault(name, []).append((line["context"], value))
-    return series
-
-
-def _curves(axis, series: dict[str, list[tuple[int, float]]], scale: float) -> None:
+    for line in _first_kind(lines):
+        for name, value in line[what].items():
+            value = value["median"] if isinstance(value, dict) else value
+            if value:
+                series.setdefault(name, []).append((line["context"], value * scale))
     for place, (name, points) in enumerate(series.items()):
-        style = {"linewidth": 2.4 if place == 0 else 1.2, "color": CURVES[place % len(CURVES)]}
-        axis.plot(
-            *zip(*((x, y * scale) for x, y in points), strict=True), "o-", markersize=4, label=name, **style
-        )
+        width, colour = 2.4 if place == 0 else 1.2, CURVES[place % len(CURVES)]
+        _line(axis, points, markersize=4, label=name, linewidth=width, color=colour)
 
 
 def _times(by_operation: dict[str, list[dict[str, Any]]]):
@@ -98,11 +102,9 @@ def _times(by_operation: dict[str, list[dict[str, Any]]]):
     for axis in axes.flat[len(by_operation) :]:
         axis.set_axis_off()
     for axis, (operation, lines) in zip(axes.flat, by_operation.items(), strict=False):
-        _curves(axis, _series(lines, "seconds"), 1e3)
-        limit = [
-            (line["context"], line["limit_seconds"]) for line in lines if line["data"] == lines[0]["data"]
-        ]
-        axis.plot(*zip(*((x, 1e3 * y) for x, y in limit), strict=True), "k:", linewidth=1, label="limit")
+        _curves(axis, lines, "seconds", 1e3)
+        limit = [(line["context"], 1e3 * line["limit_seconds"]) for line in _first_kind(lines)]
+        _line(axis, limit, "k:", linewidth=1, label="limit")
         _log_axes(axis, "tokens in the context", "ms", operation)
     return figure
 
@@ -110,17 +112,12 @@ def _times(by_operation: dict[str, list[dict[str, Any]]]):
 def _shares(by_operation: dict[str, list[dict[str, Any]]], layer: list[dict[str, Any]]):
     figure, axis = _figure()
     for operation, lines in by_operation.items():
-        ours = next(iter(_series(lines, "seconds")), None)
-        points = [
-            (line["context"], 100 * line["limit_seconds"] / line["seconds"][ours]["median"])
-            for line in lines
-            if line["data"] == lines[0]["data"] and ours in line["seconds"]
-        ]
-        if points:
-            axis.plot(*zip(*points, strict=True), "o-", label=operation)
+        ours = [(line, next(iter(line["seconds"].values()))) for line in _first_kind(lines)]
+        points = [(line["context"], 100 * line["limit_seconds"] / t["median"]) for line, t in ours]
+        _line(axis, points, label=operation)
     if layer:
         points = [(row["context"], 100 * row["limit_seconds"] / row["sparse"]) for row in layer]
-        axis.plot(*zip(*points, strict=True), "s-", linewidth=2.4, label="layer, decode")
+        _line(axis, points, "s-", linewidth=2.4, label="layer, decode")
     _log_axes(axis, "tokens in the context", "% of the limit", "Share of what this machine could do")
     axis.set_yscale("linear")
     axis.set_ylim(0)
@@ -131,7 +128,7 @@ def _crossover(layer: list[dict[str, Any]]):
     figure, axis = _figure()
     for name, (label, colour) in DENSE.items():
         points = [(row["context"], row[name] / row["sparse"]) for row in layer]
-        axis.plot(*zip(*points, strict=True), "o-", label=label, color=colour)
+        _line(axis, points, label=label, color=colour)
     axis.axhline(1, color="black", linewidth=0.8)
     title = "Above the line sparse is faster"
     _log_axes(axis, "tokens in the context", "time of dense / time of sparse", title, unit="x")

@@ -5,9 +5,9 @@ The model is the same for every implementation and counts only what the operatio
 - **operations**: two for each multiply-add of its matrix products; nothing for softmax, relu and comparisons;
 - **bytes**: every input that it must see once, and its output once, whatever lies in a cache already.
 
-    index logits    2 * queries * heads * d                    a key       keys, queries, logits
-    top-k           0                                                      logits, indices
-    attention       2 * queries * heads * (d_qk + d_v)         a token     selected rows once a query, q, out
+    index logits    2 * queries * heads * d              per key       keys, queries, logits
+    top-k           0                                                  logits, indices
+    attention       2 * queries * heads * (d_qk + d_v)   per token     selected rows per query, q, out
 
 The limit is the longer of operations / peak and bytes / bandwidth. Both are measured in the run itself: the
 peak as multiply-adds in registers, in the instruction set of the kernels, and the bandwidth as the best of
@@ -15,13 +15,14 @@ four streams over memory that no cache holds. A share above 1 means that the byt
 """
 
 import dataclasses
-import time
 
 import torch
 
-from ..ops.backends import native
+from sparse_attn.ops.backends import native
 
-PEAK_SECONDS = 10e-3
+from .timing import interleaved, thread_clock
+
+PEAK_ROUNDS = 10_000  # of multiply-adds in registers
 PEAK_TRIES = 5  # the best counts: something else may share the core
 STREAM_BYTES = 256 << 20
 
@@ -33,6 +34,9 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.operations + other.operations, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.operations * times, self.bytes * times)
 
 
 def index_work(s_q: int, s_kv: int, heads: int, d: int, itemsize: int = 2) -> Work:
@@ -70,39 +74,27 @@ def measure_limits() -> Limits:
 
 
 def peak_of_a_core() -> float:
-    """Operations a second of multiply-adds in registers, the faster of fp32 and bf16; 0 if not measured."""
+    """Operations per second of multiply-adds in registers, the faster of fp32 and bf16; 0 if not measured."""
     return max(_peak("fp32"), _peak("bf16"))
 
 
 def _peak(kind: str) -> float:
-    if not native.peak(kind, 1):
+    operations = native.peak(kind, PEAK_ROUNDS)
+    if not operations:
         return 0.0
-    rounds, speeds = 1000, []
-    while len(speeds) < PEAK_TRIES:
-        start = time.thread_time()
-        operations = native.peak(kind, rounds)
-        taken = time.thread_time() - start
-        if taken > PEAK_SECONDS:
-            speeds.append(operations / taken)
-        else:
-            rounds *= 4
-    return max(speeds)
+    timing = interleaved({kind: lambda: native.peak(kind, PEAK_ROUNDS)}, PEAK_TRIES, clock=thread_clock)
+    return operations / timing[kind].low
 
 
 def bandwidth() -> float:
-    """Bytes a second of the best pass that sums, compares, copies or scales ``STREAM_BYTES``."""
+    """Bytes per second of the best pass that sums, compares, copies or scales ``STREAM_BYTES``."""
     source = torch.ones(STREAM_BYTES // 4)
     target = torch.empty_like(source)
-    passes = {
-        STREAM_BYTES: (source.sum, source.max),
-        2 * STREAM_BYTES: (lambda: target.copy_(source), lambda: torch.mul(source, 2.0, out=target)),
+    passes = {  # of one or two streams
+        (1, "sum"): source.sum,
+        (1, "max"): source.max,
+        (2, "copy"): lambda: target.copy_(source),
+        (2, "scale"): lambda: torch.mul(source, 2.0, out=target),
     }
-    best = 0.0
-    for moved, functions in passes.items():
-        for function in functions:
-            function()
-            for _ in range(3):
-                start = time.perf_counter()
-                function()
-                best = max(best, moved / (time.perf_counter() - start))
-    return best
+    timings = interleaved(passes, rounds=3)
+    return max(streams * STREAM_BYTES / timing.low for (streams, _), timing in timings.items())

@@ -1,0 +1,53 @@
+"""Cases of the writers: the new tokens of one layer into its caches."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparse_attn import quantise_index_q, write_index_k, write_kv
+
+from .case import Case, Cases, Sizes
+from .limits import Work
+from .tensors import normal
+
+PAGE_SIZE = 64
+
+
+def writers(sizes: Sizes, device: torch.device) -> Cases:
+    """Norm, RoPE, Hadamard and fp8 in one pass, beside the same in torch."""
+    tokens, _ = sizes.prefill
+    yield tokens, "new tokens", partial(_writers, sizes.index_heads, tokens, device)
+
+
+def _writers(heads: int, tokens: int, device: torch.device) -> Case:
+    kv, k, q = (normal(device, tokens, *shape) for shape in ((576,), (128,), (heads, 128)))
+    norm, weights = normal(device, 512), torch.randn(tokens, heads, device=device)
+    angle = torch.randn(tokens, 32, device=device)
+    turn = {"cos": angle.cos(), "sin": angle.sin()}
+    slots = torch.randperm(tokens, device=device)
+    n = -(-tokens // PAGE_SIZE)
+    caches = [torch.zeros(n, PAGE_SIZE, size, dtype=torch.uint8, device=device) for size in (656, 132)]
+
+    def latents(backend: str = "auto") -> Tensor:
+        write_kv(kv, caches[0], slots, norm_weight=norm, **turn, pairing="interleaved", backend=backend)
+        return caches[0]
+
+    def keys(backend: str = "auto") -> Tensor:
+        layer_norm = {"norm_weight": norm[:128], "norm_bias": norm[128:256]}
+        write_index_k(k, caches[1], slots, **layer_norm, **turn, pairing="half", backend=backend)
+        return caches[1]
+
+    def check() -> None:
+        for write in (latents, keys):  # sums of another order may round a few values to a neighbour
+            ours, expected = write().clone(), write("reference")
+            assert (ours != expected).float().mean() < 1e-2, "the bytes differ from the reference's"
+
+    functions = {
+        "write_kv": latents,
+        "write_index_k": keys,
+        "quantise_index_q": lambda: quantise_index_q(q, weights, **turn, pairing="half")[0],
+        "write_kv, torch": partial(latents, "reference"),
+        "write_index_k, torch": partial(keys, "reference"),
+    }
+    return Case(functions, check, Work(bytes=tokens * (2 * 576 + 656)))
