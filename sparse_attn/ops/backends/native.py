@@ -38,53 +38,48 @@ PEAK_KINDS = {"fp32": 0, "bf16": 1}
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 # The structures of kernels/cpu/common.h; strides count elements, those of scales bytes.
 class _IndexArgs(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("q", "k", "weights", "ks", "ke")),
-        *((name, _POINTER) for name in ("q_scale", "k_scale", "block_table")),
-        *(
-            (name, _SIZE)
-            for name in ("q_query", "q_head", "k_page", "k_row", "weights_query", "block_table_row")
-        ),
-        *((name, _SIZE) for name in ("q_scale_query", "q_scale_head", "k_scale_page", "k_scale_row")),
-        *((name, _SIZE) for name in ("s_q", "heads", "d", "pages", "page_size", "tables", "width")),
-        *((name, _INT) for name in ("dtype", "key_format", "query_format")),
+        *_fields(_POINTER, "q k weights ks ke q_scale k_scale block_table"),
+        *_fields(_SIZE, "q_query q_head k_page k_row weights_query block_table_row"),
+        *_fields(_SIZE, "q_scale_query q_scale_head k_scale_page k_scale_row"),
+        *_fields(_SIZE, "s_q heads d pages page_size tables width"),
+        *_fields(_INT, "dtype key_format query_format"),
     ]
 
 
 class _Segment(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("k", "v", "indices", "topk_length")),
-        *((name, _SIZE) for name in ("k_row", "k_head", "v_row", "v_head", "indices_query", "indices_head")),
-        *((name, _SIZE) for name in ("s_kv", "topk", "page_size", "k_page", "format")),
+        *_fields(_POINTER, "k v indices topk_length"),
+        *_fields(_SIZE, "k_row k_head v_row v_head indices_query indices_head"),
+        *_fields(_SIZE, "s_kv topk page_size k_page format"),
     ]
 
 
 class _AttentionArgs(ctypes.Structure):
     _fields_ = [
         ("segments", _Segment * 2),
-        *((name, _POINTER) for name in ("q", "attn_sink", "out", "lse", "max_logits")),
-        *((name, _SIZE) for name in ("q_query", "q_head", "out_query", "out_head", "lse_query")),
-        ("max_logits_query", _SIZE),
-        *((name, _SIZE) for name in ("s_q", "h_q", "h_kv", "d_qk", "d_v")),
-        *(("n_segments", _INT), ("dtype", _INT), ("softmax_scale", _FLOAT)),
+        *_fields(_POINTER, "q attn_sink out lse max_logits"),
+        *_fields(_SIZE, "q_query q_head out_query out_head lse_query max_logits_query"),
+        *_fields(_SIZE, "s_q h_q h_kv d_qk d_v"),
+        *_fields(_INT, "n_segments dtype"),
+        ("softmax_scale", _FLOAT),
     ]
 
 
 class _SelectArgs(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("logits", "ks", "ke", "out")),
-        *((name, _SIZE) for name in ("logits_query", "out_query", "s_q", "s_kv", "topk")),
+        *_fields(_POINTER, "logits ks ke out"),
+        *_fields(_SIZE, "logits_query out_query s_q s_kv topk"),
     ]
 
 
-_STRUCTURES = {
-    "IndexArgs": _IndexArgs,
-    "Segment": _Segment,
-    "AttentionArgs": _AttentionArgs,
-    "SelectArgs": _SelectArgs,
-}
+_STRUCTURES = {s.__name__[1:]: s for s in (_IndexArgs, _Segment, _AttentionArgs, _SelectArgs)}
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sizeof": (_SIZE, [ctypes.c_char_p]),
     "isas": (_INT, []),
@@ -213,43 +208,35 @@ def refuses(name: str, a: Any) -> str | None:
     return None if taken else f"q and keys: not read as {q.dtype} and {k.dtype} of {list(k.shape)}"
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _set_addresses(args: ctypes.Structure, a: Any, *fields: str) -> None:
+    """Point ``args`` to tensors of the record, each of the same name; null where there is none."""
+    for field in fields:
+        tensor = getattr(a, field)
+        setattr(args, field, None if tensor is None else tensor.data_ptr())
 
 
 def _index_args(a: "IndexLogitsOp | LightningTopkOp") -> _IndexArgs:
     q, k, table, q_scale, k_scale = a.q, a.k, a.block_table, a.q_scale, a.k_scale
-    s_q, heads, d = q.shape
-    args = _IndexArgs(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        weights=a.weights.data_ptr(),
-        ks=a.ks.data_ptr(),
-        ke=a.ke.data_ptr(),
-        q_query=q.stride(0),
-        q_head=q.stride(1),
-        k_page=k.stride(0),
-        k_row=k.stride(-2),
-        weights_query=a.weights.stride(0),
-        s_q=s_q,
-        heads=heads,
-        d=2 * d if q.dtype == torch.uint8 else d,
-        dtype=DTYPES.get(q.dtype, DTYPES[torch.bfloat16]),  # bf16 holds every value of a quantised query
-        key_format=INDEX_FORMATS.get(k.dtype, 0),
-        query_format=INDEX_FORMATS.get(q.dtype, 0),
-    )
+    args = _IndexArgs()
+    _set_addresses(args, a, "q", "k", "weights", "ks", "ke", "q_scale", "k_scale", "block_table")
+    args.s_q, args.heads, args.d = q.shape
+    args.q_query, args.q_head, _ = q.stride()
+    args.k_page, args.k_row, args.weights_query = k.stride(0), k.stride(-2), a.weights.stride(0)
+    args.dtype = DTYPES.get(q.dtype, DTYPES[torch.bfloat16])  # bf16 holds every value of a quantised query
+    args.key_format, args.query_format = INDEX_FORMATS.get(k.dtype, 0), INDEX_FORMATS.get(q.dtype, 0)
+    if q.dtype == torch.uint8:
+        args.d *= 2
     if table is None:
         args.pages, args.page_size, args.tables, args.width = 1, k.shape[0], 1, k.shape[0]
     else:
-        args.pages, args.page_size = k.shape[:2]
+        args.pages, args.page_size, _ = k.shape
         args.tables, args.width = table.shape[0], table.shape[1] * k.shape[1]
-        args.block_table, args.block_table_row = table.data_ptr(), table.stride(0)
+        args.block_table_row = table.stride(0)
     if q_scale is not None:
-        args.q_scale, (args.q_scale_query, args.q_scale_head) = q_scale.data_ptr(), q_scale.stride()[:2]
+        args.q_scale_query, args.q_scale_head, _ = q_scale.stride()
     if k_scale is not None:
-        size, strides = k_scale.element_size(), k_scale.stride()
-        args.k_scale, args.k_scale_row = k_scale.data_ptr(), size * strides[0 if table is None else 1]
-        args.k_scale_page = 0 if table is None else size * strides[0]
+        strides = [k_scale.element_size() * stride for stride in k_scale.stride()]
+        args.k_scale_page, args.k_scale_row = (0, strides[0]) if table is None else strides[:2]
     return args
 
 
@@ -262,17 +249,12 @@ def index_logits(a: "IndexLogitsOp") -> None:
 
 
 def select_topk(a: "SelectTopkOp") -> None:
-    library = _loaded()
-    args = _SelectArgs(
-        logits=a.logits.data_ptr(),
-        ks=a.ks.data_ptr(),
-        ke=a.ke.data_ptr(),
-        out=a.out.data_ptr(),
-        logits_query=a.logits.stride(0),
-        out_query=a.out.stride(0),
-        s_q=a.logits.shape[0],
-        s_kv=a.logits.shape[1],
-        topk=a.topk,
+    library, args = _loaded(), _SelectArgs(topk=a.topk)
+    _set_addresses(args, a, "logits", "ks", "ke", "out")
+    (args.s_q, args.s_kv), args.logits_query, args.out_query = (
+        a.logits.shape,
+        a.logits.stride(0),
+        a.out.stride(0),
     )
     library.select_topk(library.isa, torch.get_num_threads(), ctypes.byref(args))
 
@@ -288,63 +270,53 @@ def lightning_topk(a: "LightningTopkOp") -> None:
 def sparse_mla(a: "SparseMLAOp") -> None:
     args = _attention_args(a, h_kv=1, d_v=a.d_v)
     args.max_logits, args.max_logits_query = a.max_logits.data_ptr(), a.max_logits.stride(0)
-    _fill_latent(args.segments[0], a.kv, a.indices, a.topk_length)
+    _set_latent(args.segments[0], a.kv, a.indices, a.topk_length)
     if a.extra_kv is not None and a.extra_indices is not None:
         args.n_segments = 2
-        _fill_latent(args.segments[1], a.extra_kv, a.extra_indices, a.extra_topk_length)
+        _set_latent(args.segments[1], a.extra_kv, a.extra_indices, a.extra_topk_length)
     _attend(args)
 
 
-def _fill_latent(segment: _Segment, kv: Tensor, indices: Tensor, topk_length: Tensor | None) -> None:
-    page_size = 1
-    if kv.dtype == torch.uint8:
-        page_size, segment.format = kv.shape[1], ROW_FORMATS[kv.shape[2]]
+def _set_latent(segment: _Segment, kv: Tensor, indices: Tensor, topk_length: Tensor | None) -> None:
     segment.k = segment.v = kv.data_ptr()
     segment.k_row = segment.v_row = kv.stride(-2)
-    segment.k_page, segment.page_size = kv.stride(0), page_size
-    segment.s_kv = kv.shape[0] * page_size
-    _fill_selection(segment, indices, topk_length)
+    segment.k_page, segment.page_size = kv.stride(0), 1
+    if kv.dtype == torch.uint8:
+        segment.page_size, segment.format = kv.shape[1], ROW_FORMATS[kv.shape[2]]
+    segment.s_kv = kv.shape[0] * segment.page_size
+    _set_selection(segment, indices, topk_length)
 
 
 def sparse_gqa(a: "SparseGQAOp") -> None:
     args = _attention_args(a, h_kv=a.k.shape[1], d_v=a.v.shape[2])
     segment = args.segments[0]
     segment.k, segment.v = a.k.data_ptr(), a.v.data_ptr()
-    (segment.k_row, segment.k_head), (segment.v_row, segment.v_head) = a.k.stride()[:2], a.v.stride()[:2]
+    segment.k_row, segment.k_head, _ = a.k.stride()
+    segment.v_row, segment.v_head, _ = a.v.stride()
     segment.s_kv, segment.page_size = a.k.shape[0], 1
-    if a.indices.dim() == 3:
-        segment.indices_head = a.indices.stride(1)
-    _fill_selection(segment, a.indices, a.topk_length)
+    _set_selection(segment, a.indices, a.topk_length)
     _attend(args)
 
 
-def _fill_selection(segment: _Segment, indices: Tensor, topk_length: Tensor | None) -> None:
-    segment.indices, segment.indices_query = indices.data_ptr(), indices.stride(0)
-    segment.topk, segment.topk_length = indices.shape[-1], _address(topk_length)
+def _set_selection(segment: _Segment, indices: Tensor, topk_length: Tensor | None) -> None:
+    segment.indices, segment.indices_query, segment.topk = (
+        indices.data_ptr(),
+        indices.stride(0),
+        indices.shape[-1],
+    )
+    segment.indices_head = indices.stride(1) if indices.dim() == 3 else 0
+    segment.topk_length = None if topk_length is None else topk_length.data_ptr()
 
 
 def _attention_args(a: "SparseMLAOp | SparseGQAOp", h_kv: int, d_v: int) -> _AttentionArgs:
     """Everything but the rows and their selection: one segment of them."""
-    s_q, h_q, d_qk = a.q.shape
-    return _AttentionArgs(
-        q=a.q.data_ptr(),
-        attn_sink=_address(a.attn_sink),
-        out=a.out.data_ptr(),
-        lse=a.lse.data_ptr(),
-        q_query=a.q.stride(0),
-        q_head=a.q.stride(1),
-        out_query=a.out.stride(0),
-        out_head=a.out.stride(1),
-        lse_query=a.lse.stride(0),
-        s_q=s_q,
-        h_q=h_q,
-        h_kv=h_kv,
-        d_qk=d_qk,
-        d_v=d_v,
-        n_segments=1,
-        dtype=DTYPES[a.q.dtype],
-        softmax_scale=a.softmax_scale,
-    )
+    args = _AttentionArgs(h_kv=h_kv, d_v=d_v, n_segments=1, softmax_scale=a.softmax_scale)
+    _set_addresses(args, a, "q", "attn_sink", "out", "lse")
+    args.s_q, args.h_q, args.d_qk = a.q.shape
+    args.q_query, args.q_head, _ = a.q.stride()
+    args.out_query, args.out_head, _ = a.out.stride()
+    args.lse_query, args.dtype = a.lse.stride(0), DTYPES[a.q.dtype]
+    return args
 
 
 def _attend(args: _AttentionArgs) -> None:
