@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY := passive
 help:
 	@echo "make demo     run DeepSeek Sparse Attention inside a small real model, on this machine"
 	@echo "make test     run the tests; pick some with PYTEST_ARGS='tests/test_packaging.py -x'"
-	@echo "make check    lint and check the formatting"
+	@echo "make check    lint; check formatting, types and the links of the Markdown files"
 	@echo "make format   repair both where that is mechanical"
 	@echo "make bench    time everything against dense attention, quickly"
 	@echo "make fuzz     call every function with drawn arguments for ten minutes; FUZZ_SECONDS=60 SEED=1"
@@ -42,6 +42,8 @@ check: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run --Werror $(CPP)
+	.venv/bin/pyright
+	.venv/bin/pytest -q tests/test_docs.py -k links
 
 format: $(READY)
 	.venv/bin/ruff check --fix .
