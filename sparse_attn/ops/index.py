@@ -158,11 +158,11 @@ def index_logits(
     Source: DeepSeek-V3.2 report, equation 1; quantised operands are DeepGEMM's.
     """
     dims: dict[str, int] = {}
-    keys, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
+    k, optional, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
     ks, ke = _check_ranges(ks, ke, width, dims, q.device)
     check_call(backend, q.device, q, k, weights)
     out = check_output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
-    call("index_logits", IndexLogitsOp(q, keys.k, weights, ks, ke, out, *keys[1:]), backend)
+    call("index_logits", IndexLogitsOp(q, k, weights, ks, ke, out, *optional), backend)
     return out
 
 
@@ -227,14 +227,14 @@ def lightning_topk(
     """
     _check_topk(topk)
     dims: dict[str, int] = {}
-    keys, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
+    k, optional, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
     ks, ke = _check_ranges(ks, ke, width, dims, q.device)
     check_call(backend, q.device, q, k, weights)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
     out = check_output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
-    a = LightningTopkOp(q, keys.k, weights, topk, ks, ke, workspace_bytes, out, *keys[1:])
-    call("lightning_topk", a, backend)
+    required = q, k, weights, topk, ks, ke, workspace_bytes, out
+    call("lightning_topk", LightningTopkOp(*required, *optional), backend)
     return out
 
 
@@ -267,15 +267,6 @@ def physical_slots(
     return out
 
 
-class _Keys(NamedTuple):
-    """Where the keys are, and the scales of both operands, as the ops take them."""
-
-    k: Tensor  # values [s_kv, ...] or [pages, page_size, ...], whatever they came in
-    q_scale: Tensor | None  # [s_q, index_n_heads, 4] ue8m0 bytes
-    k_scale: Tensor | None  # [...] fp32, or [..., 4] ue8m0 bytes
-    block_table: Tensor | None
-
-
 def _check_index_inputs(
     q: Tensor,
     k: Tensor,
@@ -284,8 +275,8 @@ def _check_index_inputs(
     k_scale: Tensor | None,
     block_table: Tensor | None,
     dims: dict[str, int],
-) -> tuple[_Keys, int]:
-    """The keys and scales for the op, and the width of a row of logits."""
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
+    """k; q_scale, k_scale and block_table; all as the ops take them. And the width of a row of logits."""
     q_scale = _check_index_q(q, q_scale, dims)
     k, k_scale, block_table = _check_index_k(k, k_scale, block_table, q, dims)
     check_tensor("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
@@ -293,7 +284,7 @@ def _check_index_inputs(
     if block_table is not None:
         check_block_table(block_table, dims, q.shape[0], q.device)
         width = block_table.shape[1] * k.shape[1]
-    return _Keys(k, q_scale, k_scale, block_table), width
+    return k, (q_scale, k_scale, block_table), width
 
 
 def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> Tensor | None:
