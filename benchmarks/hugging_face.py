@@ -36,7 +36,7 @@ MODELS = ("transformers", "sparse_attn")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 65536], help="of the decode steps")
-    parser.add_argument("--prefill", type=int, nargs="*", default=[8192], metavar="TOKENS", help="of the prompts")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[8192], metavar="TOKENS", help="prompts")
     parser.add_argument("--quick", action="store_true", help="a context of 8192, a prompt of 2048")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of decode steps")
