@@ -1,6 +1,6 @@
-"""What a call through sparse_attn.compat costs over the function below it, and over the op: Python's time.
+"""How much time a call through sparse_attn.compat adds to the function and the op below it: Python overhead.
 
-Calls are so small that hardly anything but their overhead is left: one query, few heads, few tokens.
+The calls are so small (one query, few heads, few tokens) that they take hardly more than their overhead.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from sparse_attn.ops.attention import SparseMLAOp
 
 
 def cases():
-    """name -> {"facade" | "function" | "op": function}, of equal results."""
+    """name -> {"facade" | "function" | "op": function}, whose results are equal."""
     cache = formats.pack_v32_kv(torch.randn(4, 64, 1, 576))
     q, indices = torch.randn(1, 1, 8, 576).bfloat16(), torch.randint(256, (1, 1, 16)).int()
     metadata, _ = flash_mla.get_mla_metadata()

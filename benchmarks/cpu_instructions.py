@@ -1,9 +1,9 @@
 """How many instructions the C++ kernels execute, for each instruction set that can be counted.
 
-Counted is one call on one thread: a run of the driver (cpu_instructions.cpp) with it less a run without it,
-by the processor's counter (perf stat) or else by valgrind, which has no AVX512. The count doesn't depend on
-what else the machine does. It is also given for each of the multiply-add instructions that the operation
-takes at least: 1 would be arithmetic alone. It says nothing of the time that memory takes.
+The count is for one call on one thread: a run of the driver (cpu_instructions.cpp) with the call minus a run
+without it, by the processor's counter (perf stat) or else by valgrind, which has no AVX512. The count does
+not depend on what else the machine does. It is also divided by the least number of multiply-add instructions
+that the operation needs: 1 would be arithmetic alone. It says nothing about the time that memory takes.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from bench.timing import append_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a command is run under, and where its count then stands in stderr.
+# The counting command, and the pattern of the count that it prints on stderr.
 COUNTERS = {
     "perf": (["perf", "stat", "-x,", "-e", "instructions:u"], r"^(\d+),"),
     "valgrind": (["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"], r"Collected : (\d+)"),
 }
-# Without the string instructions that clear and copy memory: valgrind counts each of their repetitions.
+# No string instructions to clear and copy memory: valgrind counts each of their repetitions.
 ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-ERMS"}
-# Multiply-adds of one instruction: one a lane. AVX512-BF16 multiplies a pair in each, AMX 16 pairs in each of
-# 16 x 16. On x86 portable has four lanes, but takes two instructions for a multiply-add.
+# Multiply-adds per instruction: one per lane; with AVX512-BF16 two per lane; with AMX 32 for each of 16 x 16
+# results. On x86 portable has four lanes, but takes two instructions per multiply-add.
 MULTIPLY_ADDS = {"amx": 8192, "avx512bf16": 32, "avx512": 16, "avx2": 8, "portable": 4}
 
 
@@ -62,7 +62,7 @@ class Driver:
         self.instruction_sets = run_counted(self.counter, [self.path])[0].split()
 
     def instructions(self, instruction_set: str, operation: Operation) -> int:
-        """Of one call."""
+        """The instructions of one call."""
         name, *sizes = operation.arguments
         without, with_one = (
             run_counted(self.counter, [self.path, instruction_set, name, calls, *sizes])[1]
@@ -87,7 +87,7 @@ def works(counter: str) -> bool:
 
 
 def operations(rows: int, keys: int) -> dict[str, Operation]:
-    """Of one query, which selects so many rows, of so many keys."""
+    """The operations for one query that selects ``rows`` of ``keys``."""
 
     def attend(heads: int, kv_heads: int, d_qk: int, d_v: int) -> Operation:
         arguments = ("attend", heads, kv_heads, d_qk, d_v, rows)
@@ -119,7 +119,7 @@ def measure(driver: Driver, instruction_set: str, name: str, operation: Operatio
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="256 rows of 4,096 keys, not 2,048 of 32,768")
-    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object a line")
+    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object per line")
     options = parser.parse_args()
     sizes = {"rows": 256, "keys": 4096} if options.quick else {"rows": 2048, "keys": 32768}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,14 +143,14 @@ def show(rows: list[dict]) -> None:
         caption=f"counted by {rows[0]['counter']}; one query, {rows[0]['rows']:,} rows; 64 x 128, "
         f"{rows[0]['keys']:,} keys; bf16",
     )
-    for name in ("operation", "set", "instructions", "a unit", "a multiply-add"):
+    for name in ("operation", "set", "instructions", "per unit", "per multiply-add"):
         numbers = name not in ("operation", "set")
-        table.add_column(name, justify="right" if numbers else "left", no_wrap=name != "a multiply-add")
+        table.add_column(name, justify="right" if numbers else "left", no_wrap=name != "per multiply-add")
     for r in rows:
         ratio = r["instructions_a_multiply_add"]
         table.add_row(
             *(r["operation"], r["instruction_set"], f"{r['instructions']:,}"),
-            *(f"{r['instructions_a_unit']:,.1f} a {r['unit']}", f"{ratio:.2f}" if ratio else "-"),
+            *(f"{r['instructions_a_unit']:,.1f} per {r['unit']}", f"{ratio:.2f}" if ratio else "-"),
         )
     Console().print(table)
 

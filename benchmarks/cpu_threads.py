@@ -1,6 +1,6 @@
 """How much faster all threads are than one, for one query and for several: attention, indexer + top-k, GQA.
 
-One query is split by heads, or by keys in the indexer, several are shared out. Results do not depend on it.
+One query is split by heads (in the indexer by keys); of several, each thread takes some. Results are equal.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: the number of cores")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds (default 11)")
-    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object a line")
+    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object per line")
     options = parser.parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """Run all tests on this machine's GPU, time every operation, and write a dated record with the card's name.
 
 Results are checked against fp64 before they are timed. Times are the GPU's own, by events, with the L2 cache
-flushed before each call. --dry-run walks through it on the CPU with tiny sizes: those times mean nothing.
+flushed before each call. --dry-run does all of it on the CPU with tiny sizes: those times mean nothing.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def record(options: argparse.Namespace, folder: Path) -> bool:
-    """Test, time and write; whether all of it was right."""
+    """Test, time and write; gives whether everything was right."""
     now, console = datetime.datetime.now(), Console(record=True, width=160)
     if options.dry_run:
         torch.set_num_threads(1)
@@ -66,8 +66,8 @@ def record(options: argparse.Namespace, folder: Path) -> bool:
 
 
 def run_tests(dry_run: bool) -> tuple[bool, str]:
-    """Did pytest pass, and its closing line. A dry run only collects some tests."""
-    # Not `python -m pytest`: that puts the repository on sys.path, where kernels/ passes for another package.
+    """Whether pytest passed, and the last line that it printed. A dry run only collects some tests."""
+    # Not `python -m pytest`: that puts the repository on sys.path, and `import kernels` then finds kernels/.
     command = [str(Path(sys.executable).with_name("pytest"))]
     command += ["--collect-only", "-q", "tests/test_index.py"] if dry_run else []
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -1,8 +1,8 @@
 """One DeepSeek-V3.2-shaped layer inside Hugging Face transformers, before and after enable(model).
 
 The layer has hidden size 1024, 16 heads, latents of 512 + 64, an indexer of 16 x 128 and k = 2048; it is
-the only one of its model, whose MLP is 64 wide, so that a call of the model is a call of the layer with
-all that belongs to it: masks, projections, cache. One new token after a context, and a whole prompt.
+the only one of its model, whose MLP is 64 wide, so that a call of the model is little more than a call of the
+layer with its masks, projections and cache. Timed are one new token after a context, and a whole prompt.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SIZES = {
     **{"num_hidden_layers": 1, "first_k_dense_replace": 1, "intermediate_size": 64, "vocab_size": 32},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of the two results, as norms. Sums in another order can exchange two keys of almost the same score.
+# Relative difference of the two results. Another order of summation can swap keys of nearly equal scores.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 MODELS = ("transformers", "sparse_attn")
 
@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], metavar="TOKENS", help="prompts")
     parser.add_argument("--quick", action="store_true", help="a context of 8192, a prompt of 2048")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of the decode")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of decode steps")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' own")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
-    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object a line")
+    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object per line")
     options = parser.parse_args()
     if options.quick:
         options.contexts, options.prefill = [8192], [2048]
@@ -71,7 +71,7 @@ def make(dtype: torch.dtype, attention: str) -> dict[str, transformers.PreTraine
     for name, parameter in dense.named_parameters():
         if "self_attn" in name and parameter.dim() > 1:
             parameter.mul_(4)  # else every score is nearly the same
-        if "indexer.weights_proj" not in name:  # fp32 in loaded models of any dtype
+        if "indexer.weights_proj" not in name:  # loaded models have it in fp32, whatever their dtype
             parameter.data = parameter.data.to(dtype)
     sparse = copy.deepcopy(dense)
     sparse_attn.integrations.transformers.enable(sparse)
@@ -109,8 +109,9 @@ def prefill(models, tokens: int) -> Case:
 
 
 def measure(label: str, functions, models, rounds: int, tolerance: float, advance) -> dict:
-    """Compare the layers' outputs, taking the memory of these first calls; then time, without any other
-    warm-up, since theirs take many seconds."""
+    """Compare the layers' outputs and measure the memory of these first calls, then time.
+
+    There is no other warm-up, since transformers' calls take many seconds."""
     outs, memory = {}, {}
     for name, function in functions.items():
         hook = (
@@ -159,7 +160,7 @@ def show(console: Console, rows: list[dict], options: argparse.Namespace) -> Non
             f"{row['difference']:.0e}",
         )
     console.print(table)
-    console.print("MiB: peak of the first call above its start; differ: relative, of the layers' outputs.")
+    console.print("MiB: peak of the first call above its start; differ: the outputs' relative difference.")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def cells(row: Row) -> list[str]:
 
 
 def widths(row: Row) -> dict[int, int]:
-    """Loads a round by bytes a lane, widest first."""
+    """Loads per round, by bytes per lane, widest first."""
     found = Counter()
     for name, n in row.loads.items():
         found[int(name.split()[1])] += n
@@ -130,7 +130,7 @@ def widths(row: Row) -> dict[int, int]:
 
 
 def judge(console: Console, rows: list[Row], update: bool, everything: bool) -> int:
-    """Compare with the budget, or replace it; the exit status."""
+    """Compare with the budget, or replace it; gives the exit status."""
     path = report.budget_file(BUDGETS)
     budget = report.read_budget(path) if path.exists() else {}
     wrong = [f"{row.key}: {reason}" for row in rows for reason in row.impossible()]

@@ -1,4 +1,4 @@
-"""The measured part of README.md, made from a record of ``benchmarks/run.py``, so that no figure is typed.
+"""The measured part of README.md, made from a record of ``benchmarks/run.py``; no figure is typed by hand.
 
     python benchmarks/readme.py benchmarks/records/RECORD.jsonl            prints it
     python benchmarks/readme.py benchmarks/records/RECORD.jsonl --write    puts it into README.md

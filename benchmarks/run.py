@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, sizes: Sizes, console: Console) -> bool:
-    """Time, print, write and plot; whether every result was right."""
+    """Time, print, write and plot; gives whether every result was right."""
     limits, here = measure_limits(), machine()
     peak = limits.operations_per_second
     computing = f"{peak / 1e9:.0f} GFLOP/s in registers" if peak else "no peak without C++ kernels"

@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> None:
 def layer(console, output: Path, sizes, threads: int = 1, rounds: int = 5) -> dict[str, Any]:
     """Measure, print and plot the layer; seconds and bytes.
 
-    One thread by default: on a machine that does other work too, a few threads wait for each other more
-    than they compute, and ratios say nothing.
+    One thread by default: on a machine that does other work too, threads wait for each other longer
+    than they compute, and ratios mean nothing.
     """
     import torch
 

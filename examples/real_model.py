@@ -6,7 +6,7 @@ indexer is made of the model's own projections: a key's index vector is its rota
 and each query head is one index head, compared with its own key/value head.
 
 That indexer costs as much as dense attention scores do, so it shows what quality DSA keeps, not how fast
-it is: a trained indexer is several times narrower than the attention that it spares.
+it is: a trained indexer is several times narrower than the attention that it saves.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ from sparse_attn import lightning_topk, sparse_gqa
 
 MODEL = "SmolLM2-135M-Instruct"
 THRESHOLD = 1.5  # standard deviations by which a key stands out for a head; 1 to 2 do about equally well
-MEAN_WEIGHT = 0.5  # of the mean over heads, which ranks the keys that stand out for no head
+MEAN_WEIGHT = 0.5  # of the mean over heads, it ranks the keys that stand out for no head
 MEAN_OFFSET = 20.0  # lifts that mean above zero, where relu leaves it alone
 
 
@@ -69,7 +69,7 @@ def training_free_indexer(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]
     key_variance = (running_mean(k.square(), s_q) - key_mean.square()).clamp_min(0)
     q = q.unflatten(1, (h_kv, -1))  # [s_q, h_kv, group, d]
     std = (q.square() * key_variance[:, :, None]).sum(-1, keepdim=True).sqrt()
-    q = q / std.clamp_min(1e-6)  # a query that sees one key has none
+    q = q / std.clamp_min(1e-6)  # with one visible key std is 0
     mean = (q * key_mean[:, :, None]).sum(-1, keepdim=True)
 
     own_slot = torch.eye(h_kv, dtype=q.dtype, device=q.device)[:, None, :, None]  # [h_kv, 1, h_kv, 1]
@@ -92,7 +92,7 @@ def running_mean(x: Tensor, n: int) -> Tensor:
 def select_tokens(q: Tensor, k: Tensor, topk: int) -> Tensor:
     """One set of at most ``topk`` visible tokens for each query, shared by all heads: ``[s_q, topk]``."""
     s_q, s_kv = q.shape[0], k.shape[0]
-    ke = torch.arange(s_kv - s_q + 1, s_kv + 1, dtype=torch.int32, device=q.device)  # itself is the newest
+    ke = torch.arange(s_kv - s_q + 1, s_kv + 1, dtype=torch.int32, device=q.device)  # up to itself
     return lightning_topk(*training_free_indexer(q, k), topk, torch.zeros_like(ke), ke)
 
 
@@ -152,7 +152,7 @@ def load_model():
 
 
 def read_text(path: Path | str | None) -> tuple[str, str]:
-    """A name and a text: the file, or Python's own documentation, which every CPython carries."""
+    """A name and a text: the file, or Python's own documentation, which is part of every CPython."""
     if path is not None:
         return Path(path).name, Path(path).read_text(encoding="utf-8", errors="replace")
     return "Python's language reference", "\n\n".join(sorted(topics.values(), key=len, reverse=True))
@@ -166,7 +166,7 @@ class Reading:
     """What one pass over the text gave."""
 
     perplexity: float
-    second_half: float  # perplexity there: the first k positions are dense
+    second_half: float  # perplexity of the second half: the first k positions are dense
     prefill_seconds: float  # without the output projection
     decode_seconds: float  # of one token
     continuation: Tensor  # [n] token ids, greedy
@@ -202,7 +202,7 @@ def read(model, ids: Tensor, new_tokens: int, **observe) -> Reading:
     start = time.perf_counter()
     output = model.model(ids[None, :-1], use_cache=True, **observe)
     prefill = time.perf_counter() - start
-    nll = [  # [s - 1] in pieces: the logits of all tokens would take 200 KB each
+    nll = [  # [s - 1] in pieces: the logits of all tokens would take 200 KB per token
         F.cross_entropy(model.lm_head(hidden), target, reduction="none")
         for hidden, target in zip(output.last_hidden_state[0].split(256), ids[1:].split(256), strict=True)
     ]
@@ -404,7 +404,7 @@ def run(
 
     console.print(quality_table(dense, sparse))
     console.print(
-        "k: tokens each query reads. The first k positions are dense: the second half is the honest figure. "
+        "k: tokens that each query reads. The first k positions are dense, so compare the second half. "
         "This training-free indexer costs as much as dense attention scores: it shows quality, not speed.",
         style="dim",
     )

@@ -1,9 +1,9 @@
 """Fixtures of all tests.
 
-A test that takes ``backend`` runs on every backend of this process: reference and cpu, the latter
-once on each instruction set that the C++ library has for this machine and once on torch, and triton
-on a CUDA device; with TRITON_INTERPRET=1 (set by the test that starts such a process) on triton
-alone, in Triton's interpreter.
+A test that takes ``backend`` runs on reference; on cpu, once with each instruction set that the C++
+library has for this machine and once with torch; and on triton if there is a CUDA device. In a process
+with TRITON_INTERPRET=1 (test_kernels_interpreted.py starts it) the test runs on triton alone, in Triton's
+interpreter.
 """
 
 import os
@@ -50,8 +50,8 @@ def device(backend):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN (integers: their maximum), so that an output slot left unwritten shows."""
-    # Only warned of: on a GPU torch has no deterministic form of some operations that tests use.
+    """torch.empty gives NaN (integers: their maximum), so that an unwritten output slot is seen."""
+    # A warning, no error: on a GPU torch has no deterministic form of some operations that tests use.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

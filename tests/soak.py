@@ -1,9 +1,9 @@
-"""Many decode steps over sequences that grow and are freed: results stay right, memory stays where it was.
+"""Many decode steps over sequences that grow and are freed: results stay right, memory does not grow.
 
     python tests/soak.py --steps 100000          (make soak)
 
-Two users take turns: a layer with its DSACache, whose draft tokens are now and then rejected, and an engine
-with a pool of pages, which it hands out as sequences grow and takes back, poisoned with NaN, when they end.
+Two users take turns. A layer decodes with a DSACache, and some of its draft tokens are rejected. An engine
+has a pool of pages: it gives them to sequences that grow, and fills them with NaN when it takes them back.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def measure() -> tuple[int, int]:
 
 
 def resident() -> int:
-    """Bytes of anonymous memory, as pages of mapped files come and go; 0 where the system does not say."""
+    """Resident bytes without mapped files, whose pages come and go; 0 where the system does not say."""
     status = Path("/proc/self/status")
     return int(status.read_text().split("RssAnon:")[1].split()[0]) * 1024 if status.exists() else 0
 

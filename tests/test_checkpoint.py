@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face: a layer read from one computes what transformers computes with it."""
+"""Hugging Face checkpoints: a layer read from one computes what transformers computes with it."""
 
 import json
 
@@ -24,7 +24,7 @@ def make(dtype=torch.float32):
 
 
 def quantize(weight, block=(128, 128)):
-    """e4m3 values and fp32 scales a block, as such checkpoints store them."""
+    """e4m3 values and one fp32 scale per block, as such checkpoints store them."""
     rows, columns = (-(-size // b) for size, b in zip(weight.shape, block, strict=True))
     padded = torch.zeros(rows * block[0], columns * block[1])
     padded[: weight.shape[0], : weight.shape[1]] = weight
@@ -49,7 +49,7 @@ def test_there_and_back():
     again = SparseMLA.from_hf({**state, **others}, CONFIG, 3)
     assert torch.equal(again(hidden), layer(hidden))
     assert again.wo.weight.data_ptr() == layer.wo.weight.data_ptr()
-    bare = {name.removeprefix("model."): weight for name, weight in state.items()}  # of a model without head
+    bare = {name.removeprefix("model."): weight for name, weight in state.items()}  # a model without head
     assert torch.equal(SparseMLA.from_hf(bare, layer.config, 3)(hidden), layer(hidden))
 
 

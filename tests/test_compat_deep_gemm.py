@@ -1,4 +1,4 @@
-"""compat.deep_gemm beyond the conformance suite: the bits of the functions below it, and its errors."""
+"""compat.deep_gemm beyond the conformance suite: same bits as the functions that it calls; its errors."""
 
 import inspect
 
@@ -115,7 +115,7 @@ def test_no_keys_and_no_queries(contiguous, paged):
 
 @pytest.mark.parametrize("d", [32, 64])
 def test_paged_keys_of_another_width(d):
-    """68 bytes a key are 64 values in fp8 here, although an fp4 cache has as many."""
+    """68 bytes per key are 64 fp8 values here, although an fp4 cache also has 68 bytes per key."""
     keys, scales = torch.randn(2, 4, d).to(FP8), torch.rand(2, 4)
     parts = [part.view(torch.uint8).flatten(1) for part in (keys, scales)]
     cache = torch.cat(parts, 1).view(2, 4, 1, d + 4)

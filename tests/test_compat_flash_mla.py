@@ -1,4 +1,4 @@
-"""compat.flash_mla beyond the conformance suite: the bits of the functions below it, and its errors."""
+"""compat.flash_mla beyond the conformance suite: same bits as the functions that it calls; its errors."""
 
 import inspect
 import runpy
@@ -65,7 +65,7 @@ def test_parameters_have_their_names_and_order(name):
 
 def test_nothing_of_theirs_is_imported_or_replaced(monkeypatch):
     assert "flash_mla" not in sys.modules and "deep_gemm" not in sys.modules
-    monkeypatch.setitem(sys.modules, "flash_mla", flash_mla)  # the line of compat/__init__.py
+    monkeypatch.setitem(sys.modules, "flash_mla", flash_mla)  # as compat/__init__.py tells users to
     from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache
 
     assert flash_mla_with_kvcache is flash_mla.flash_mla_with_kvcache
@@ -101,14 +101,14 @@ def test_dense_decode_in_parts_gives_the_same_bits(dense, monkeypatch):
 
     physical_slots = flash_mla.physical_slots
     monkeypatch.setattr(flash_mla, "physical_slots", counted)
-    monkeypatch.setattr(flash_mla, "DENSE_INDEX_BYTES", 2 * 4 * 2 * 15)  # of two sequences
+    monkeypatch.setattr(flash_mla, "DENSE_INDEX_BYTES", 2 * 4 * 2 * 15)  # enough for two sequences
     parts = flash_mla.flash_mla_with_kvcache(**dense)
     assert held == [2, 1]
     assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
 
 
 def test_dense_decode_of_hostile_lengths(dense):
-    """No length, one below zero, one beyond the table: what there is is attended to."""
+    """A length of 0, a negative one, one beyond the table: the query attends to the tokens that exist."""
     out, lse = flash_mla.flash_mla_with_kvcache(
         **{**dense, "cache_seqlens": int32(0, INT_MAX, -5), "causal": False}
     )
@@ -130,10 +130,10 @@ def test_no_sequences():
 def test_metadata_belongs_to_one_configuration(decode):
     with pytest.raises(ValueError, match="causal"):
         flash_mla.flash_mla_with_kvcache(**{**decode, "causal": True})
-    flash_mla.flash_mla_with_kvcache(**decode)  # the call that was refused left no trace
+    flash_mla.flash_mla_with_kvcache(**decode)  # the refused call changed nothing
     flash_mla.flash_mla_with_kvcache(
         **decode, topk_length=int32(1, 2)
-    )  # new lengths are no new configuration
+    )  # other lengths are the same configuration
     with pytest.raises(ValueError, match=r"tile_scheduler_metadata: expected calls of one configuration"):
         flash_mla.flash_mla_with_kvcache(**{**decode, "indices": decode["indices"][..., :5]})
     assert flash_mla.get_mla_metadata(int32(1), 2, 1, num_heads_q=64, topk=2048)[1] is None

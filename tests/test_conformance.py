@@ -26,7 +26,7 @@ def on_backend(backend, monkeypatch):
     ):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, functools.partial(function, backend=backend))
-    if os.environ.get("TRITON_INTERPRET") == "1":  # slow: sizes that do as well here
+    if os.environ.get("TRITON_INTERPRET") == "1":  # slow, and small sizes test the same
         for name, size in {"H_Q": 5, "TOPK": 40}.items():
             monkeypatch.setattr(flash_mla_checks, name, size)
     return backend
@@ -46,9 +46,7 @@ def test_a_wrong_variant_is_caught(library, variant):
     check = {check.__name__: check for check in conformance.checks(library)}[variant.check]
     said = conformance.failure(check, variant.of(MODULES[library]))
     assert said is not None
-    assert said.startswith(("AssertionError", "NotImplementedError")), (
-        said
-    )  # of what is wrong, not of the wrapper
+    assert said.startswith(("AssertionError", "NotImplementedError")), said  # not an error of the wrapper
 
 
 def test_every_check_can_fail():

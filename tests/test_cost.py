@@ -1,4 +1,4 @@
-"""What work and memory grow with, counted and not timed: elements computed, pages read, bytes held."""
+"""What work and memory grow with, counted instead of timed: elements computed, pages read, bytes held."""
 
 import dataclasses
 import mmap
@@ -32,7 +32,7 @@ linux = pytest.mark.skipif(
 
 
 class Work(TorchDispatchMode):
-    """Counts by op of this library, ``""`` outside them: multiply-adds of products, else elements written."""
+    """Counts per op of this library ("": outside): multiply-adds of products, elements of other results."""
 
     def __init__(self):
         super().__init__()
@@ -56,9 +56,7 @@ class Work(TorchDispatchMode):
     def _cost(function, args, result) -> int:
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.matmul):
             return result.numel() * args[0].shape[-1]
-        if (
-            function is torch.ops.aten.index_put_.default
-        ):  # gives back all of the cache that it wrote few rows of
+        if function is torch.ops.aten.index_put_.default:  # returns the whole cache, wrote a few rows
             result = args[2]
         results = result if isinstance(result, (tuple, list)) else (result,)
         return sum(x.numel() for x in results if isinstance(x, torch.Tensor))
@@ -76,7 +74,7 @@ def filled(config: DSAConfig, tokens: int) -> DSACache:
 def test_a_decode_step_grows_linearly_and_only_through_the_indexer(layer, config):
     layer, work = layer(config), []
     hidden = torch.randn(1, config.hidden_size)
-    layer(hidden)  # what is made once is not counted
+    layer(hidden)  # warm-up: what is made once is not counted
     for context in CONTEXTS:
         cache = filled(config, context)
         with native.use(None), Work() as counted:
@@ -88,12 +86,12 @@ def test_a_decode_step_grows_linearly_and_only_through_the_indexer(layer, config
         assert len({counts[name] for counts in work}) == 1, f"{name or 'projections'} grow with the context"
     first, second, third = (counts["lightning_topk"] for counts in work)
     assert third - second == 2 * (second - first)
-    products = config.index_n_heads * (config.index_head_dim + 1)  # of a key
+    products = config.index_n_heads * (config.index_head_dim + 1)  # per key
     assert products <= (second - first) / (CONTEXTS[1] - CONTEXTS[0]) <= 2 * products
 
 
 class Watched:
-    """fp32 ``[rows, width]`` in memory of its own, of which Linux says how much was read."""
+    """fp32 ``[rows, width]`` in a mapping of its own, so that Linux says how much of it was read."""
 
     def __init__(self, rows: int, width: int):
         self.memory = mmap.mmap(-1, rows * width * 4)
@@ -120,7 +118,7 @@ def on_cpu(request):
 
 @linux
 def test_attention_reads_the_selected_rows_and_the_indexer_all_keys(on_cpu):
-    topk, width = 32, PAGE // 4  # one row a page
+    topk, width = 32, PAGE // 4  # one row per page
     q = torch.randn(1, 4, width)
     for s_kv in (1024, 4096):
         kv = Watched(s_kv, width)

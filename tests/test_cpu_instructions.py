@@ -1,4 +1,4 @@
-"""The kernels' instructions can be counted, and there are few beside those of the arithmetic."""
+"""The kernels' instructions can be counted, and few of them are not arithmetic."""
 
 import importlib.util
 from pathlib import Path
@@ -13,7 +13,7 @@ spec = importlib.util.spec_from_file_location(
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
 
-MOST = {"avx2": 3.5, "portable": 7.0}  # instructions a multiply-add: 1.3 times what GCC 12 needs
+MOST = {"avx2": 3.5, "portable": 7.0}  # instructions per multiply-add: 1.3 times what GCC 12 needs
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The demo's model: DSA reading every token is dense attention, and it is the same however tokens arrive."""
+"""The demo's model: DSA over every token is dense attention; prefill, chunks and decode give the same."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Byte layouts: each byte where the format says, each stored value what it means, views that copy nothing."""
+"""Byte layouts: each byte where the format says, the right value for each code, views that copy nothing."""
 
 import math
 import struct
@@ -185,7 +185,7 @@ def test_bytes_of_a_page_of_mxfp4_index_keys_by_hand():
 
 @pytest.mark.parametrize("size, first", [(656, 512), (584, 576), (528, 512), (132, 128)])
 def test_both_conventions_of_the_smallest_fp8_scale(size, first):
-    """DeepSeek raises amax to 1e-4, FlashMLA the quotient; blocks of amax 0, 1e-3 and 1."""
+    """DeepSeek raises amax to 1e-4, FlashMLA amax / 448 to 1e-4; blocks of amax 0, 1e-3 and 1."""
     (pack, width, *_), expected = FORMATS[size], {}
     for amax in (0.0, 1e-3, 1.0):
         for min_scale in (formats.FP8_MIN_SCALE, formats.FLASH_MLA_MIN_SCALE):
@@ -297,7 +297,7 @@ def test_nan_and_infinity_show_in_their_block_alone(size, pack, width, quantised
 
 
 def gapped(size, pages=3, page_size=4, gap=64):
-    """A cache of zeros whose pages are wider than they need be, somewhere inside a larger buffer."""
+    """A cache of zeros whose pages are wider than needed, somewhere inside a larger buffer."""
     stride = page_size * size + gap
     buffer = torch.full((16 + pages * stride,), 0xFF, dtype=torch.uint8)
     return buffer.as_strided((pages, page_size, size), (stride, size, 1), 16).zero_()

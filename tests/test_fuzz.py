@@ -1,10 +1,10 @@
 """Every public function on drawn arguments: right on every backend, repeatable, and never a crash.
 
     pytest tests/test_fuzz.py                                            a fixed slice, as CI runs it
-    pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-seed=1     more, from a seed of your own
+    pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-seed=1     more, from your own seed
     make fuzz                                                            ten minutes of seeds
 
-To add a function: a strategy of its arguments, a check of its result, and a line in ``SUBJECTS``.
+To add a function: write a strategy for its arguments, a check of its result, and a line in ``SUBJECTS``.
 """
 
 import functools
@@ -40,8 +40,8 @@ from sparse_attn.testing import (
 BACKENDS = ["reference", *(("cpu", name) for name in (*native.instruction_sets(), None))]
 if torch.cuda.is_available():
     BACKENDS.append("triton")
-E4M3_ERROR = 2**-4  # of the worst value with three bits after the first; 2.6 % of many, more of a few
-FACTOR = {"reference": 1.2, "cpu": 1.5, "triton": 2.5}  # as flash attention does, some round probabilities
+E4M3_ERROR = 2**-4  # of one value at worst (3 mantissa bits); many values together err by 2.6 %
+FACTOR = {"reference": 1.2, "cpu": 1.5, "triton": 2.5}  # some round probabilities, as flash attention does
 Arguments = dict[str, Any]
 
 
@@ -95,7 +95,7 @@ def sinks(draw, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 def quantised(values: torch.Tensor, size: int, page_size: int) -> torch.Tensor:
-    """Tokens ``[s_kv, width]`` in pages; those that are NaN, and the last page's rest, hold NaN codes."""
+    """Tokens ``[s_kv, width]`` in pages; NaN tokens and the unused end of the last page hold NaN codes."""
     pages = -(-len(values) // page_size)
     padded = values.new_full((pages * page_size, values.shape[1]), float("nan"))
     padded[: len(values)] = values
@@ -315,7 +315,7 @@ def logits_arguments(draw) -> Arguments:
 
 
 def wide(arguments: Arguments) -> Arguments:
-    """Floating-point arguments in fp64, quantised caches as what they hold."""
+    """Floating-point arguments in fp64, quantised caches as the values that they hold."""
 
     def widen(name: str, value):
         if not isinstance(value, torch.Tensor) or name == "attn_sink":
@@ -434,7 +434,7 @@ def check_facade(out, expected, lse, expected_lse) -> None:
 
 def check_paged_logits(backend: str, arguments: Arguments, logits: torch.Tensor) -> None:
     q, lengths = arguments["q"], arguments["context_lens"]
-    if lengths.dim() == 1:  # query j of next_n sees so many tokens
+    if lengths.dim() == 1:  # then query j of next_n sees length - next_n + j + 1 tokens
         lengths = lengths[:, None] + torch.arange(1 - q.shape[1], 1, dtype=torch.int32)
     keys = formats.unpack(arguments["kv_cache"][:, :, 0])
     ke = lengths.flatten().int()
@@ -507,7 +507,7 @@ def takes(name: str, option: str) -> bool:
     return option in inspect.signature(SUBJECTS[name].function).parameters
 
 
-# What holds of every function
+# What holds for every function
 
 
 @EVERY_SUBJECT
@@ -532,7 +532,7 @@ def test_every_backend_is_right_and_repeats_itself(name, data):
 
 
 def same_values(one: torch.Tensor, two: torch.Tensor) -> bool:
-    one, two = one.double(), two.double()  # fp8 does not compare
+    one, two = one.double(), two.double()  # torch does not compare fp8
     return bool(((one == two) | (one.isnan() & two.isnan())).all())
 
 
@@ -543,8 +543,8 @@ def test_a_callers_buffer_is_filled_and_nothing_beside_it(name, data):
     arguments = data.draw(subject.arguments)
     expected = as_tuple(subject.function(**arguments))
     guarded = [
-        torch.full((*x.shape[:-1], x.shape[-1] + 2), 77.0).to(x.dtype)
-        for x in expected  # fp8 has no full
+        torch.full((*x.shape[:-1], x.shape[-1] + 2), 77.0).to(x.dtype)  # torch.full makes no fp8
+        for x in expected
     ]
     inside = tuple(whole[..., 1:-1] for whole in guarded)
     subject.function(**arguments, out=inside if len(inside) > 1 else inside[0])
@@ -562,12 +562,12 @@ def longer(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.narrow(dim, 0, min(tensor.shape[dim], 1))], dim)
 
 
-BROKEN = {  # never right, whatever the argument
+BROKEN = {  # wrong for every argument
     "int16": lambda x, dim: x.to(torch.int16),
     "list": lambda x, dim: x.tolist(),
     "another device": lambda x, dim: x.to("meta"),
 }
-MAYBE = {  # may be other, right arguments
+MAYBE = {  # may give another right argument
     "one more dimension": lambda x, dim: x[None],
     "flat": lambda x, dim: x.flatten(),
     "shorter": shorter,
@@ -589,7 +589,7 @@ def test_a_wrong_argument_is_named_and_never_a_crash(name, data):
     try:
         subject.function(**arguments)
     except (TypeError, ValueError) as error:
-        names = (*inspect.signature(subject.function).parameters, "kv")  # facades hand their cache on as kv
+        names = (*inspect.signature(subject.function).parameters, "kv")  # facades pass their cache on as kv
         assert any(f"{word}:" in str(error) or f"{word} and" in str(error) for word in names), error
         assert "got" in str(error) or "expected" in str(error), error
     else:

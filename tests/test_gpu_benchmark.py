@@ -1,4 +1,4 @@
-"""`make gpu` on a machine without a GPU: the same code with tiny sizes, other libraries impersonated."""
+"""`make gpu` on a machine without a GPU: the same code with tiny sizes, stand-ins for other libraries."""
 
 import importlib.util
 import json
@@ -131,10 +131,10 @@ def test_the_dense_peers_are_attention_over_everything():
     for operation, made in cases(case.TINY._replace(topk=128)):
         ours = made.functions.get("attend") or made.functions.get("sparse_gqa")
         if operation == "layer" and "layer" not in made.functions:
-            continue  # the heads of a prefill are expanded: dense has inputs of its own
+            continue  # a prefill: dense attends by expanded heads, from other inputs
         for name, function in made.functions.items():
             if "dense" in name:
-                out = function()  # GEMM rounds scores
+                out = function()  # GEMM rounds its scores
                 assert relative_error(out[..., : ours().shape[-1]], ours()) < 2e-2, (operation, name)
                 seen.add((operation, name))
     assert {operation for operation, _ in seen} == {"attention", "gqa", "layer"} and len(seen) >= 8

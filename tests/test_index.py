@@ -1,4 +1,4 @@
-"""index_logits, select_topk and lightning_topk: every edge of their meaning, on every backend."""
+"""index_logits, select_topk and lightning_topk: all edge cases, on every backend."""
 
 import pytest
 import torch
@@ -112,8 +112,8 @@ def test_strided_inputs_and_out(backend, device):
 
 
 def quantised(x, form):
-    """x [..., d] as values and scales of a form, and both as the op takes them; NaN becomes NaN."""
-    if form == "e4m3":  # scales that are no powers of two
+    """x [..., d] quantised: (values, scales) as the op takes them, and as formats does. NaN stays NaN."""
+    if form == "e4m3":  # scales that are not powers of two
         scales = x.float().abs().amax(-1) / 300
         values = formats.to_e4m3(x.float() / scales[..., None])
         return (values, scales), (values, scales)
@@ -169,7 +169,7 @@ def test_quantised_operands(backend, device, q_form, k_form, heads, page_size):
 
 
 def paged_keys(k, scales, order, page_size):
-    """Keys in pages, page i of the sequence at order[i]; what no key needs is 0xFF. (parts, packed)."""
+    """(parts, packed): keys in pages, page i of the sequence at order[i]; bytes that no key uses are 0xFF."""
     size = 132 if k.dtype == torch.float8_e4m3fn else 68
     packed = torch.full((len(order), page_size, size), 0xFF, dtype=torch.uint8, device=k.device)
     parts = formats.views(packed)
@@ -190,11 +190,11 @@ def test_e4m3_of_every_head_dim(backend, device, d):
 
 
 def test_every_code_of_quantised_operands(backend, device):
-    """One value in each key, one head that is its unit vector: what comes back is the value."""
+    """Each key has one value, and q has 1 or -1 there: the logit is relu of plus or minus the value."""
     for codes in (torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn), None):
         k = torch.zeros(256, 128, dtype=torch.uint8)
         scale = torch.linspace(0.5, 2, 256)
-        if codes is None:  # pairs of e2m1 under ue8m0 of many sizes
+        if codes is None:  # pairs of e2m1 with ue8m0 scales of many sizes
             k = k[:, :64].contiguous()
             k[:, 0] = torch.arange(256, dtype=torch.uint8)
             scale = torch.tensor([100, 127, 150, 1], dtype=torch.uint8).repeat(64).view(256, 1)

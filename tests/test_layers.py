@@ -21,7 +21,7 @@ MLA = DSAConfig(
     **COMMON, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20
 )
 GQA = DSAConfig(**COMMON, num_key_value_heads=2, head_dim=32)
-V32 = DSAConfig.deepseek_v32(  # of the sizes that fp8 caches have
+V32 = DSAConfig.deepseek_v32(  # with the sizes that fp8 caches have
     **{"hidden_size": 96, "num_attention_heads": 4, "q_lora_rank": 48, "index_n_heads": 4, "index_topk": 12},
     **{"indexer_fp8": True},
 )

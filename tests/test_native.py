@@ -1,4 +1,4 @@
-"""The C++ kernels: beyond what every backend is tested for, on each instruction set of this machine."""
+"""The C++ kernels, on each instruction set of this machine: what the tests of every backend do not cover."""
 
 import ctypes
 import importlib.util
@@ -49,7 +49,7 @@ def threads():
 
 @pytest.fixture
 def only_cpp(monkeypatch):
-    """The torch path is gone: what still computes is the C++ library."""
+    """The torch path raises: only the C++ library can compute."""
 
     def fail(a):
         raise AssertionError("torch was to do the work")
@@ -100,7 +100,7 @@ def test_mla_at_model_shapes(isa, h_q, d_qk, spread):
     options = {"d_v": 512, "return_max_logits": True}
     expected, *expected_logits = exact(sparse_attn.sparse_mla, inputs, **options)
     out, *logits = sparse_attn.sparse_mla(**inputs, **options, return_lse=True)
-    # avx512bf16 rounds the probabilities of long rows to bf16: an error of the size of the output's own.
+    # avx512bf16 rounds the probabilities of long rows to bf16: an error as large as rounding the output.
     factor = 1.45 if isa == "avx512bf16" and spread < 1 else 1.2
     assert_close(out, expected, factor)
     for actual, right in zip(logits, expected_logits, strict=True):  # lse, max_logits
@@ -193,7 +193,7 @@ def test_a_nan_in_a_selected_row_shows(isa, dtype, h_q):
     inputs = mla_inputs(1, 30, h_q, 6, 40, dtype=dtype)
     inputs["kv"].nan_to_num_()
     inputs["indices"] = torch.tensor([[1, 2, 3, 4, 5, 6]], dtype=torch.int32)
-    inputs["kv"][4, 39] = float("nan")  # of the key only
+    inputs["kv"][4, 39] = float("nan")  # in the key only, not in the value
     out, lse = sparse_attn.sparse_mla(**inputs, d_v=32, return_lse=True)
     assert out.isnan().all() and lse.isnan().all()
 
@@ -229,7 +229,7 @@ def test_selections_from_a_million(isa, kind):
 
 
 def clustered_logits(s_kv):
-    """A threshold sampled in runs misjudges these: all large values stand together."""
+    """Large values are adjacent or at a fixed stride, so that a threshold from sampled runs is wrong."""
     logits = torch.randn(3, s_kv)
     logits[0, 1000:3000] += 50
     logits[1, 5000 : 5000 + s_kv // 3] += 50
@@ -317,7 +317,7 @@ def test_one_openmp_runtime_is_loaded():
     assert len(runtimes) <= 1, runtimes
 
 
-# A library of other sources is refused
+# A library built from other sources is refused
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_s_q_times_s_kv():
 
 
 def test_ru_maxrss_sees_memory():
-    """The measure itself: touching 64 MiB shows."""
+    """The measurement itself: 64 MiB that are touched are seen."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     block = torch.ones(before * 1024 // 4 + (64 << 20) // 4)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > before

@@ -1,4 +1,4 @@
-"""Quantised caches in use: the functions on a cache give what they give on its values, read in place."""
+"""Quantised caches in use: the functions read them in place and give the same results as on their values."""
 
 import pytest
 import torch
@@ -249,7 +249,7 @@ def test_torch_dequantises_a_block_of_keys_at_a_time(monkeypatch):
     counts, dequantise = [], formats.dequantise
 
     def counted(values, scales, dtype):
-        if scales is not None:  # of keys
+        if scales is not None:  # a call for keys
             counts.append(values.shape[0])
         return dequantise(values, scales, dtype=dtype)
 

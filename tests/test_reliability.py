@@ -121,7 +121,7 @@ def test_interrupts_at_any_time_lose_nothing(layer, config):
                 assert cache.lengths[0] in (t, t + 1)
                 if out is not None:
                     break
-                cache.truncate(t)  # it struck between the last line of the layer and this frame
+                cache.truncate(t)  # the timer struck after the layer's last line, before its result was here
             torch.testing.assert_close(out, expected[t : t + 1])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

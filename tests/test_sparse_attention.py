@@ -1,4 +1,4 @@
-"""sparse_mla, sparse_gqa and merge_attention: every edge of their meaning, on every backend."""
+"""sparse_mla, sparse_gqa and merge_attention: all edge cases, on every backend."""
 
 import pytest
 import torch
@@ -199,7 +199,7 @@ def test_what_is_returned_is_what_was_asked_for(backend, device):
     returns = {"return_lse": True, "return_max_logits": True}
     everything = sparse_attn.sparse_mla(**inputs, d_v=32, **returns, backend=backend)
     out = sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend)
-    highest = torch.full((3, 8), float("nan"), device=device)[:, 4:]  # rows of another distance than lse's
+    highest = torch.full((3, 8), float("nan"), device=device)[:, 4:]  # another row stride than lse's
     pair = sparse_attn.sparse_mla(
         **inputs, d_v=32, return_max_logits=True, out=(out, highest), backend=backend
     )

@@ -223,7 +223,7 @@ def test_either_side_goes_on_from_the_others_cache(pair, ids, to_sparse):
 
 
 def test_dynamic_caches_grow_in_place_and_branch(models, ids, monkeypatch):
-    """A new token copies no row of the cache, and two continuations of one cache do not meet."""
+    """A new token copies no row of the cache, and two continuations of one cache do not change each other."""
     monkeypatch.setattr(sa.deepseek_v32.growth, "SPARE", 1)
     model = models("v32")[1]
     cache, branch = (transformers.DynamicCache(config=model.config) for _ in range(2))

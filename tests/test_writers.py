@@ -33,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["cpu"] + ["triton"] * torch.cuda.is_available())
 def backend(request):
-    """Of the CPU one is enough: all run the definition."""
+    """One CPU backend is enough: they all run the reference."""
     return request.param
 
 
@@ -48,14 +48,14 @@ def hostile_rows(tokens, width, dtype):
 
 
 def new_cache(size, pages, page_size, gap=0):
-    """A cache of 0xAB in pages that lie apart."""
+    """A cache of 0xAB, with ``gap`` bytes between its pages."""
     stride = formats.v4_page_bytes(page_size) if size == 584 else page_size * size
     buffer = torch.full((pages, stride + gap), 0xAB, dtype=torch.uint8)
     return buffer[:, : page_size * size].unflatten(1, (page_size, size)), buffer
 
 
 def rotation(tokens, columns, exact=False):
-    if exact:  # turns by multiples of 60 degrees, without their square roots
+    if exact:  # no angles, but products are exact in fp32
         return torch.tensor([1.0, 0.5, 0.0, -1.0]).repeat(tokens, columns)[:, :columns], torch.tensor(
             [0.0, 2.0, 1.0, -0.5]
         ).repeat(tokens, columns)[:, :columns]
@@ -64,7 +64,7 @@ def rotation(tokens, columns, exact=False):
 
 
 def same_bytes(one, other):
-    """Equal, but for the sign of a NaN code."""
+    """Whether they are equal, apart from the sign of a NaN code."""
     return torch.equal(*(torch.where(x & 0x7F == 0x7F, 0x7F, x) for x in (one, other)))
 
 
@@ -131,7 +131,7 @@ def test_rotated_bytes_are_those_of_the_packers(backend, device, size, pairing):
 
 
 def assert_quantised(actual, expected):
-    """Half a step of e4m3 away at most: a sixteenth of the value, or of the least one of the block."""
+    """At most half a step of e4m3 apart: 1/16 of the value, or half the smallest step of the block."""
     step = expected.abs() / 16 + expected.abs().amax(-1, keepdim=True) * 2.0**-16
     wrong = (actual.double() - expected).abs() > 1.01 * step
     assert not wrong.any(), f"{int(wrong.sum())} values, first at {wrong.nonzero()[0].tolist()}"
@@ -205,7 +205,7 @@ def test_query_bytes(backend, device, d, convention):
 
 
 def test_every_rounding_to_e4m3(backend, device):
-    """Every value, what lies between two, and the neighbours of the middle, under a scale of one."""
+    """Every value, the midpoint of each two, and numbers just beside it, at a scale of one."""
     values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (values[1:] + values[:-1]) / 2
     x = torch.cat(

@@ -20,16 +20,16 @@ Executed = Sequence[tuple[Instruction, int]]  # the instructions of a round, and
 
 class Architecture(NamedTuple):
     block_shared: int  # bytes of shared memory that one block can have
-    shared: int  # bytes of an SM
-    warps: int  # resident on an SM
-    blocks: int
-    macs: int  # bf16 multiply-adds a cycle of an SM's tensor cores, accumulated in fp32
-    fmas: int  # fp32 multiply-adds a cycle of an SM
+    shared: int  # bytes per SM
+    warps: int  # resident per SM
+    blocks: int  # resident per SM
+    macs: int  # bf16 multiply-adds per cycle of an SM's tensor cores, accumulated in fp32
+    fmas: int  # fp32 multiply-adds per cycle of an SM
 
 
 KIB = 1024
 # NVIDIA's CUDA programming guide (compute capabilities) and architecture white papers. The tensor cores are
-# those of professional cards: GeForce ones of sm_86, 89 and 120 do half.
+# those of professional cards: GeForce cards of sm_86, 89 and 120 do half.
 ARCHITECTURES = {
     80: Architecture(163 * KIB, 164 * KIB, 64, 32, 1024, 64),
     86: Architecture(99 * KIB, 100 * KIB, 48, 16, 512, 128),
@@ -38,9 +38,9 @@ ARCHITECTURES = {
     100: Architecture(227 * KIB, 228 * KIB, 64, 32, 4096, 128),
     120: Architecture(99 * KIB, 100 * KIB, 48, 24, 512, 128),
 }
-REGISTERS = 65536  # of an SM
-TENSOR_MEMORY_COLUMNS = 512  # of an SM; a kernel that asks for more compiles, to a trap
-RESERVED_SHARED = KIB  # that the system takes from every block
+REGISTERS = 65536  # per SM
+TENSOR_MEMORY_COLUMNS = 512  # per SM; a kernel that needs more compiles, but to a trap
+RESERVED_SHARED = KIB  # taken by the system from every block
 SHARED_BYTES_A_CYCLE = 128
 # An SM's share of 5.5 TB/s, as measured by others on an H100 (132 SMs at 1.755 GHz), and assumed for all.
 L2_BYTES_A_CYCLE = 5.5e12 / 132 / 1.755e9
@@ -50,7 +50,7 @@ FP32 = ("FFMA", "FFMA2")
 
 
 def blocks_an_sm(arch: int, warps: int, registers: int, shared: int, columns: int) -> dict[str, int]:
-    """How many blocks of a kernel fit on an SM by each resource; the least of them is the answer."""
+    """How many blocks of a kernel fit on an SM as far as each resource goes; the least is the answer."""
     limit = ARCHITECTURES[arch]
     by = {
         "regs": REGISTERS // (ceil(registers / 8) * 8 * 32 * warps),
@@ -63,9 +63,8 @@ def blocks_an_sm(arch: int, warps: int, registers: int, shared: int, columns: in
 def cycles(arch: int, executed: Executed, products: Sequence[Product]) -> dict[str, float]:
     """The least cycles of an SM for one round, by what they are spent on."""
     loads = [(bytes_a_lane(i), warps) for i, warps in executed if i.name in ("LDG", "LDGSTS")]
-    widest = max(
-        (width for width, _ in loads), default=0
-    )  # narrower ones fetch what lanes share: indices, scales
+    # Narrower loads fetch what lanes share: indices, scales.
+    widest = max((width for width, _ in loads), default=0)
     loaded = sum(32 * warps * width for width, warps in loads if width == widest)
     return {
         "tensor": multiply_adds(executed, products) / _rate(arch, executed),
@@ -82,16 +81,16 @@ def matrix_names(executed: Executed) -> tuple[str, ...]:
 
 
 def multiply_adds(executed: Executed, products: Sequence[Product]) -> float:
-    """Multiply-adds that a round executes; the products need ``sum(m * n * k)``, and more is wasted."""
+    """Multiply-adds that a round executes; the products need ``sum(m * n * k)``, more is waste."""
     names = matrix_names(executed) if products else ()
     share = _of_tensor_memory(executed, products)
     return sum(_multiply_adds(i, warps, share) for i, warps in executed if i.name in names)
 
 
 def _of_tensor_memory(executed: Executed, products: Sequence[Product]) -> Sequence[Product]:
-    """The products that Blackwell's own instructions compute, told by their number.
+    """The products that Blackwell's own instructions compute, found by the number of these instructions.
 
-    Triton leaves those of fewer than 64 rows to mma.sync, in the same loop.
+    Triton computes products of fewer than 64 rows with mma.sync, in the same loop.
     """
     found = Counter(i.name for i, _ in executed if i.name in TENSOR_CORES and i.name.startswith("UTC"))
     subsets = (some for size in range(1, len(products)) for some in combinations(products, size))
@@ -99,7 +98,7 @@ def _of_tensor_memory(executed: Executed, products: Sequence[Product]) -> Sequen
 
 
 def _steps(products: Sequence[Product], *names: str) -> int:
-    """How many of Blackwell's instructions: of the largest shape, as theirs is hidden in a descriptor."""
+    """How many Blackwell instructions of the largest shape: the real shape is hidden in a descriptor."""
     k_a_step = 16 if "UTCHMMA" in names else 32
     return sum(ceil(m / 128) * ceil(n / 256) * ceil(k / k_a_step) for m, n, k in products)
 
@@ -124,7 +123,7 @@ def _rate(arch: int, executed: Executed) -> int:
     if names == FP32:
         return ARCHITECTURES[arch].fmas
     wide = {"HMMA", "HGMMA", "UTCHMMA"}.intersection(names)
-    return ARCHITECTURES[arch].macs * (1 if wide else 2)  # operands of 8 bits: twice as fast
+    return ARCHITECTURES[arch].macs * (1 if wide else 2)  # 8-bit operands: twice as fast
 
 
 def _shared_bytes(executed: Executed, products: Sequence[Product]) -> int:

@@ -1,4 +1,4 @@
-"""Compile for a GPU that is not there what an operation's launcher would launch."""
+"""Compile what an operation's launcher would launch on a GPU, without that GPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ class Launch(NamedTuple):
 
     @property
     def warps(self) -> int:
-        """Warps a block, those of every partition of a warp-specialised kernel included."""
+        """Warps per block, including those of every partition of a warp-specialised kernel."""
         return self.kernel.metadata.num_warps
 
 
 class _Driver:
-    """Stands for a GPU of one architecture, which is its device number too."""
+    """Stands for a GPU of one architecture; the architecture is also its device number."""
 
     def __init__(self, arch: int):
         self.arch = arch

@@ -23,24 +23,24 @@ SLACK = 1.02  # by how much a loop may outgrow its budget: a rewritten expressio
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kernel that one case launches on one architecture. "Round" is one turn of its main loop."""
+    """One kernel that one case launches on one architecture. A "round" is one iteration of its main loop."""
 
     op: str
     case: str
     arch: int
     kernel: str
     constants: dict[str, Any]
-    warps: int  # a block
-    registers: int  # a thread
-    shared: int  # bytes a block
-    tensor_memory: int  # columns a block
+    warps: int  # per block
+    registers: int  # per thread
+    shared: int  # bytes per block
+    tensor_memory: int  # columns per block
     blocks: dict[str, int]  # that fit on an SM, by resource
     spills: int  # instructions that spill registers or fetch them back
     loop_spills: int  # those in loops
-    instructions: int  # a round
-    matrix: dict[str, int]  # matrix instructions a round, by opcode
+    instructions: int  # per round
+    matrix: dict[str, int]  # matrix instructions per round, by opcode
     work: float | None  # multiply-adds executed over those needed: 1 is ideal; None without products
-    loads: dict[str, int]  # loads from global memory a round, by opcode and bytes a lane
+    loads: dict[str, int]  # loads from global memory per round, by opcode and bytes per lane
     ahead: int  # rounds whose asynchronous copies are still in flight while one computes
     cycles: dict[str, float]  # lower bounds for a round, see bounds.py
 
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def narrow(self) -> int:
-        """Loads a round of less than 16 bytes a lane; gathers should be wider, indices cannot."""
+        """Loads per round of less than 16 bytes per lane; gathers should have 16, indices cannot."""
         return sum(n for name, n in self.loads.items() if int(name.split()[1]) < 16)
 
     def impossible(self) -> list[str]:
@@ -71,7 +71,7 @@ def rows(
     dump: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Row]:
-    """Compile and read every wanted case, in a few processes; ``progress`` is told as they finish."""
+    """Compile and read every wanted case, in a few processes; calls ``progress`` as they finish."""
     jobs = [(n, arch, dump) for n, case in enumerate(CASES) for arch in case.archs if wanted(case, arch)]
     found: list[Row] = []
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
@@ -130,7 +130,7 @@ def read(case: Case, arch: int, name: str, launch: Launch) -> tuple[Row, str]:
 
 
 def _ahead(executed: Executed) -> int:
-    """By the groups of copies that the laxest wait of a round leaves in flight."""
+    """From the most groups of copies that a wait of the round leaves in flight."""
     groups = sum(i.name == "LDGDEPBAR" for i, _ in executed)
     waits = [re.search(r"0x[0-9a-f]+", i.operands) for i, _ in executed if i.opcode == "DEPBAR.LE"]
     return max((int(left[0], 16) for left in waits if left), default=0) // groups if groups else 0
@@ -141,8 +141,8 @@ def _main_loop(
 ) -> tuple[list[sass.Instruction], Executed]:
     """The instructions of all loops, and those of the main loop with the warps that execute them.
 
-    The main loop has the most matrix instructions, or loads most where there are none. A warp-specialised
-    kernel has one in each partition, and a dispatching loop around them that is none.
+    The main loop has the most matrix instructions, or loads the most bytes if there are none. A
+    warp-specialised kernel has one in each partition; the dispatching loop around them does not count.
     """
     loops = [(set(loop), [code.instructions[place] for place in loop]) for loop in sass.loops(code)]
     every = [(i, launch.warps) for i in code.instructions]
@@ -168,7 +168,7 @@ def _loaded(instructions: Iterable[sass.Instruction]) -> int:
 
 
 def _partitions(launch: Launch) -> list[int]:
-    """Warps of each partition of a warp-specialised kernel, the default one first; none of another kernel."""
+    """Warps of each partition of a warp-specialised kernel, the default one first; else empty."""
     ttgir = launch.kernel.asm["ttgir"]
     if "ttg.warp_specialize" not in ttgir:
         return []
@@ -217,7 +217,7 @@ def figures(row: Row) -> dict[str, Any]:
 
 
 def worse(row: Row, budget: dict[str, dict[str, Any]]) -> list[str]:
-    """Each figure of ``row`` that is worse than its budget, in words; or that it has none."""
+    """Each figure of ``row`` that is worse than its budget, in words; or that ``row`` has no budget."""
     if row.key not in budget:
         return ["has no budget"]
     now, allowed = figures(row), budget[row.key]
@@ -229,7 +229,7 @@ def worse(row: Row, budget: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def version() -> str:
-    """Of Triton, without the patch: code and so budgets differ between versions."""
+    """Triton's version without the patch number: code, and so the budget, differs between versions."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
@@ -242,7 +242,7 @@ def read_budget(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_budget(path: Path, found: Iterable[Row], keep: dict[str, dict[str, Any]]) -> None:
-    """``found`` and what they do not replace of ``keep``, a line each."""
+    """Write the rows of ``found``, and those of ``keep`` that they do not replace, one per line."""
     budget = keep | {row.key: figures(row) for row in found}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in budget.items()]
     path.parent.mkdir(parents=True, exist_ok=True)

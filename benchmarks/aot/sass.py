@@ -26,7 +26,7 @@ class Instruction(NamedTuple):
 
 class Code(NamedTuple):
     instructions: list[Instruction]
-    labels: dict[str, int]  # label -> the number of the instruction behind it
+    labels: dict[str, int]  # label -> the number of the instruction after it
 
 
 def disassemble(cubin: bytes) -> str:
@@ -34,7 +34,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def registers(cubin: bytes) -> int:
-    """Registers a thread, as the hardware allocates them at launch."""
+    """Registers per thread, as the hardware allocates them at launch."""
     usage = re.search(r"REG:(\d+)", _tool("cuobjdump", "-res-usage", cubin=cubin))
     if usage is None:
         raise ValueError("cuobjdump gives no register count")
@@ -63,7 +63,7 @@ def loops(code: Code) -> list[list[int]]:
     """The natural loops, outer before inner, as the numbers of their instructions.
 
     A loop is every instruction that can reach a branch back to its header. Waits that the compiler moved
-    behind the final EXIT belong to the loop that they return to.
+    to after the final EXIT belong to the loop that they return to.
     """
     starts, following = _blocks(code)
     before: list[list[int]] = [[] for _ in starts]
@@ -113,7 +113,7 @@ def _falls_through(last: Instruction) -> bool:
 
 
 def _dominators(following: list[list[int]], before: list[list[int]]) -> list[int]:
-    """For each block the set (as bits) that every way to it passes; 0 if nothing reaches it."""
+    """For each block the set (as bits) of blocks on every path to it; 0 if no path reaches it."""
     reached, todo = {0}, [0]
     while todo:
         new = set(following[todo.pop()]) - reached
@@ -153,7 +153,7 @@ def count(instructions: Iterable[Instruction], *names: str) -> int:
 def bytes_a_lane(instruction: Instruction) -> int:
     """What one lane of a load, store or copy moves: 16 for LDG.E.128, 4 where no width is named."""
     parts = instruction.opcode.split(".")
-    if instruction.name in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits, 4 bytes a lane each
+    if instruction.name in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits, each 4 bytes per lane
         return 4 * next((int(part) for part in parts if part in ("2", "4")), 1)
     for part in parts[1:]:
         if width := re.fullmatch(r"[US]?(8|16|32|64|128|256)", part):

@@ -22,9 +22,9 @@ from .tensors import cache, gathered, highest, normal, on_huge_pages, packed
 
 D_QK, D_V, SCALE = 576, 512, 192**-0.5
 GQA_D = 128
-PARTS = 8  # that are merged
+PARTS = 8  # how many are merged
 MEMORY_QUERIES = 64
-# Roundings to bf16 that attention may err by; GPU kernels round the probabilities too.
+# The error allowed, in roundings to bf16; GPU kernels round the probabilities too.
 FACTOR = {"cpu": 1.5, "cuda": 2.5}
 
 
@@ -53,7 +53,7 @@ def _attention(sizes: Sizes, device: torch.device, kind: str, batch: int, contex
 
 
 def ranges(batch: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of one query per sequence: the tokens that it sees ``[batch]``, and their first row ``[batch, 1]``."""
+    """For one query per sequence: how many tokens it sees ``[batch]``, and their first row ``[batch, 1]``."""
     sequences = torch.arange(batch, dtype=torch.int32, device=device)
     return torch.full_like(sequences, context), context * sequences[:, None]
 
@@ -69,7 +69,7 @@ def attend(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> tuple[Functi
         return sparse_mla(q, fp8, indices, softmax_scale=scale)
 
     @once
-    def warp_specialised() -> Callable[[], Tensor]:  # where it is wrong the others are timed nonetheless
+    def warp_specialised() -> Callable[[], Tensor]:  # if it is wrong, the others are still timed
         function = partial(sparse_mla, q, kv, indices, softmax_scale=scale, variant="warp_specialized")
         assert_close(function()[t], exact(*gathered(indices[t], kv)), factor)
         return function
@@ -94,7 +94,7 @@ def attend(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> tuple[Functi
 
 
 def spread(count: int) -> list[int]:
-    """Some of ``count`` queries, the first and the last among them: those that are compared with fp64."""
+    """Which of ``count`` queries are compared with fp64: a few, with the first and the last."""
     return sorted({*range(0, count, max(1, count // 4)), count - 1})
 
 
@@ -133,7 +133,7 @@ def _gqa_decode(sizes: Sizes, device: torch.device, batch: int, context: int, *,
         for _ in range(max(1, context // sizes.topk) if cold else 1)  # cold: other rows in every call
     ]
     grouped = q.unflatten(1, (h_kv, -1))  # the heads of a group as query rows: each key is read once
-    # The layout that dense forms like best.
+    # The layout in which the dense forms are fastest.
     keys, values = (on_huge_pages(x.unflatten(0, (batch, context)).transpose(1, 2)) for x in (k, v))
 
     def matmul() -> Tensor:
@@ -213,7 +213,7 @@ def _memory(sizes: Sizes, device: torch.device, context: int) -> Case:
     index_q, index_k = normal(device, s_q, sizes.index_heads, 128), normal(device, context, 128)
     index = index_q, index_k, torch.randn(s_q, sizes.index_heads)
     ke = torch.arange(context - s_q + 1, context + 1, dtype=torch.int32)
-    head_q, head_k = normal(device, 1, s_q, 192), normal(device, 1, context, 192)  # of those dense expands
+    head_q, head_k = normal(device, 1, s_q, 192), normal(device, 1, context, 192)  # one head, expanded
     head_v = normal(device, 1, context, 128)
 
     def ours(backend: str = "auto") -> Tensor:

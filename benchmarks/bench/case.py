@@ -1,4 +1,4 @@
-"""A case of a benchmark, its sizes, how it is measured, and the table of many."""
+"""A case of a benchmark, its sizes, how it is measured, and the table of all cases."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     check: Callable[[], dict[str, Any] | None]  # raises if ours is wrong; may return figures for the record
     work: Work | None = None  # of the first function
     memory: bool = False  # whether peak memory is measured instead of time
-    shares: dict[str, float] | None = None  # of functions that do a part of the work: their time is divided
+    shares: dict[str, float] | None = None  # of the work that a function does; its time is divided by it
 
 
 Cases = Iterator[tuple[int, str, Callable[[], Case]]]  # context, kind of data, and what makes the tensors
@@ -32,15 +32,15 @@ class Sizes(NamedTuple):
 
     contexts: tuple[int, ...]
     batches: tuple[int, ...] = (1,)  # sequences that decode together
-    prefill: tuple[int, int] = (512, 32768)  # tokens, of context
-    rows: tuple[int, ...] = (1,)  # of logits
+    prefill: tuple[int, int] = (512, 32768)  # tokens, context
+    rows: tuple[int, ...] = (1,)  # rows of logits
     scores: tuple[str, ...] = ("gaussian", "clustered", "plateaus")  # whose top-k is taken
     real: bool = False  # whether a real model's scores are among them, where it is installed
-    long: tuple[int, ...] = ()  # further contexts, of the indexer and top-k alone
-    queries: int = 1  # of one sequence that are scored together, in one further case of the indexer
-    flex: int | None = None  # a context; flex_attention takes seconds per call on a CPU beyond it
+    long: tuple[int, ...] = ()  # more contexts, for the indexer and top-k alone
+    queries: int = 1  # of one sequence, scored together in one further case of the indexer
+    flex: int | None = None  # context for flex_attention; longer ones take seconds per call on a CPU
     page_size: int | None = 64  # of the indexer's keys; None: all keys of a sequence are one page
-    dense_heads: int = 128  # on how many the dense forms of a prefill are timed
+    dense_heads: int = 128  # how many heads the dense forms of a prefill are timed on
     topk: int = 2048
     heads: int = 128
     index_heads: int = 64
@@ -63,7 +63,7 @@ TINY = GPU._replace(
 
 
 def decodes(sizes: Sizes, data: str, build: Callable[..., Case]) -> Cases:
-    """Of one query per sequence: ``build`` takes how many sequences, and their context."""
+    """Cases of one query per sequence; ``build`` takes the number of sequences and their context."""
     for batch in sizes.batches:
         for context in sizes.contexts:
             yield (
@@ -83,7 +83,7 @@ def measure(
 ) -> dict[str, Any]:
     """A line of the record. A wrong result is not timed; a peer that cannot run here is named.
 
-    What fails does not end the run: time on the machine may be short.
+    A failure does not end the run: time on the machine may be short.
     """
     line = {"context": context, "data": data, "seconds": {}, "peak_bytes": {}, "failed": {}}
     try:
@@ -116,7 +116,7 @@ def _words(error: Exception) -> str:
 
 
 def show(console: Console, operation: str, lines: list[dict[str, Any]]) -> None:
-    """Ours in ms and its share of the limit, the others in ms and times ours; memory in MiB."""
+    """Ours in ms and as a share of the limit, the others in ms and as a multiple of ours; memory in MiB."""
     values = [line["peak_bytes"] or {n: t["median"] for n, t in line["seconds"].items()} for line in lines]
     names = list(dict.fromkeys(name for found in values for name in found))
     memory = any(line["peak_bytes"] for line in lines)

@@ -31,8 +31,8 @@ def gemm_dtype() -> torch.dtype:
 
 
 def sdpa_folded(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
-    """torch's flash attention with the heads as query rows, so that one pass over kv serves them all."""
-    # Value as wide as the key: with 512 columns torch leaves its flash kernel.
+    """torch's flash attention with the heads as query rows, so that kv is read once for all heads."""
+    # The value is as wide as the key: with 512 columns torch does not use its flash kernel.
     every = kv[:, None]
     return F.scaled_dot_product_attention(q[:, None], every, every, scale=scale)[:, 0, :, :d_v]
 
@@ -66,7 +66,7 @@ def own_kernel(q: Tensor, kv: Tensor, scale: float, d_v: int = 512) -> Tensor:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's flex_attention, compiled; the first call takes as long as the compiler."""
+    """torch's flex_attention, compiled; the first call includes compiling."""
     return _compiled_flex()(q, k, v)
 
 
@@ -97,8 +97,8 @@ def mha_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128) 
 
 
 def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by torch's flash attention, which wants v padded to k's width; heads may be grouped."""
-    mask = causal_lower_right(q.shape[1], k.shape[1])  # not a tensor: on a GPU torch takes its flash kernel
+    """The same by torch's flash attention, which needs v padded to k's width; heads may be grouped."""
+    mask = causal_lower_right(q.shape[1], k.shape[1])  # no tensor, so a GPU can use the flash kernel
     grouped = q.shape[0] != k.shape[0]
     q, k, v = q[None], k[None], v[None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[0]

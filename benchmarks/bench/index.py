@@ -76,7 +76,7 @@ def _indexer(sizes: Sizes, device: torch.device, batch: int, context: int, queri
 
 
 def top_k(sizes: Sizes, device: torch.device) -> Cases:
-    """The selection of rows of logits: what it costs depends on how the scores are spread."""
+    """The selection from rows of logits; its time depends on the distribution of the scores."""
     for rows in sizes.rows:
         for context in (*sizes.contexts, *sizes.long):
             for kind in sizes.scores:

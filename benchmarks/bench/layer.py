@@ -64,7 +64,7 @@ def _decode(sizes: Sizes, device: torch.device, batch: int, context: int) -> Cas
 
 
 def _prefill(sizes: Sizes, device: torch.device) -> Case:
-    """The dense forms attend by head, unabsorbed, on some of the heads: their time is proportional."""
+    """The dense forms are per-head, unabsorbed attention, timed on some of the heads and scaled up."""
     (tokens, context), heads = sizes.prefill, min(sizes.dense_heads, sizes.heads)
     module, cache = _layer(sizes, device), _filled_cache(sizes, device, 1, context)
     scale = module.config.softmax_scale
@@ -76,7 +76,7 @@ def _prefill(sizes: Sizes, device: torch.device) -> Case:
 
     q, k = (normal(device, heads, n, 192) for n in (tokens, context))
     v = normal(device, heads, context, 128)
-    wide = F.pad(v, (0, 64))  # flash attention wants one width
+    wide = F.pad(v, (0, 64))  # flash attention needs k and v of one width
     peers: Functions = {"dense SDPA": lambda: dense.sdpa_causal(q, k, wide, scale)}
     if device.type == "cpu":
         peers["dense GEMM"] = lambda: dense.mha_causal(q, k, v, scale)
@@ -106,7 +106,7 @@ def _filled_cache(sizes: Sizes, device: torch.device, batch: int, context: int) 
 
 
 def _sparse(module: SparseMLA, cache: DSACache, positions: Tensor) -> tuple[Tensor, Functions, Any]:
-    """Queries at ``positions``, of one sequence or one of each; the functions on them, and their check."""
+    """Queries at ``positions`` (of one sequence, or one per sequence), the functions on them, their check."""
     config, device = module.config, cache.device
     hidden = normal(device, len(positions), config.hidden_size)
     q, _, q_lora = module._project(hidden, positions)
@@ -170,7 +170,7 @@ def fields(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def words(lines: list[dict[str, Any]]) -> list[str]:
-    """What the table of the layer does not say, in sentences, of lines with :func:`fields`."""
+    """Sentences on what the layer's table does not show, from lines with :func:`fields`."""
     said = ["Dense prefill is per-head attention. The projections are the same on both sides."]
     for line in lines:
         if "projections" in line:

@@ -1,9 +1,9 @@
-"""How fast an operation could be here: what it must compute and read, over what the machine can do.
+"""How fast an operation could be here: what it must compute and read, divided by what the machine can do.
 
 The model is the same for every implementation and counts only what the operation cannot do without:
 
 - **operations**: two for each multiply-add of its matrix products; nothing for softmax, relu and comparisons;
-- **bytes**: every input that it must see once, and its output once, whatever lies in a cache already.
+- **bytes**: every input that it must read, once, and its output, once, even if a cache holds them already.
 
     index logits    2 * queries * heads * d              per key       keys, queries, logits
     top-k           0                                                  logits, indices
@@ -11,7 +11,7 @@ The model is the same for every implementation and counts only what the operatio
 
 The limit is the longer of operations / peak and bytes / bandwidth. Both are measured in the run itself: the
 peak as multiply-adds in registers, in the instruction set of the kernels, and the bandwidth as the best of
-four streams over memory that no cache holds. A share above 1 means that the bytes were in a cache.
+four streams over memory too large for any cache. A share above 1 means that the bytes were in a cache.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from sparse_attn.ops.backends import native
 
 from .timing import interleaved, thread_clock
 
-PEAK_ROUNDS = 10_000  # of multiply-adds in registers
+PEAK_ROUNDS = 10_000  # rounds of multiply-adds in registers
 PEAK_TRIES = 5  # the best counts: something else may share the core
 STREAM_BYTES = 256 << 20
 
@@ -50,20 +50,20 @@ def select_work(s_q: int, s_kv: int, topk: int) -> Work:
 def attention_work(
     s_q: int, tokens: int, heads: int, d_qk: int, d_v: int, row_bytes: int, itemsize: int = 2
 ) -> Work:
-    """``tokens`` rows of ``row_bytes`` for each query; for grouped heads the rows of all of them."""
+    """Each query reads ``tokens`` rows of ``row_bytes``; with grouped heads a row holds all kv heads."""
     queries_and_out = itemsize * s_q * heads * (d_qk + d_v)
     return Work(2 * s_q * tokens * heads * (d_qk + d_v), s_q * tokens * row_bytes + queries_and_out)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of this machine, with the threads in use."""
+    """What this machine can do, with the threads in use."""
 
     operations_per_second: float  # 0 where there are no C++ kernels to measure it with
     bytes_per_second: float
 
     def seconds(self, work: Work) -> float:
-        """The least that ``work`` can take."""
+        """The least time that ``work`` can take."""
         computing = work.operations / self.operations_per_second if self.operations_per_second else 0.0
         return max(computing, work.bytes / self.bytes_per_second)
 
@@ -90,7 +90,7 @@ def bandwidth() -> float:
     """Bytes per second of the best pass that sums, compares, copies or scales ``STREAM_BYTES``."""
     source = torch.ones(STREAM_BYTES // 4)
     target = torch.empty_like(source)
-    passes = {  # of one or two streams
+    passes = {  # with one or two streams
         (1, "sum"): source.sum,
         (1, "max"): source.max,
         (2, "copy"): lambda: target.copy_(source),

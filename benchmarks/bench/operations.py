@@ -1,4 +1,4 @@
-"""Every operation: a function that gives its cases for sizes and a device. A new one is a line here."""
+"""Every operation: a function that gives its cases for sizes and a device. A new operation is a line here."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

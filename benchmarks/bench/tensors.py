@@ -12,17 +12,17 @@ def normal(device: torch.device, *shape: int) -> Tensor:
 
 
 def cache(device: torch.device, *shape: int) -> Tensor:
-    """As DSACache allocates."""
+    """Random values, in memory that is allocated as in DSACache."""
     return huge_pages(torch.empty(shape, dtype=torch.bfloat16, device=device)).normal_()
 
 
 def on_huge_pages(x: Tensor) -> Tensor:
-    """A contiguous copy."""
+    """A contiguous copy on huge pages."""
     return huge_pages(torch.empty(x.shape, dtype=x.dtype, device=x.device)).copy_(x)
 
 
 def packed(kv: Tensor) -> Tensor:
-    """In 656 bytes per token, made in parts: the fp32 copies of a whole cache would not fit."""
+    """kv in 656 bytes per token, packed in parts: fp32 copies of a whole cache would not fit into memory."""
     parts = [pack_v32_kv(part) for part in kv.split(1 << 16)]
     return on_huge_pages(torch.cat(parts).unflatten(0, (-1, 64)))
 
@@ -35,7 +35,7 @@ def highest(scores: Tensor, topk: int, ke: Tensor, first_row: Tensor) -> Tensor:
 
 
 def gathered(indices: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-    """Indices into the selected rows alone, and those rows: in fp64 whole caches would not fit."""
+    """The selected rows, and indices into them: whole caches would not fit into memory in fp64."""
     places = torch.arange(indices.numel(), dtype=torch.int32, device=indices.device).view_as(indices)
     slots = indices.clamp(min=0).flatten().long()
     return torch.where(indices < 0, -1, places), *(cache[slots] for cache in caches)

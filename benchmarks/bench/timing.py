@@ -40,11 +40,11 @@ class Timing:
         return cls(median, min(samples), max(samples), p25, p75)
 
 
-Clock = Callable[[Callable[[], object], int], float]  # a function, how often -> mean seconds per call
+Clock = Callable[[Callable[[], object], int], float]  # (function, number of calls) -> mean seconds per call
 
 
 def cpu_clock(function: Callable[[], object], calls: int) -> float:
-    """Of functions that run on the CPU: nothing is synchronised."""
+    """For functions that run on the CPU: nothing is synchronised."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
@@ -52,7 +52,7 @@ def cpu_clock(function: Callable[[], object], calls: int) -> float:
 
 
 def thread_clock(function: Callable[[], object], calls: int) -> float:
-    """Of functions that run on this thread alone: when neighbours take the core away does not count."""
+    """For functions that run on this thread alone: time that other processes take is not counted."""
     start = time.thread_time()
     for _ in range(calls):
         function()
@@ -60,7 +60,7 @@ def thread_clock(function: Callable[[], object], calls: int) -> float:
 
 
 class CudaClock:
-    """Of functions that run on a CUDA device, by its own events.
+    """For functions that run on a CUDA device, by its own events.
 
     Before each call the L2 cache is filled with zeros. The GPU then sleeps while the launches queue up behind
     it, so that the time between the events is its own and not that of Python.
@@ -76,7 +76,7 @@ class CudaClock:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for start, end in events:
             self.flush.zero_()
-            torch.cuda._sleep(self.SLEEP_CYCLES)  # without a public name, but what torch's own tests use
+            torch.cuda._sleep(self.SLEEP_CYCLES)  # not public, but torch's own tests use it
             start.record()
             function()
             end.record()
@@ -89,7 +89,7 @@ def interleaved(
     rounds: int = 5,
     clock: Clock = cpu_clock,
 ) -> dict[str, Timing]:
-    """Time each function once per round, in turn, so that a drift of the machine meets all of them.
+    """Time each function once per round, in turn, so that changes of the machine's speed affect all.
 
     Every function runs once before, unmeasured.
     """
@@ -110,7 +110,7 @@ def peak_memory(function: Callable[[], object]) -> int | None:
     if not clear.exists():
         return None
     gc.collect()
-    return_free_memory()  # pages that are free but resident would be used again unseen
+    return_free_memory()  # memory that is free but resident could be reused and not be counted
     clear.write_text("5")  # resets the high-water mark
     before = _kibibytes(status.read_text(), "VmRSS")
     result = function()
@@ -121,7 +121,7 @@ def peak_memory(function: Callable[[], object]) -> int | None:
 
 @contextlib.contextmanager
 def threads(count: int):
-    """Torch's threads, for as long as the context lasts."""
+    """Set the number of torch's threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

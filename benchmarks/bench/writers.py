@@ -1,4 +1,4 @@
-"""Cases of the writers: the new tokens of one layer into its caches."""
+"""Cases of the writers: they put the new tokens of one layer into its caches."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def _writers(heads: int, tokens: int, device: torch.device) -> Case:
         return caches[1]
 
     def check() -> None:
-        for write in (latents, keys):  # sums of another order may round a few values to a neighbour
+        for write in (latents, keys):  # another order of summation may round a few values to a neighbour
             ours, expected = write().clone(), write("reference")
             assert (ours != expected).float().mean() < 1e-2, "the bytes differ from the reference's"
 
