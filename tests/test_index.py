@@ -52,6 +52,23 @@ def test_empty_and_reversed_ranges_give_minus_inf(backend, device):
     assert torch.isneginf(logits).all()
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_without_ranges_a_query_sees_all_keys(backend, device, paged):
+    inputs, options = index_inputs(4, 40, device=device), {"backend": backend}
+    inputs["k"].nan_to_num_()
+    if paged:
+        inputs["k"], options["block_table"] = to_pages(inputs["k"], 16)
+    width = 48 if paged else 40
+    full = {"ks": torch.zeros_like(inputs["ks"]), "ke": torch.full_like(inputs["ke"], width)}
+    free = {name: x for name, x in inputs.items() if name not in full}
+    expected = sparse_attn.index_logits(**{**inputs, **full}, **options)
+    for one in ({}, {"ks": full["ks"]}, {"ke": full["ke"]}):
+        assert torch.equal(sparse_attn.index_logits(**free, **one, **options), expected)
+        selected = sparse_attn.lightning_topk(**free, **one, topk=7, **options)
+        assert torch.equal(selected, sparse_attn.lightning_topk(**free, **full, topk=7, **options))
+        assert torch.equal(selected, sparse_attn.select_topk(expected, 7, **one, backend=backend))
+
+
 @pytest.mark.parametrize("s_q, s_kv", [(0, 7), (3, 0), (0, 0)])
 def test_nothing_to_score(backend, device, s_q, s_kv):
     inputs = index_inputs(s_q, s_kv, device=device)
