@@ -54,12 +54,11 @@ def test_empty_and_reversed_ranges_give_minus_inf(backend, device):
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_without_ranges_a_query_sees_all_keys(backend, device, paged):
-    inputs, options = index_inputs(4, 40, device=device), {"backend": backend}
+    inputs, options = index_inputs(4, 48, device=device), {"backend": backend}
     inputs["k"].nan_to_num_()
     if paged:
         inputs["k"], options["block_table"] = to_pages(inputs["k"], 16)
-    width = 48 if paged else 40
-    full = {"ks": torch.zeros_like(inputs["ks"]), "ke": torch.full_like(inputs["ke"], width)}
+    full = {"ks": torch.zeros_like(inputs["ks"]), "ke": torch.full_like(inputs["ke"], 48)}
     free = {name: x for name, x in inputs.items() if name not in full}
     expected = sparse_attn.index_logits(**{**inputs, **full}, **options)
     for one in ({}, {"ks": full["ks"]}, {"ke": full["ke"]}):

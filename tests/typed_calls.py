@@ -1,4 +1,4 @@
-"""What a type checker makes of calls whose result depends on an argument; `make check` runs pyright over it."""
+"""What a type checker makes of calls whose result depends on an argument: pyright runs over it."""
 
 from torch import Tensor
 from typing_extensions import assert_type
