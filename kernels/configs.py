@@ -1,7 +1,14 @@
-"""Which launch configuration a device gets: each kernel has a table keyed by architecture (90 is sm_90)."""
+"""Which launch configuration a device gets.
+
+A table has an entry per architecture (90 is sm_90). A device takes the entry of its own architecture or of
+the nearest older one. Entries were chosen by compiling with Triton 3.9 for each architecture. Triton 3.9 and
+3.6 have a budget (benchmarks/kernels_budget), with which ``benchmarks/kernels_report.py`` compares what these
+tables give. With 3.9 none of them spills registers in a loop. With 3.6 sparse_mla does: bf16 and fp16 with 64
+heads on sm_90, and 656 bytes per token with 16 heads on sm_80 and sm_86 and with 32 heads on sm_80.
+"""
 
 import functools
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -10,48 +17,201 @@ MIN_KEYS = 128  # a split's least work: below it the partial results cost as muc
 T = TypeVar("T")
 
 
+class AttentionConfig(NamedTuple):
+    BLOCK_N: int  # keys per tile
+    num_warps: int
+    num_stages: int
+    SKIP_EMPTY: bool = False  # these two: see online_softmax.add_tile
+    KEYS_ON_M: bool = False
+    blocks: int = 1  # that should share an SM
+
+
+class IndexConfig(NamedTuple):
+    MAX_HEADS: int  # of all queries of a program
+    BLOCK_N: int  # keys per tile
+    num_warps: int
+    num_stages: int
+
+
+# Tables of attention: architecture -> heads per program (BLOCK_H) -> the rest.
+
+# For d_v = 512 and 64 RoPE columns. A key and a head take 1152 bytes of shared memory each; the fp32
+# accumulator [BLOCK_H, 512] bounds BLOCK_H. No entry computes a product twice unless a comment says so.
+# With 5 stages the next tile is in flight, in a buffer of its own, while one is computed. With 3 stages only
+# its indices are in flight: another block on the SM has to compute meanwhile.
+# SKIP_EMPTY puts the scores under an `if`, which also changes the layout that the compiler gives them. Tiles
+# of 64 heads need it: without it sm_90 computes every score in both warpgroups (72 wgmma, not 36) and spills,
+# and sm_100 takes 281 KiB of shared memory.
+# KEYS_ON_M computes the scores transposed: mma.sync then reads the query after the barrier that the keys wait
+# for. Otherwise all of the query is loaded at once, 8 registers per thread for each head, and some spill.
+SPARSE_MLA = {
+    # 163 KiB of shared memory
+    80: {
+        16: AttentionConfig(32, 4, 3, blocks=2),
+        32: AttentionConfig(32, 4, 3, KEYS_ON_M=True, blocks=2),
+        64: AttentionConfig(32, 8, 5, KEYS_ON_M=True),
+    },
+    # 99 KiB, also sm_89
+    86: {16: AttentionConfig(32, 4, 5), 32: AttentionConfig(16, 4, 5, KEYS_ON_M=True)},
+    # 227 KiB. For 64 heads wgmma needs tiles of 64 keys. Three of them do not fit: the kernel waits for each.
+    90: {
+        16: AttentionConfig(64, 8, 5),
+        32: AttentionConfig(64, 8, 5),
+        64: AttentionConfig(64, 8, 2, SKIP_EMPTY=True),
+    },
+    # 227 KiB
+    100: {
+        16: AttentionConfig(64, 4, 3, blocks=2),
+        32: AttentionConfig(64, 8, 5),
+        64: AttentionConfig(32, 8, 5, SKIP_EMPTY=True),
+    },
+    # 99 KiB
+    120: {16: AttentionConfig(32, 4, 5), 32: AttentionConfig(16, 4, 5, KEYS_ON_M=True)},
+}
+# Rows of fp8 are gathered as bytes, and lie in shared memory a second time as [BLOCK_N, 512] of q's dtype.
+SPARSE_MLA_FP8 = {
+    80: {
+        16: AttentionConfig(32, 4, 3, blocks=2),
+        32: AttentionConfig(16, 4, 3, KEYS_ON_M=True, blocks=2),
+        64: AttentionConfig(32, 8, 5, KEYS_ON_M=True),
+    },
+    86: {16: AttentionConfig(32, 4, 5), 32: AttentionConfig(16, 4, 5, KEYS_ON_M=True)},
+    90: {
+        16: AttentionConfig(64, 8, 5),
+        32: AttentionConfig(16, 4, 3, KEYS_ON_M=True, blocks=2),
+        64: AttentionConfig(32, 8, 5, KEYS_ON_M=True),
+    },
+    120: {
+        # Larger tiles spill. Scores of 16 heads are two tiles of mma.sync, so pairs of warps repeat them.
+        16: AttentionConfig(16, 4, 3, KEYS_ON_M=True, blocks=2),
+        32: AttentionConfig(16, 4, 5, KEYS_ON_M=True),
+    },
+}
+# Rows of twice the size, IEEE products on the FMA units.
+SPARSE_MLA_FP32 = {80: {16: AttentionConfig(16, 8, 1)}}
+
+# A stage holds BLOCK_N rows of k and of v: 64 KiB for 64 rows and d = d_v = 256. Two blocks share an SM: one
+# gathers while the other computes. Tiles of 64 heads take two warpgroups, as one spills at d = 256.
+# SKIP_EMPTY then puts the scores under an `if`, without which sm_90 computes all of them in both.
+SPARSE_GQA = {
+    # 163 KiB
+    80: {16: AttentionConfig(64, 4, 2, blocks=2), 32: AttentionConfig(64, 4, 2, blocks=2)},
+    # 99 KiB, also sm_89
+    86: {16: AttentionConfig(32, 4, 2, blocks=2), 32: AttentionConfig(32, 4, 2, blocks=2)},
+    # 227 KiB
+    90: {
+        16: AttentionConfig(64, 4, 2, blocks=2),
+        32: AttentionConfig(64, 4, 2, blocks=2),
+        64: AttentionConfig(64, 8, 2, SKIP_EMPTY=True, blocks=2),
+    },
+    # 227 KiB
+    100: {
+        16: AttentionConfig(64, 4, 2, blocks=2),
+        32: AttentionConfig(64, 4, 2, blocks=2),
+        64: AttentionConfig(64, 8, 5, blocks=2),
+    },
+    # 99 KiB
+    120: {16: AttentionConfig(32, 4, 2, blocks=2), 32: AttentionConfig(32, 4, 2, blocks=2)},
+}
+SPARSE_GQA_FP32 = {80: {16: AttentionConfig(16, 4, 2, blocks=2)}}  # as SPARSE_MLA_FP32
+
+# Keys are the rows of the product (M), so that the sum over heads stays within few threads. A stage holds
+# BLOCK_N keys, 32 KiB in bf16, beside 32 KiB of q; the [BLOCK_N, MAX_HEADS] fp32 scores stay in registers.
+INDEX_LOGITS = {
+    80: IndexConfig(128, 128, 8, 3),  # 163 KiB of shared memory
+    86: IndexConfig(128, 128, 8, 2),  # 99 KiB, also sm_89
+    90: IndexConfig(128, 128, 8, 3),  # 227 KiB
+    120: IndexConfig(128, 128, 8, 2),  # 99 KiB
+}
+# Without instructions for e4m3, decoding takes registers: half of the keys, in two programs per SM.
+INDEX_LOGITS_QUANTISED = {80: IndexConfig(128, 64, 4, 3), 89: IndexConfig(128, 128, 8, 3)}
+INDEX_LOGITS_FP32 = {80: IndexConfig(64, 32, 8, 2)}  # IEEE products on the FMA units
+# Decoded keys stay in registers: a short tile.
+INDEX_LOGITS_FP32_QUANTISED = {80: IndexConfig(64, 16, 8, 1)}
+
+TABLES: dict[str, dict[str, dict[int, Any]]] = {  # op -> its tables; other ops have none
+    "sparse_mla": {
+        "CONFIGS": SPARSE_MLA,
+        "CONFIGS_FP8": SPARSE_MLA_FP8,
+        "CONFIGS_FP32": SPARSE_MLA_FP32,
+    },
+    "sparse_gqa": {"CONFIGS": SPARSE_GQA, "CONFIGS_FP32": SPARSE_GQA_FP32},
+    "index_logits": {
+        "CONFIGS": INDEX_LOGITS,
+        "CONFIGS_QUANTISED": INDEX_LOGITS_QUANTISED,
+        "CONFIGS_FP32": INDEX_LOGITS_FP32,
+        "CONFIGS_FP32_QUANTISED": INDEX_LOGITS_FP32_QUANTISED,
+    },
+}
+
+
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """10 * major + minor of a GPU's compute capability; Triton's interpreter, on the CPU, poses as sm_80."""
+    """10 * major + minor of a GPU's compute capability; Triton's interpreter, on the CPU, counts as sm_80."""
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
+def nearest(table: dict[int, T], arch: int) -> T | None:
+    """The entry of this architecture, or of the nearest older one; None where all are newer."""
+    return table.get(max((a for a in table if a <= arch), default=0))
+
+
 def for_device(table: dict[int, T], device: torch.device) -> T:
-    """The entry of the device's architecture, or of the nearest older one."""
+    """The entry that the device takes."""
     arch = architecture(device)
-    older = [a for a in table if a <= arch]
-    if not older:
+    entry = nearest(table, arch)
+    if entry is None:
         raise RuntimeError(f"the kernels need sm_{min(table)} or newer, {device} is sm_{arch}")
-    return table[max(older)]
+    return entry
 
 
 def has_native_fp8(device: torch.device) -> bool:
-    """Whether the device converts e4m3 itself."""
+    """Whether the device has instructions that convert e4m3."""
     return architecture(device) >= 89
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has; Triton's interpreter poses as an A100."""
+    """How many the GPU has; Triton's interpreter counts as an A100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
+
+class Tiling(NamedTuple):
+    block_h: int  # heads per program
+    config: AttentionConfig
+    programs: int  # of one split
+    splits: int  # programs that share the keys of one query
+
+
+def attention_tiling(
+    table: dict[int, dict[int, AttentionConfig]],
+    heads: int,
+    groups: int,
+    topks: list[int],
+    device: torch.device,
+) -> Tiling:
+    """How ``groups`` of ``heads`` heads, which read the same keys, are shared out among programs.
+
+    The smallest tile that holds all heads, else the largest tile. ``topks``: indices of each segment.
+    """
+    by_heads = for_device(table, device)
+    block_h = min((size for size in by_heads if size >= heads), default=max(by_heads))
+    config = by_heads[block_h]
+    programs = groups * triton.cdiv(heads, block_h)
+    tiles = sum(triton.cdiv(topk, config.BLOCK_N) for topk in topks)
+    splits = split_count(programs, tiles, config.BLOCK_N, device, config.blocks)
+    return Tiling(block_h, config, programs, splits)
 
 
 def split_count(programs: int, tiles: int, block_n: int, device: torch.device, blocks: int = 1) -> int:
     """How many programs share the ``tiles``, of ``block_n`` keys, of each of ``programs``.
 
-    So many that each multiprocessor has ``blocks``. It depends on shapes and the device alone, never on data:
-    captured graphs stay valid and results repeat.
+    As many as give each multiprocessor ``blocks`` of them. The number depends on shapes and the device alone,
+    never on data: captured graphs stay valid and results repeat.
     """
     most = tiles // triton.cdiv(MIN_KEYS, block_n)
     splits = max(1, min(blocks * multiprocessors(device) // programs, most))
     return triton.cdiv(tiles, triton.cdiv(tiles, splits)) if splits > 1 else 1  # none of them is idle
-
-
-def refuse_fp64(*tensors: torch.Tensor | None) -> str | None:
-    """Why kernels cannot run such tensors, or None: none computes in fp64."""
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return "dtype: the triton backend takes bfloat16, float16 or float32, got float64"
-    return None

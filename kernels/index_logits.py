@@ -5,48 +5,35 @@
 Keys are rows of k, or, with a block table, logical positions: position s of query t is row s % page_size
 of page block_table[t // (s_q / n), s // page_size]. A page that does not exist gives -inf.
 
-Quantised operands: the scale of an e4m3 key multiplies the sum, so that e4m3 goes into the product as it is,
-into one of e4m3 where both sides have it and the GPU knows it. e2m1 has a scale for 32 values: values times
-scales are made in registers, exactly, for a product in bf16.
+Quantised operands: the scale of an e4m3 key multiplies the sum, not the key. Where q and k are both e4m3 and
+the GPU multiplies e4m3, the product takes their bytes as they are; otherwise they are decoded before it. e2m1
+has one scale per 32 values: values times scales are computed in registers, exactly, for a product in bf16.
 
 A program takes several neighbouring queries that share a row of the block table. All their heads are one side
-of the product, a tile of keys is the other, so that each key is read and decoded once for all of them.
+of the product and a tile of keys is the other, so each key is read and decoded once for all of them.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import for_device, has_native_fp8, refuse_fp64
+from .arguments import refuse_fp64
+from .configs import (
+    INDEX_LOGITS,
+    INDEX_LOGITS_FP32,
+    INDEX_LOGITS_FP32_QUANTISED,
+    INDEX_LOGITS_QUANTISED,
+    for_device,
+    has_native_fp8,
+)
 from .quantised import from_e2m1, from_e4m3, opaque
 
 if TYPE_CHECKING:
     from ..ops.index import IndexLogitsOp
 
 KEYS_PER_PROGRAM = 1024  # q is loaded once for so many keys; few enough that one decode query fills a GPU
-
-
-class Config(NamedTuple):
-    MAX_HEADS: int  # of all queries of a program
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-# Keys are the rows of the product (M), so that heads are added up within few threads. A stage holds BLOCK_N
-# keys, 32 KiB in bf16, beside 32 KiB of q; the [BLOCK_N, MAX_HEADS] fp32 scores stay in registers.
-CONFIGS = {
-    80: Config(128, 128, 8, 3),  # 163 KiB of shared memory
-    86: Config(128, 128, 8, 2),  # 99 KiB, also sm_89
-    90: Config(128, 128, 8, 3),  # 227 KiB
-    120: Config(128, 128, 8, 2),  # 99 KiB
-}
-# Without e4m3 instructions the decoding takes registers: half of the keys, in two programs an SM.
-CONFIGS_QUANTISED = {80: Config(128, 64, 4, 3), 89: Config(128, 128, 8, 3)}
-CONFIGS_FP32 = {80: Config(64, 32, 8, 2)}  # IEEE products on the FMA units
-CONFIGS_FP32_QUANTISED = {80: Config(64, 16, 8, 1)}  # for which decoded keys stay in registers: a short tile
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}
 
 
@@ -58,33 +45,23 @@ def refuses(a: "IndexLogitsOp") -> str | None:
 
 
 def index_logits(a: "IndexLogitsOp") -> None:
-    """Fill out [s_q, width] from q [s_q, h, d] and k [s_kv, d], or pages [pages, page_size, d].
-
-    Without ``clean``, elements outside the range are left as they are.
-    """
-    q, k, weights, ks, ke, out = a[:6]
-    q_scale, k_scale, block_table, clean = a[6:]
-    s_q, h, d = q.shape
-    width = out.shape[1]
+    """Fill out. Without ``clean``, elements outside the range are left as they are."""
+    s_q, h, d = a.q.shape
+    width = a.out.shape[1]
     if s_q == 0 or width == 0:
         return
-    q_format, k_format = FORMATS.get(q.dtype), FORMATS.get(k.dtype)
+    q_format, k_format = FORMATS.get(a.q.dtype), FORMATS.get(a.k.dtype)
     d = 2 * d if q_format == "e2m1" else d
     # sm_80 has no name for e4m3.
-    q, k = (x if form is None else x.view(torch.uint8) for x, form in ((q, q_format), (k, k_format)))
-    q_scale_strides = (0, 0) if q_scale is None else q_scale.stride()[:2]
-    if block_table is None:
-        pages, page_size, stride_k_page, table_strides, queries_per_row = 0, 1, 0, (0, 0), s_q
-    else:
-        pages, page_size, stride_k_page = k.shape[0], k.shape[1], k.stride(0)
-        table_strides, queries_per_row = block_table.stride(), s_q // block_table.shape[0]
-    k_scale_strides = (0, 0)
-    if k_scale is not None:
-        k_scale_strides = (0, k_scale.stride(0)) if block_table is None else k_scale.stride()[:2]
+    q, k = (x if form is None else x.view(torch.uint8) for x, form in ((a.q, q_format), (a.k, k_format)))
+    pages, page_size, queries_per_row, table_strides = 0, 1, s_q, (0, 0)
+    if a.block_table is not None:
+        pages, page_size = k.shape[:2]
+        queries_per_row, table_strides = s_q // a.block_table.shape[0], a.block_table.stride()
     if q.dtype == torch.float32:
-        table = CONFIGS_FP32 if k_format is None else CONFIGS_FP32_QUANTISED
+        table = INDEX_LOGITS_FP32 if k_format is None else INDEX_LOGITS_FP32_QUANTISED
     else:
-        table = CONFIGS if k_format is None else CONFIGS_QUANTISED
+        table = INDEX_LOGITS if k_format is None else INDEX_LOGITS_QUANTISED
     config = for_device(table, q.device)
     block_h = max(16, triton.next_power_of_2(h))
     queries = max(1, config.MAX_HEADS // block_h) if queries_per_row > 1 else 1  # no third variant to compile
@@ -93,24 +70,20 @@ def index_logits(a: "IndexLogitsOp") -> None:
         _index_logits_kernel[(groups * triton.cdiv(width, KEYS_PER_PROGRAM),)](
             q,
             *q.stride(),
-            q_scale,
-            *q_scale_strides,
+            a.q_scale,
+            *((0, 0) if a.q_scale is None else a.q_scale.stride()[:2]),
             k,
-            stride_k_page,
-            *k.stride()[-2:],
-            k_scale,
-            *k_scale_strides,
-            weights,
-            *weights.stride(),
-            ks,
-            ks.stride(0),
-            ke,
-            ke.stride(0),
-            block_table,
+            *_page_strides(k, a.block_table),
+            a.k_scale,
+            *_page_strides(a.k_scale, a.block_table)[:2],
+            a.weights,
+            *a.weights.stride(),
+            a.ks.contiguous(),
+            a.ke.contiguous(),
+            a.block_table,
             *table_strides,
-            out,
-            *out.stride(),
-            groups,
+            a.out,
+            *a.out.stride(),
             width,
             pages,
             page_size,
@@ -126,16 +99,21 @@ def index_logits(a: "IndexLogitsOp") -> None:
             Q_FORMAT=q_format,
             K_FORMAT=k_format,
             NATIVE_FP8=has_native_fp8(q.device),
-            CLEAN=clean,
+            CLEAN=a.clean,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
 
 
-@triton.jit(
-    do_not_specialize=["stride_table_row", "stride_out_t", "groups", "width", "pages", "queries_per_row", "h"]
-)
+def _page_strides(x, block_table) -> tuple:
+    """Those of [pages, page_size, ...]; without a block table x is [s_kv, ...] and counts as one page."""
+    if x is None:
+        return (0, 0)
+    return x.stride() if block_table is not None else (0, *x.stride())
+
+
+@triton.jit(do_not_specialize=["stride_table_row", "stride_out_t", "width", "pages", "queries_per_row", "h"])
 def _index_logits_kernel(
     q_ptr,  # [s_q, h, d], of e2m1 [s_q, h, d / 2]
     stride_q_t,
@@ -155,16 +133,13 @@ def _index_logits_kernel(
     stride_weights_t,
     stride_weights_h,
     ks_ptr,  # [s_q]
-    stride_ks,
     ke_ptr,  # [s_q]
-    stride_ke,
     table_ptr,  # [s_q / queries_per_row, max_pages], or None
     stride_table_row,
     stride_table_page,
     out_ptr,  # [s_q, width]
     stride_out_t,
     stride_out_n,
-    groups,
     width,
     pages,
     page_size,
@@ -184,6 +159,7 @@ def _index_logits_kernel(
 ):
     """One program: QUERIES queries, KEYS_PER_PROGRAM keys. Queries vary fastest: neighbours share keys."""
     groups_per_row = tl.cdiv(queries_per_row, QUERIES)
+    groups = tl.num_programs(0) // tl.cdiv(width, KEYS_PER_PROGRAM)
     group = tl.program_id(0) % groups
     table_row = (group // groups_per_row).to(tl.int64)
     member = group % groups_per_row * QUERIES + tl.arange(0, QUERIES)  # [QUERIES]: query within the table row
@@ -191,8 +167,8 @@ def _index_logits_kernel(
     offs_t = table_row * queries_per_row + member  # [QUERIES]
     first = tl.program_id(0) // groups * KEYS_PER_PROGRAM
     last = tl.minimum(first + KEYS_PER_PROGRAM, width)
-    starts = tl.maximum(tl.load(ks_ptr + offs_t * stride_ks, mask=live, other=0), first)  # [QUERIES]
-    stops = tl.minimum(tl.load(ke_ptr + offs_t * stride_ke, mask=live, other=0), last)  # [QUERIES]
+    starts = tl.maximum(tl.load(ks_ptr + offs_t, mask=live, other=0), first)  # [QUERIES]
+    stops = tl.minimum(tl.load(ke_ptr + offs_t, mask=live, other=0), last)  # [QUERIES]
     out_rows = out_ptr + offs_t[:, None] * stride_out_t  # [QUERIES, 1]
 
     if CLEAN:

@@ -1,10 +1,10 @@
-"""What index keys and index queries have in common: turned, and quantised to e4m3 under one scale a row."""
+"""The last steps of index keys and queries: RoPE, the Hadamard matrix, and e4m3 with one scale per row."""
 
 import triton
 import triton.language as tl
 
-from .quantised import e4m3_scale, largest, to_e4m3
-from .rotate import hadamard, rope
+from .quantised import quantise_e4m3
+from .rotate import apply_rope, hadamard
 
 
 @triton.jit
@@ -14,8 +14,6 @@ def quantise_rows(
     offs_d,  # [1, d]
     cos_rows,  # [n, 1] pointers, or None
     sin_rows,
-    stride_cos_d,
-    stride_sin_d,
     mask,  # [n, 1]
     min_scale,
     ROPE_DIM: tl.constexpr,
@@ -26,9 +24,8 @@ def quantise_rows(
 ):
     """e4m3 bytes [n, d] and scales [n] of Hadamard(RoPE(x))."""
     if ROPE_DIM > 0:
-        x = rope(x, other, offs_d, cos_rows, sin_rows, stride_cos_d, stride_sin_d, mask, ROPE_DIM, PAIRING)
+        x = apply_rope(x, other, offs_d, cos_rows, sin_rows, mask, ROPE_DIM, PAIRING)
     if HADAMARD:
         norm: tl.constexpr = (1 << LOG_D) ** -0.5
         x = hadamard(x, LOG_D) * norm
-    scale = e4m3_scale(largest(x, 1), min_scale, POWER_OF_TWO)
-    return to_e4m3(tl.div_rn(x, scale[:, None])), scale
+    return quantise_e4m3(x, min_scale, POWER_OF_TWO)

@@ -3,8 +3,8 @@
     lse[t, h] = log(sum_i exp(lses[i, t, h]))
     out[t, h] = sum_i exp(lses[i, t, h]) * outs[i, t, h] / (exp(lse[t, h]) + exp(attn_sink[h]))
 
-summed in fp32 in the order of i. A part with lse = -inf counts for nothing; if all do, out = 0, lse = -inf.
-Where parts carry their highest score, its maximum goes the same way.
+summed in fp32 in the order of i. A part with lse = -inf counts for nothing; if all parts have it, out = 0 and
+lse = -inf. Where parts come with their highest score, the kernel takes its maximum too.
 """
 
 from typing import TYPE_CHECKING
@@ -13,13 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import refuse_fp64
+from .arguments import refuse_fp64
 from .online_softmax import LN_2, LOG2_E, LOWEST
 
 if TYPE_CHECKING:
     from ..ops.attention import MergeAttentionOp
 
-BLOCK_H = 2  # heads a program, few: when one query's parts are merged, heads are all there is to share out
+# Heads per program. Few: when the parts of one query are merged, heads are all that programs can share.
+BLOCK_H = 2
 
 
 def refuses(a: "MergeAttentionOp") -> str | None:
@@ -28,8 +29,8 @@ def refuses(a: "MergeAttentionOp") -> str | None:
 
 
 def merge_attention(a: "MergeAttentionOp") -> None:
-    """Fill out [s_q, h, d_v] and lse [s_q, h] from outs [n, s_q, h, d_v] and lses [n, s_q, h]."""
-    merge_parts(*a)
+    """Fill out and lse."""
+    merge_parts(a.outs.contiguous(), a.lses.contiguous(), a.out, a.lse)
 
 
 def merge_parts(
@@ -41,27 +42,24 @@ def merge_parts(
     maxima: torch.Tensor | None = None,
     max_logits: torch.Tensor | None = None,
 ) -> None:
-    """The same with a sink; fill max_logits [s_q, h] too, if given with maxima [n, s_q, h]."""
+    """The same of contiguous parts, with a sink. Fill max_logits too, if given with maxima [n, s_q, h]."""
     n, s_q, h, d_v = outs.shape
     if lse.numel() == 0:
         return
     with torch.cuda.device_of(outs):
         _merge_attention_kernel[(s_q * triton.cdiv(h, BLOCK_H),)](
             outs,
-            *outs.stride(),
             lses,
-            *lses.stride(),
+            maxima,
             attn_sink,
-            0 if attn_sink is None else attn_sink.stride(0),
             out,
             *out.stride(),
             lse,
             *lse.stride(),
-            maxima,
-            *((0, 0, 0) if maxima is None else maxima.stride()),
             max_logits,
             *((0, 0) if max_logits is None else max_logits.stride()),
             n,
+            s_q,
             h,
             D_V=d_v,
             BLOCK_H=BLOCK_H,
@@ -71,19 +69,12 @@ def merge_parts(
         )
 
 
-@triton.jit(do_not_specialize=["stride_lses_i", "stride_maxima_i", "n", "h"])
+@triton.jit(do_not_specialize=["n", "s_q", "h"])
 def _merge_attention_kernel(
-    outs_ptr,  # [n, s_q, h, d_v]
-    stride_outs_i,
-    stride_outs_t,
-    stride_outs_h,
-    stride_outs_d,
+    outs_ptr,  # [n, s_q, h, d_v], contiguous, as the next two
     lses_ptr,  # [n, s_q, h]
-    stride_lses_i,
-    stride_lses_t,
-    stride_lses_h,
+    maxima_ptr,  # [n, s_q, h] or None
     attn_sink_ptr,  # [h] or None
-    stride_attn_sink,
     out_ptr,  # [s_q, h, d_v]
     stride_out_t,
     stride_out_h,
@@ -91,14 +82,11 @@ def _merge_attention_kernel(
     lse_ptr,  # [s_q, h]
     stride_lse_t,
     stride_lse_h,
-    maxima_ptr,  # [n, s_q, h] or None
-    stride_maxima_i,
-    stride_maxima_t,
-    stride_maxima_h,
     max_ptr,  # [s_q, h] or None
     stride_max_t,
     stride_max_h,
     n,
+    s_q,
     h,
     D_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -110,19 +98,18 @@ def _merge_attention_kernel(
     offs_h = (tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
     head_ok = offs_h < h
     offs_v = tl.arange(0, BLOCK_V).to(tl.int64)  # [BLOCK_V]
-    lse_rows = lses_ptr + t * stride_lses_t + offs_h * stride_lses_h  # [BLOCK_H]
-    out_rows = (
-        outs_ptr + t * stride_outs_t + offs_h[:, None] * stride_outs_h + offs_v[None, :] * stride_outs_d
-    )  # [BLOCK_H, BLOCK_V]
+    rows = t * h + offs_h  # [BLOCK_H]: of the first part
+    step = tl.cast(s_q, tl.int64) * h  # from part to part
 
     acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_H], LOWEST, tl.float32)  # finite, as all that follow: never inf - inf
     total = tl.zeros([BLOCK_H], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     for i in tl.range(n, num_stages=4):  # so that the parts are prefetched
-        part_lse = tl.load(lse_rows + tl.cast(i, tl.int64) * stride_lses_i, mask=head_ok, other=float("-inf"))
+        part_rows = tl.cast(i, tl.int64) * step + rows  # [BLOCK_H]
+        part_lse = tl.load(lses_ptr + part_rows, mask=head_ok, other=float("-inf"))
         part = tl.load(
-            out_rows + tl.cast(i, tl.int64) * stride_outs_i,
+            outs_ptr + part_rows[:, None] * D_V + offs_v[None, :],
             mask=head_ok[:, None] & (offs_v < D_V)[None, :],
             other=0.0,
         )  # [BLOCK_H, BLOCK_V]
@@ -133,13 +120,12 @@ def _merge_attention_kernel(
         acc = acc * alpha[:, None] + weight[:, None] * part
         top = new_top
         if maxima_ptr is not None:
-            maxima = maxima_ptr + tl.cast(i, tl.int64) * stride_maxima_i + t * stride_maxima_t
-            part_max = tl.load(maxima + offs_h * stride_maxima_h, mask=head_ok, other=float("-inf"))
+            part_max = tl.load(maxima_ptr + part_rows, mask=head_ok, other=float("-inf"))
             highest = tl.maximum(highest, part_max)  # [BLOCK_H]
 
     denominator = total
     if attn_sink_ptr is not None:
-        sink = tl.load(attn_sink_ptr + offs_h * stride_attn_sink, mask=head_ok, other=0.0)  # [BLOCK_H]
+        sink = tl.load(attn_sink_ptr + offs_h, mask=head_ok, other=0.0)  # [BLOCK_H]
         denominator += tl.exp2((sink - top) * LOG2_E)
     out = tl.where((total == 0.0)[:, None], 0.0, acc / denominator[:, None])  # [BLOCK_H, BLOCK_V]
     tl.store(

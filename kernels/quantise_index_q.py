@@ -3,7 +3,7 @@
     out[t, j], scale = quantise(Hadamard(RoPE(q[t, j])))
     out_weights[t, j] = weights[t, j] * scale
 
-RoPE of the leading dimensions where there is a cosine, the Hadamard matrix on demand, one scale a head.
+RoPE of the leading dimensions where there is a cosine, the Hadamard matrix on demand, one scale per head.
 Everything in fp32, rounded once.
 """
 
@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import refuse_fp64
+from .arguments import refuse_fp64, rotation
 from .index_rows import quantise_rows
 from .rotate import partner
 
 if TYPE_CHECKING:
     from ..ops.writers import QuantiseIndexQOp
 
-ROWS = 8  # heads a program, two a warp
+ROWS = 8  # heads per program, two per warp
 
 
 def refuses(a: "QuantiseIndexQOp") -> str | None:
@@ -29,32 +29,33 @@ def refuses(a: "QuantiseIndexQOp") -> str | None:
 
 
 def quantise_index_q(a: "QuantiseIndexQOp") -> None:
-    """Fill out [s_q, h, d], bytes of e4m3, and out_weights [s_q, h] from q [s_q, h, d]."""
-    q, weights, hadamard, power_of_two, min_scale, out, out_weights, cos, sin, pairing = a
-    s_q, h, d = q.shape
+    """Fill out, bytes of e4m3, and out_weights."""
+    s_q, h, d = a.q.shape
     if s_q == 0 or h == 0:
         return
-    with torch.cuda.device_of(q):
+    cos, stride_cos = rotation(a.cos)
+    sin, stride_sin = rotation(a.sin)
+    with torch.cuda.device_of(a.q):
         _quantise_index_q_kernel[(s_q * triton.cdiv(h, ROWS),)](
-            q,
-            *q.stride(),
-            weights,
-            *weights.stride(),
+            a.q,
+            *a.q.stride(),
+            a.weights,
+            *a.weights.stride(),
             cos,
+            stride_cos,
             sin,
-            *((0, 0) if cos is None else cos.stride()),
-            *((0, 0) if sin is None else sin.stride()),
-            out,
-            *out.stride(),
-            out_weights,
-            *out_weights.stride(),
-            min_scale,
+            stride_sin,
+            a.out,
+            *a.out.stride(),
+            a.out_weights,
+            *a.out_weights.stride(),
+            a.min_scale,
             h,
             LOG_D=d.bit_length() - 1,
             ROPE_DIM=0 if cos is None else 2 * cos.shape[1],
-            PAIRING=pairing,
-            HADAMARD=hadamard,
-            POWER_OF_TWO=power_of_two,
+            PAIRING=a.pairing,
+            HADAMARD=a.hadamard,
+            POWER_OF_TWO=a.power_of_two,
             ROWS=ROWS,
             num_warps=4,
             enable_fp_fusion=False,  # the same bits as on the CPU
@@ -71,11 +72,9 @@ def _quantise_index_q_kernel(
     stride_weights_t,
     stride_weights_h,
     cos_ptr,  # [s_q, ROPE_DIM / 2], or None
-    sin_ptr,
     stride_cos_t,
-    stride_cos_d,
+    sin_ptr,
     stride_sin_t,
-    stride_sin_d,
     out_ptr,  # [s_q, h, d] e4m3
     stride_out_t,
     stride_out_h,
@@ -108,7 +107,7 @@ def _quantise_index_q_kernel(
     if cos_ptr is not None:
         cos_rows, sin_rows = cos_ptr + t * stride_cos_t, sin_ptr + t * stride_sin_t
     codes, scale = quantise_rows(
-        *(x, other, offs_d, cos_rows, sin_rows, stride_cos_d, stride_sin_d, live, min_scale),
+        *(x, other, offs_d, cos_rows, sin_rows, live, min_scale),
         *(ROPE_DIM, PAIRING, HADAMARD, LOG_D, POWER_OF_TWO),
     )
     place = out_ptr + t * stride_out_t + (head * stride_out_h)[:, None]

@@ -1,4 +1,4 @@
-"""What the bytes of quantised values mean, exactly, in fp32, and how values become bytes of e4m3."""
+"""Bytes of quantised values to fp32, exactly, and fp32 to bytes of e4m3."""
 
 import triton
 import triton.language as tl
@@ -37,10 +37,10 @@ def from_e2m1(code, scale):
 
 @triton.jit
 def opaque(value):
-    """The value itself, behind a function that the compiler does not look through.
+    """The value itself, through a function that the compiler does not look into.
 
-    Else it fits the layout of tl.dot's operands to the bytes that they came from: more than twice the integer
-    instructions, and a gather that is waited for instead of prefetched.
+    Otherwise the compiler chooses the layout of tl.dot's operands for the bytes that they came from: more
+    than twice the integer instructions, and a gather that the loop waits for instead of prefetching it.
     """
     return tl.map_elementwise(_same, value)
 
@@ -52,8 +52,9 @@ def _same(x):
 
 @triton.jit
 def to_e4m3(x):
-    """Bytes of the nearest e4m3 to fp32 x, ties to even, saturating; NaN stays NaN. In integers, as not every
-    GPU has instructions for it, and so that all give the same bytes.
+    """Bytes of the nearest e4m3 to fp32 x, ties to even, saturating; NaN stays NaN.
+
+    Computed in integers: not every GPU has instructions for it, and all are to give the same bytes.
     """
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448, where NaN and infinities end too
@@ -67,18 +68,15 @@ def to_e4m3(x):
 
 
 @triton.jit
-def e4m3_scale(amax, min_scale, POWER_OF_TWO: tl.constexpr):
-    """fp32 max(amax / 448, min_scale), rounded up to a power of two; NaN if amax is NaN or infinite."""
+def quantise_e4m3(x, min_scale, POWER_OF_TWO: tl.constexpr):
+    """Bytes of e4m3 [n, d] and scales [n] of fp32 x [n, d]. A scale is max(amax / 448, min_scale), rounded up
+    to a power of two on demand; NaN if a value is NaN or infinite.
+    """
+    # As integers, magnitudes have the same order, and NaN is above infinity.
+    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)  # [n]
     scale = tl.maximum(tl.div_rn(amax, 448.0), min_scale)
     if POWER_OF_TWO:
         bits = scale.to(tl.uint32, bitcast=True)
         scale = (((bits + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
-    return tl.where(amax < float("inf"), scale, float("nan"))  # of NaN too
-
-
-@triton.jit
-def largest(x, axis: tl.constexpr):
-    """The largest magnitude; NaN if there is one."""
-    magnitude = tl.abs(x)
-    amax = tl.max(magnitude, axis)
-    return tl.where(tl.sum((magnitude != magnitude).to(tl.int32), axis) > 0, float("nan"), amax)
+    scale = tl.where(amax < float("inf"), scale, float("nan"))  # of NaN too
+    return to_e4m3(tl.div_rn(x, scale[:, None])), scale

@@ -1,6 +1,6 @@
-"""Rows turned before they are quantised: rotary position embedding and the Hadamard matrix, in fp32.
+"""What is done to rows before they are quantised: RoPE and the Hadamard matrix, in fp32.
 
-The operations and their order are those of sparse_attn/rope.py, so the bits are too where a launch has
+The operations and their order are those of sparse_attn/rope.py, so the bits are equal too where a launch has
 enable_fp_fusion off.
 """
 
@@ -10,20 +10,18 @@ import triton.language as tl
 
 @triton.jit
 def partner(offs, ROPE_DIM: tl.constexpr, PAIRING: tl.constexpr):
-    """The dimension that RoPE turns each of ``offs`` (below ROPE_DIM) with; itself beyond."""
+    """The dimension that RoPE pairs with each of ``offs`` (below ROPE_DIM); beyond, the dimension itself."""
     other = offs ^ 1 if PAIRING == "interleaved" else (offs + ROPE_DIM // 2) % ROPE_DIM
     return tl.where(offs < ROPE_DIM, other, offs)
 
 
 @triton.jit
-def rope(
+def apply_rope(
     x,  # [n, d]
     other,  # [n, d]: x at partner(offs)
-    offs,  # [1, d]: dimensions, of which the first ROPE_DIM are turned
-    cos_ptr,  # [n, 1] pointers to a row
+    offs,  # [1, d]: dimensions; RoPE turns the first ROPE_DIM
+    cos_ptr,  # [n, 1] pointers to rows of ROPE_DIM / 2
     sin_ptr,
-    stride_cos,
-    stride_sin,
     mask,  # [n, 1]
     ROPE_DIM: tl.constexpr,
     PAIRING: tl.constexpr,
@@ -34,8 +32,8 @@ def rope(
     else:
         pair, first = offs % (ROPE_DIM // 2), offs < ROPE_DIM // 2
     turned = offs < ROPE_DIM
-    cos = tl.load(cos_ptr + pair * stride_cos, mask=mask & turned, other=1.0)
-    sin = tl.load(sin_ptr + pair * stride_sin, mask=mask & turned, other=0.0)
+    cos = tl.load(cos_ptr + pair, mask=mask & turned, other=1.0)
+    sin = tl.load(sin_ptr + pair, mask=mask & turned, other=0.0)
     rotated = tl.where(first, x * cos - other * sin, other * sin + x * cos)
     return tl.where(turned, rotated, x)
 

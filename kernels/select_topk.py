@@ -2,16 +2,16 @@
 
     out[t] = the positions s of the topk highest logits[t, s], ks[t] <= s < ke[t], ascending, then -1
 
-A logit becomes a 32-bit key of the same order, in which -0.0 equals +0.0 and NaN and -inf do not take part.
-Histograms of its digits (12, 12 and 8 bits) find the key in the last place, and how many of the keys equal to
-it have a place: the first ones.
+A logit becomes a 32-bit key of the same order; -0.0 equals +0.0, and NaN and -inf are never selected.
+Histograms of three digits (12, 12 and 8 bits) find the topk-th key, and how many ties to keep, leftmost
+first.
 
-A row is read twice. The second read lists the keys that the first digit leaves in question or chooses, with
-their positions; the rest works on the list. It has room for an eighth of the row. Where that is too little
-(plateaus of equal logits), nothing of it is used and the row is read two more times.
+A row is read twice. The second read lists the keys that the first digit selects or leaves undecided, with
+their positions; the later steps read the list. It has room for an eighth of the row. Where that is too little
+(plateaus of equal logits), the list is not used and the row is read two more times.
 
-Many rows: one program each. Few long rows: each is cut into segments, one program each, and each step is a
-launch of its own. Only sums of integers join the segments, so their order changes nothing.
+Many rows: one program per row. Few long rows: each is cut into segments, one program per segment, and each
+step is a launch. Only sums of integers combine the segments, so their order changes nothing.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import refuse_fp64
+from .arguments import refuse_fp64
 
 if TYPE_CHECKING:
     from ..ops.index import SelectTopkOp
 
-BLOCK = 2048  # logits at a time, 8 a thread: at most 128 registers, so two programs an SM
+BLOCK = 2048  # logits at a time, 8 per thread: at most 128 registers, so two programs per SM
 NUM_WARPS = 8
 LIST_SHARE = 8  # a list has room for 1 / LIST_SHARE of what its program reads
 # Segments: long enough to be worth four launches, as many as fill a GPU, few enough for one tile of counts.
@@ -43,35 +43,32 @@ def refuses(a: "SelectTopkOp") -> str | None:
 
 
 def select_topk(a: "SelectTopkOp") -> None:
-    """Fill out [s_q, topk] from logits [s_q, s_kv] fp32."""
-    logits, topk, ks, ke, out = a
-    s_q, s_kv = logits.shape
+    """Fill out."""
+    s_q, s_kv = a.logits.shape
     if s_q == 0 or s_kv == 0:
-        out.fill_(-1)
+        a.out.fill_(-1)
         return
     segments = _segments(s_q, s_kv)
     room = triton.cdiv(s_kv, segments) // LIST_SHARE
-    new = logits.new_empty
+    new = a.logits.new_empty
     arguments = (
-        logits,
-        *logits.stride(),
-        ks,
-        ks.stride(0),
-        ke,
-        ke.stride(0),
+        a.logits,
+        *a.logits.stride(),
+        a.ks.contiguous(),
+        a.ke.contiguous(),
         new(s_q, segments, 2, room, dtype=torch.int32),
         room,
-        out,
-        *out.stride(),
+        a.out,
+        *a.out.stride(),
         s_kv,
-        topk,
+        a.topk,
     )
     options = {"BLOCK": BLOCK, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
-    with torch.cuda.device_of(logits):
+    with torch.cuda.device_of(a.logits):
         if segments == 1:
             _select_topk_kernel[(s_q,)](*arguments, **options)
             return
-        counts = logits.new_zeros(s_q, BINS_1.value + BINS_2.value, dtype=torch.int32)
+        counts = a.logits.new_zeros(s_q, BINS_1.value + BINS_2.value, dtype=torch.int32)
         third = new(s_q, segments, BINS_3.value, dtype=torch.int32)
         sizes = new(s_q, segments, 2, dtype=torch.int32)
         state = new(s_q, 5, dtype=torch.int32)
@@ -82,13 +79,13 @@ def select_topk(a: "SelectTopkOp") -> None:
 
 
 def _segments(s_q: int, s_kv: int) -> int:
-    """How many segments a row is cut into, a power of two; from the shapes alone."""
+    """How many segments a row is cut into, a power of two. It depends on shapes alone."""
     segments = min(s_kv // MIN_SEGMENT, PROGRAMS // s_q, MAX_SEGMENTS)
     return 1 << segments.bit_length() - 1 if segments >= MIN_SEGMENTS else 1
 
 
 class Row(NamedTuple):
-    """What one program reads: positions [start, stop) of a row; and its list."""
+    """What one program reads, positions [start, stop) of a row, and its list."""
 
     ptr: Any  # position 0
     stride: Any
@@ -105,9 +102,7 @@ def _select_topk_kernel(
     stride_logits_t,
     stride_logits_n,
     ks_ptr,  # [s_q]
-    stride_ks,
     ke_ptr,  # [s_q]
-    stride_ke,
     list_ptr,  # [s_q, 1, 2, room]: keys, and their positions
     room,
     out_ptr,  # [s_q, topk]
@@ -119,23 +114,23 @@ def _select_topk_kernel(
 ):
     """One program: one row."""
     t = tl.program_id(0).to(tl.int64)
-    start = tl.maximum(tl.load(ks_ptr + t * stride_ks), 0)
-    stop = tl.minimum(tl.load(ke_ptr + t * stride_ke), width)
+    start = tl.maximum(tl.load(ks_ptr + t), 0)
+    stop = tl.minimum(tl.load(ke_ptr + t), width)
     row_ptr = logits_ptr + t * stride_logits_t
     row = Row(row_ptr, stride_logits_n, start, stop, width, list_ptr + t * 2 * room, room)
     out_row = out_ptr + t * stride_out_t
 
     counts = _count_first_digits(row, BLOCK)
     chosen = tl.minimum(tl.sum(counts, 0), topk)
-    first, places = _last_place(counts, chosen, BINS_1)
+    first, wanted = _find_digit(counts, chosen, BINS_1)
     counts, entries = _list_and_count_second_digits(row, first, BLOCK)
     tl.debug_barrier()  # other threads read the list than wrote it
-    second, places = _last_place(counts, places, BINS_2)
+    second, wanted = _find_digit(counts, wanted, BINS_2)
     prefix = first * BINS_2 + second
     counts, _above = _count_third_digits(row, entries, prefix, BLOCK)
-    third, places = _last_place(counts, places, BINS_3)
+    third, wanted = _find_digit(counts, wanted, BINS_3)
     none = tl.full([], 0, tl.int32)
-    _write(row, entries, prefix, third, places, none, none, out_row, stride_out_n, BLOCK)
+    _write(row, entries, prefix, third, wanted, none, none, out_row, stride_out_n, BLOCK)
     _pad(chosen, topk, out_row, stride_out_n, BLOCK)
 
 
@@ -145,9 +140,7 @@ def _select_topk_step_kernel(
     stride_logits_t,
     stride_logits_n,
     ks_ptr,  # [s_q]
-    stride_ks,
     ke_ptr,  # [s_q]
-    stride_ke,
     list_ptr,  # [s_q, SEGMENTS, 2, room]
     room,
     out_ptr,  # [s_q, topk]
@@ -158,17 +151,17 @@ def _select_topk_step_kernel(
     counts_ptr,  # [s_q, BINS_1 + BINS_2]: first and second digits of all segments, zero before step 0
     third_ptr,  # [s_q, SEGMENTS, BINS_3]: third digits of each segment
     sizes_ptr,  # [s_q, SEGMENTS, 2]: entries of the list, keys above the prefix
-    state_ptr,  # [s_q, 5]: chosen; first, places after step 1; prefix, places after step 2
+    state_ptr,  # [s_q, 5]: chosen; first, wanted after step 1; prefix, wanted after step 2
     SEGMENTS: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: one step of the kernel above, for one segment of one row."""
+    """One program: one step of _select_topk_kernel, for one segment of one row."""
     t = (tl.program_id(0) // SEGMENTS).to(tl.int64)
     segment = tl.program_id(0) % SEGMENTS
-    start = tl.maximum(tl.load(ks_ptr + t * stride_ks), 0)
-    stop = tl.minimum(tl.load(ke_ptr + t * stride_ke), width)
-    # Segments share what is visible, not the row, in whole blocks.
+    start = tl.maximum(tl.load(ks_ptr + t), 0)
+    stop = tl.minimum(tl.load(ke_ptr + t), width)
+    # Segments divide the visible range, not the row, in whole blocks.
     origin = start // BLOCK * BLOCK
     length = tl.cdiv(tl.cdiv(stop - origin, SEGMENTS), BLOCK) * BLOCK
     start = tl.maximum(start, origin + segment * length)
@@ -186,30 +179,30 @@ def _select_topk_step_kernel(
     if STEP == 1:
         counts = tl.load(counts_ptr + tl.arange(0, BINS_1))  # [BINS_1]
         chosen = tl.minimum(tl.sum(counts, 0), topk)
-        first, places = _last_place(counts, chosen, BINS_1)
+        first, wanted = _find_digit(counts, chosen, BINS_1)
         counts, entries = _list_and_count_second_digits(row, first, BLOCK)
         _add(counts_ptr + BINS_1, counts, BINS_2)
         tl.store(sizes_ptr + segment * 2, entries)
         if segment == 0:
             tl.store(state_ptr, chosen)
             tl.store(state_ptr + 1, first)
-            tl.store(state_ptr + 2, places)
+            tl.store(state_ptr + 2, wanted)
     if STEP == 2:
         counts = tl.load(counts_ptr + BINS_1 + tl.arange(0, BINS_2))  # [BINS_2]
-        second, places = _last_place(counts, tl.load(state_ptr + 2), BINS_2)
+        second, wanted = _find_digit(counts, tl.load(state_ptr + 2), BINS_2)
         prefix = tl.load(state_ptr + 1) * BINS_2 + second
         counts, above = _count_third_digits(row, tl.load(sizes_ptr + segment * 2), prefix, BLOCK)
         tl.store(third_ptr + segment * BINS_3 + tl.arange(0, BINS_3), counts)
         tl.store(sizes_ptr + segment * 2 + 1, above)
         if segment == 0:
             tl.store(state_ptr + 3, prefix)
-            tl.store(state_ptr + 4, places)
+            tl.store(state_ptr + 4, wanted)
     if STEP == 3:
         prefix = tl.load(state_ptr + 3)
         offs_s = tl.arange(0, SEGMENTS)  # [SEGMENTS]
         offs_b = tl.arange(0, BINS_3)  # [BINS_3]
         counts = tl.load(third_ptr + offs_s[:, None] * BINS_3 + offs_b[None, :])  # [SEGMENTS, BINS_3]
-        third, places = _last_place(tl.sum(counts, 0), tl.load(state_ptr + 4), BINS_3)
+        third, wanted = _find_digit(tl.sum(counts, 0), tl.load(state_ptr + 4), BINS_3)
         above = tl.load(sizes_ptr + offs_s * 2 + 1)  # [SEGMENTS]
         above += tl.sum(tl.where(offs_b[None, :] > third, counts, 0), 1)
         equal = tl.sum(tl.where(offs_b[None, :] == third, counts, 0), 1)  # [SEGMENTS]
@@ -217,14 +210,14 @@ def _select_topk_step_kernel(
         equal_before = tl.sum(tl.where(offs_s < segment, equal, 0), 0)
         entries = tl.load(sizes_ptr + segment * 2)
         out_row = out_ptr + t * stride_out_t
-        _write(row, entries, prefix, third, places, above_before, equal_before, out_row, stride_out_n, BLOCK)
+        _write(row, entries, prefix, third, wanted, above_before, equal_before, out_row, stride_out_n, BLOCK)
         if segment == 0:
             _pad(tl.load(state_ptr), topk, out_row, stride_out_n, BLOCK)
 
 
 @triton.jit
 def _read(row, n, BLOCK: tl.constexpr):
-    """Keys and positions from n, a multiple of BLOCK, on; NEVER outside the range."""
+    """Keys and positions of one block from n, a multiple of BLOCK; NEVER outside the range."""
     offs_n = n + tl.arange(0, BLOCK)  # [BLOCK]
     # A bound at a multiple of 4, where the width is one, keeps loads 16 bytes wide.
     bound = tl.minimum(tl.cdiv(row.stop, 4) * 4, row.width)
@@ -243,7 +236,7 @@ def _range(row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _read_again(row, entries, n, BLOCK: tl.constexpr):
-    """Keys and positions from n on: of the list if it has room for all its entries, else of the row."""
+    """Keys and positions of one block from n: of the list if it holds all entries, else of the row."""
     if entries <= row.room:
         offs = n + tl.arange(0, BLOCK)  # [BLOCK]
         listed = offs < entries
@@ -273,10 +266,10 @@ def _count_first_digits(row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _list_and_count_second_digits(row, first, BLOCK: tl.constexpr):
-    """List the keys whose first digit is ``first`` or above; count the second digits behind ``first``.
+    """List the keys whose first digit is ``first`` or above; count the second digits after ``first``.
 
     Returns:
-        counts [BINS_2], and how many entries the list should have.
+        counts [BINS_2], and the number of these keys, which the list may be too short for.
     """
     counts = tl.zeros([BINS_2], tl.int32)
     entries = 0
@@ -296,7 +289,7 @@ def _list_and_count_second_digits(row, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count_third_digits(row, entries, prefix, BLOCK: tl.constexpr):
-    """The third digits behind ``prefix``, and how many keys are above it."""
+    """Count the third digits after ``prefix``, and the keys above it."""
     counts = tl.zeros([BINS_3], tl.int32)
     above = 0
     begin, end = _range_again(row, entries, BLOCK)
@@ -310,21 +303,21 @@ def _count_third_digits(row, entries, prefix, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write(
-    row, entries, prefix, third, places, above, equal, out_ptr, stride_out_n, BLOCK: tl.constexpr
+    row, entries, prefix, third, ties, above, equal, out_ptr, stride_out_n, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write the positions of keys above the last place, and of the first ``places`` equal to it.
+    """Write the positions of keys above the topk-th, and of the first ``ties`` equal to it.
 
     ``above`` and ``equal`` count the keys of either kind in earlier segments.
     """
-    last = (prefix.to(tl.uint32) << 8) | third.to(tl.uint32)
+    kth = (prefix.to(tl.uint32) << 8) | third.to(tl.uint32)
     begin, end = _range_again(row, entries, BLOCK)
     for n in range(begin, end, BLOCK):
         keys, positions = _read_again(row, entries, n, BLOCK)
-        is_above, is_equal = keys > last, keys == last
+        is_above, is_equal = keys > kth, keys == kth
         both = tl.cumsum((is_above.to(tl.int32) << 16) | is_equal.to(tl.int32), 0)  # one scan for two counts
         equals = equal + (both & 0xFFFF)
-        slots = above + (both >> 16) + tl.minimum(equals, places) - 1
-        chosen = is_above | (is_equal & (equals <= places))
+        slots = above + (both >> 16) + tl.minimum(equals, ties) - 1
+        chosen = is_above | (is_equal & (equals <= ties))
         tl.store(out_ptr + slots.to(tl.int64) * stride_out_n, positions, mask=chosen)
         above += tl.sum(is_above.to(tl.int32), 0)
         equal += tl.sum(is_equal.to(tl.int32), 0)
@@ -338,12 +331,12 @@ def _pad(chosen, topk, out_ptr, stride_out_n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _last_place(counts, places, BINS: tl.constexpr):
-    """The digit of the key in the last of ``places`` places, and how many of these remain for that digit."""
+def _find_digit(counts, wanted, BINS: tl.constexpr):
+    """The digit of the ``wanted``-th highest key, and how many keys with that digit are still wanted."""
     bins = tl.arange(0, BINS)
     at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # [BINS]
-    digit = tl.max(tl.where(at_least >= places, bins, 0), 0)
-    return digit, places - tl.sum(tl.where(bins > digit, counts, 0), 0)
+    digit = tl.max(tl.where(at_least >= wanted, bins, 0), 0)
+    return digit, wanted - tl.sum(tl.where(bins > digit, counts, 0), 0)
 
 
 @triton.jit

@@ -9,39 +9,19 @@ n runs over the valid entries of ``indices[t, g, :topk_length[t]]`` (0 <= index 
 partial results are merged in order.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import for_device, refuse_fp64, split_count
+from .arguments import contiguous, refuse_fp64
+from .configs import SPARSE_GQA, SPARSE_GQA_FP32, attention_tiling
 from .merge_attention import merge_parts
-from .online_softmax import LOG2_E, add_tile, empty_softmax, result
+from .online_softmax import LOG2_E, add_tile, empty_softmax, result, row_length
 
 if TYPE_CHECKING:
     from ..ops.attention import SparseGQAOp
-
-
-class Config(NamedTuple):
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-    SKIP_EMPTY: bool = False
-
-
-# architecture -> heads a program (BLOCK_H) -> the rest. A stage holds BLOCK_N rows of k and of v: 64 KiB for
-# 64 rows and d = d_v = 256. Tiles of 64 heads take two warpgroups, as one spills at d = 256; SKIP_EMPTY then
-# puts the scores under an `if`, without which sm_90 computes all of them in both.
-CONFIGS = {
-    80: {16: Config(64, 4, 2), 32: Config(64, 4, 2)},  # 163 KiB
-    86: {16: Config(32, 4, 2), 32: Config(32, 4, 2)},  # 99 KiB, also sm_89
-    90: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 2, SKIP_EMPTY=True)},  # 227 KiB
-    100: {16: Config(64, 4, 2), 32: Config(64, 4, 2), 64: Config(64, 8, 5)},  # 227 KiB
-    120: {16: Config(32, 4, 2), 32: Config(32, 4, 2)},  # 99 KiB again
-}
-BLOCKS = 2  # that should share an SM: one gathers while the other computes
-CONFIGS_FP32 = {80: {16: Config(16, 4, 2)}}  # rows of twice the size, IEEE products on the FMA units
 
 
 def refuses(a: "SparseGQAOp") -> str | None:
@@ -50,49 +30,44 @@ def refuses(a: "SparseGQAOp") -> str | None:
 
 
 def sparse_gqa(a: "SparseGQAOp") -> None:
-    """Fill out [s_q, h_q, d_v] and lse [s_q, h_q] from q [s_q, h_q, d], k [s_kv, h_kv, d] and v."""
-    q, k, v, indices, softmax_scale, out, lse, topk_length, attn_sink = a
-    s_q, h_q, d = q.shape
-    s_kv, h_kv, d_v = v.shape
-    if lse.numel() == 0:
+    """Fill out and lse."""
+    if a.lse.numel() == 0:
         return
+    s_q, h_q, d = a.q.shape
+    s_kv, h_kv, d_v = a.v.shape
+    group = h_q // h_kv
+    indices = a.indices
     if indices.dim() == 2:
         indices = indices[:, None].expand(-1, h_kv, -1)
-    group = h_q // h_kv
-    table = for_device(CONFIGS_FP32 if q.dtype == torch.float32 else CONFIGS, q.device)
-    block_h = min((size for size in table if size >= group), default=max(table))
-    config = table[block_h]
-    programs = s_q * h_kv * triton.cdiv(group, block_h)
-    tiles = triton.cdiv(indices.shape[2], config.BLOCK_N)
-    splits = split_count(programs, tiles, config.BLOCK_N, q.device, BLOCKS)
-    parts, part_lses = out[None], lse[None]
+    topk = indices.shape[2]
+    table = SPARSE_GQA_FP32 if a.q.dtype == torch.float32 else SPARSE_GQA
+    block_h, config, programs, splits = attention_tiling(table, group, s_q * h_kv, [topk], a.q.device)
+    out, lse, sink = a.out, a.lse, contiguous(a.attn_sink)
     if splits > 1:
-        parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-        part_lses = torch.empty(splits, *lse.shape, dtype=torch.float32, device=out.device)
-    sink = attn_sink if splits == 1 else None  # else it enters where the parts are merged
-    with torch.cuda.device_of(q):
+        out = out.new_empty(splits, *out.shape, dtype=torch.float32)
+        lse = lse.new_empty(splits, *lse.shape)
+    with torch.cuda.device_of(a.q):
         _sparse_gqa_kernel[(programs, splits)](
-            q,
-            *q.stride(),
-            k,
-            *k.stride(),
-            v,
-            *v.stride(),
+            a.q,
+            *a.q.stride(),
+            a.k,
+            *a.k.stride(),
+            a.v,
+            *a.v.stride(),
             indices,
             *indices.stride(),
-            topk_length,
-            0 if topk_length is None else topk_length.stride(0),
-            sink,
-            0 if sink is None else sink.stride(0),
-            parts,
-            *parts.stride(),
-            part_lses,
-            *part_lses.stride(),
+            contiguous(a.topk_length),
+            sink if splits == 1 else None,  # else it enters where the parts are merged
+            out,
+            *out.stride()[-3:],
+            lse,
+            *lse.stride()[-2:],
+            s_q,
             s_kv,
-            indices.shape[2],
+            topk,
             h_kv,
             group,
-            softmax_scale * LOG2_E.value,
+            a.softmax_scale * LOG2_E.value,
             D=d,
             D_V=d_v,
             BLOCK_H=block_h,
@@ -105,13 +80,11 @@ def sparse_gqa(a: "SparseGQAOp") -> None:
             enable_fp_fusion=True,
         )
         if splits > 1:
-            merge_parts(parts, part_lses, out, lse, attn_sink)
+            merge_parts(out, lse, a.out, a.lse, sink)
 
 
 @triton.jit(
-    do_not_specialize=[
-        *("stride_indices_t", "stride_indices_g", "stride_lse_i", "s_kv", "topk", "h_kv", "group"),
-    ],
+    do_not_specialize=["stride_indices_t", "stride_indices_g", "s_q", "s_kv", "topk", "h_kv", "group"],
     do_not_specialize_on_alignment=["indices_ptr", "topk_length_ptr", "lse_ptr"],
 )
 def _sparse_gqa_kernel(
@@ -132,22 +105,19 @@ def _sparse_gqa_kernel(
     stride_indices_g,
     stride_indices_n,
     topk_length_ptr,  # [s_q] or None
-    stride_topk_length,
     attn_sink_ptr,  # [h_q] or None
-    stride_attn_sink,
-    out_ptr,  # [splits, s_q, h_q, d_v]
-    stride_out_i,
+    out_ptr,  # [s_q, h_q, d_v]; of several splits contiguous [splits, s_q, h_q, d_v], as lse
     stride_out_t,
     stride_out_h,
     stride_out_d,
-    lse_ptr,  # [splits, s_q, h_q]
-    stride_lse_i,
+    lse_ptr,  # [s_q, h_q]
     stride_lse_t,
     stride_lse_h,
+    s_q,
     s_kv,
     topk,
     h_kv,
-    group,  # query heads a kv head
+    group,  # query heads per kv head
     scale_log2,  # softmax_scale * log2(e)
     D: tl.constexpr,
     D_V: tl.constexpr,
@@ -173,11 +143,9 @@ def _sparse_gqa_kernel(
         mask=head_ok[:, None] & (offs_d < D)[None, :],
         other=0.0,
     )  # [BLOCK_H, BLOCK_D]
-    acc, row_max, row_sum, seen = empty_softmax(BLOCK_H, BLOCK_N, BLOCK_V)
+    softmax = empty_softmax(BLOCK_H, BLOCK_N, BLOCK_V)
 
-    length = topk
-    if topk_length_ptr is not None:
-        length = tl.minimum(tl.maximum(tl.load(topk_length_ptr + t * stride_topk_length), 0), topk)
+    length = row_length(topk, topk_length_ptr, t)
     split = tl.program_id(1)
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     stop = tl.minimum((split + 1) * share, length)
@@ -202,19 +170,16 @@ def _sparse_gqa_kernel(
             mask=valid[:, None] & (offs_v < D_V)[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_V]
-        acc, row_max, row_sum, seen = add_tile(
-            acc, row_max, row_sum, seen, q, None, k, None, v, valid, scale_log2, SKIP_EMPTY, False
-        )
+        softmax = add_tile(softmax, q, None, k, None, v, valid, scale_log2, SKIP_EMPTY, False)
 
     sink = None
     if attn_sink_ptr is not None:
-        sink = tl.load(attn_sink_ptr + offs_h * stride_attn_sink, mask=head_ok, other=0.0)  # [BLOCK_H]
-    out, lse, _ = result(acc, row_max, row_sum, seen, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H]
-    out_ptr += split.to(tl.int64) * stride_out_i + t * stride_out_t
-    lse_ptr += split.to(tl.int64) * stride_lse_i + t * stride_lse_t
+        sink = tl.load(attn_sink_ptr + offs_h, mask=head_ok, other=0.0)  # [BLOCK_H]
+    out, lse, _ = result(softmax, sink)  # [BLOCK_H, BLOCK_V], [BLOCK_H]
+    row = t + split.to(tl.int64) * s_q  # of out and lse
     tl.store(
-        out_ptr + offs_h[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
+        out_ptr + row * stride_out_t + offs_h[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
         out.to(out_ptr.dtype.element_ty),
         mask=head_ok[:, None] & (offs_v < D_V)[None, :],
     )
-    tl.store(lse_ptr + offs_h * stride_lse_h, lse, mask=head_ok)
+    tl.store(lse_ptr + row * stride_lse_t + offs_h * stride_lse_h, lse, mask=head_ok)

@@ -1,7 +1,7 @@
 """Sparse MLA for sm_90, warp-specialised: the formula of sparse_mla.py for d_qk = 576, d_v = 512, bf16.
 
-**It has never run on a GPU.** The tests execute this source in an emulator of mbarriers, asynchronous copies
-and wgmma (tests/gluon_emulator.py), and compile it for sm_90.
+**It has never run on a GPU.** The tests run this source in an emulator of mbarriers, asynchronous copies and
+wgmma (tests/gluon_emulator.py), and compile it for sm_90.
 
 One program: one query, 64 heads, three partitions of four warps. Keys come in pairs of tiles of 64, and the
 512 columns of the value in two halves. One partition gathers; consumer i, of two, scores tile i and holds
@@ -11,13 +11,13 @@ half i of the accumulator:
     max, p   = online softmax, with the maximum of both tiles
     acc      = acc * alpha + p[i] @ tile[i][:, half i] + p[1 - i] @ tile[1 - i][:, half i]
 
-No product is computed twice: a pair takes each consumer 36 wgmma of 64 x 64 x 16 for its scores and 4 + 4 of
-64 x 256 x 16 for both p. They exchange p and the maximum, so the tensor cores may wait for a softmax once a
-pair; what that costs is not measured. Every barrier completes once a pair, so one phase bit, flipped after
-each pair, serves them all.
+No product is computed twice: per pair, each consumer runs 36 wgmma of 64 x 64 x 16 for its scores and 4 + 4
+of 64 x 256 x 16 for both p. The consumers exchange p and the maximum, so the tensor cores may wait for a
+softmax once per pair; what that costs is not measured. Every barrier completes once per pair, so one phase
+bit, flipped after each pair, serves all of them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -47,15 +47,15 @@ BLOCK_H = gl.constexpr(64)
 BLOCK_N = gl.constexpr(64)
 D_V = gl.constexpr(512)
 D_HALF = gl.constexpr(256)
-D_TAIL = gl.constexpr(64)  # columns of the key past the value
-UNIT = gl.constexpr(16)  # rows begin at multiples of 16 elements; counted in these they fit 32 bits
+D_ROPE = gl.constexpr(64)  # columns of the key after those of the value
+UNIT = gl.constexpr(16)  # rows begin at multiples of 16 elements; counted in these, offsets fit 32 bits
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 SCORE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 VALUE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 PROBABILITY = gl.constexpr(gl.DotOperandLayout(0, VALUE, 2))
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes per thread
 
 
 def refuses(a: "SparseMLAOp") -> str | None:
@@ -89,28 +89,25 @@ def refuses(a: "SparseMLAOp") -> str | None:
 
 def sparse_mla_hopper(a: "SparseMLAOp") -> None:
     """As sparse_mla, of what ``refuses`` lets through: aligned rows, a positive scale."""
-    q, kv, indices, _d_v, softmax_scale, out, lse, max_logits = a[:8]
-    topk_length, attn_sink, extra_kv, extra_indices, extra_topk_length = a[8:]
-    s_q, h_q, _ = q.shape
-    if lse.numel() == 0:
+    s_q, h_q, _ = a.q.shape
+    if a.lse.numel() == 0:
         return
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(a.q):
         _sparse_mla_hopper_kernel[(s_q * (h_q // BLOCK_H.value),)](
-            q,
-            q.stride(0) if s_q > 1 else 0,  # a lone query's stride may be anything
-            q.stride(1),
-            *_segment(kv, indices, topk_length),
-            *_segment(extra_kv, extra_indices, extra_topk_length),
-            attn_sink,
-            0 if attn_sink is None else attn_sink.stride(0),
-            out,
-            *out.stride()[:2],
-            lse,
-            *lse.stride(),
-            max_logits,
-            *max_logits.stride(),
+            a.q,
+            a.q.stride(0) if s_q > 1 else 0,  # of a single query it may be anything
+            a.q.stride(1),
+            *_segment(a.kv, a.indices, a.topk_length),
+            *_segment(a.extra_kv, a.extra_indices, a.extra_topk_length),
+            None if a.attn_sink is None else a.attn_sink.contiguous(),
+            a.out,
+            *a.out.stride()[:2],
+            a.lse,
+            *a.lse.stride(),
+            a.max_logits,
+            *a.max_logits.stride(),
             h_q,
-            softmax_scale * LOG2_E.value,
+            a.softmax_scale * LOG2_E.value,
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -118,7 +115,7 @@ def sparse_mla_hopper(a: "SparseMLAOp") -> None:
 
 def _segment(kv, indices, topk_length) -> tuple:
     if kv is None:
-        return (None, 0, 0, None, 0, 0, 0, None, 0)
+        return (None, 0, 0, None, 0, 0, 0, None)
     return (
         kv,
         kv.stride(0) // UNIT.value,
@@ -126,22 +123,48 @@ def _segment(kv, indices, topk_length) -> tuple:
         indices,
         *indices.stride(),
         indices.shape[1],
-        topk_length,
-        0 if topk_length is None else topk_length.stride(0),
+        None if topk_length is None else topk_length.contiguous(),
     )
+
+
+class Segment(NamedTuple):
+    """What one query attends to in one cache."""
+
+    kv_ptr: Any  # [s_kv, 576]
+    units_kv_n: Any
+    s_kv: Any
+    indices_ptr: Any  # of the query
+    stride_indices_n: Any
+    length: Any  # indices that count
+
+
+class Output(NamedTuple):
+    """Where the results go. Each consumer finds the program's rows anew, which takes fewer registers."""
+
+    h_q: Any
+    attn_sink_ptr: Any  # [h_q] or None
+    out_ptr: Any  # [s_q, h_q, 512]
+    stride_out_t: Any
+    stride_out_h: Any
+    lse_ptr: Any  # [s_q, h_q]
+    stride_lse_t: Any
+    stride_lse_h: Any
+    max_ptr: Any  # [s_q, h_q]
+    stride_max_t: Any
+    stride_max_h: Any
 
 
 @gluon.aggregate
 class Shared:
-    """What the partitions share. Index 2 * i + j of latent, ready and free: tile i of the pair, half j."""
+    """What the partitions share. Index 2 * i + j of latent, ready and free is tile i of the pair, half j."""
 
     q: gl.shared_memory_descriptor  # [64, 512]
-    q_tail: gl.shared_memory_descriptor  # [64, 64]
+    q_rope: gl.shared_memory_descriptor  # [64, 64]
     latent: gl.shared_memory_descriptor  # [4, 64, 256]
-    tail: gl.shared_memory_descriptor  # [2, 64, 64]: of a tile; once that is scored, its p
+    rope: gl.shared_memory_descriptor  # [2, 64, 64]: RoPE part of a tile; once that is scored, the tile's p
     bound: gl.shared_memory_descriptor  # [2, 64]: of a tile's scores, +inf if the key is valid, else -inf
-    mail: gl.shared_memory_descriptor  # [2, 64]: a number a head, from consumer i to the other
-    seen: gl.shared_memory_descriptor  # [64]: 1 where a lane met a valid index
+    mail: gl.shared_memory_descriptor  # [2, 64]: a number per head, from consumer i to the other
+    seen: gl.shared_memory_descriptor  # [64]: 1 where a lane has met a valid index
     ready: gl.shared_memory_descriptor  # [4] barriers: gathered
     free: gl.shared_memory_descriptor  # [4] barriers: may be overwritten
     mail_ready: gl.shared_memory_descriptor  # [2] barriers
@@ -151,9 +174,8 @@ class Shared:
 
 @gluon.jit(
     do_not_specialize=[
-        *("s_kv", "stride_indices_t", "topk", "stride_topk_length", "extra_s_kv", "stride_extra_indices_t"),
-        *("extra_topk", "stride_extra_topk_length", "stride_lse_t", "stride_lse_h", "h_q"),
-        *("units_kv_n", "units_extra_kv_n", "stride_max_t", "stride_max_h"),
+        *("s_kv", "stride_indices_t", "topk", "extra_s_kv", "stride_extra_indices_t", "extra_topk", "h_q"),
+        *("units_kv_n", "units_extra_kv_n", "stride_lse_t", "stride_lse_h", "stride_max_t", "stride_max_h"),
     ]
 )
 def _sparse_mla_hopper_kernel(
@@ -168,7 +190,6 @@ def _sparse_mla_hopper_kernel(
     stride_indices_n,
     topk,
     topk_length_ptr,  # [s_q] or None
-    stride_topk_length,
     extra_kv_ptr,  # [extra_s_kv, 576] or None
     units_extra_kv_n,
     extra_s_kv,
@@ -177,9 +198,7 @@ def _sparse_mla_hopper_kernel(
     stride_extra_indices_n,
     extra_topk,
     extra_topk_length_ptr,  # [s_q] or None
-    stride_extra_topk_length,
     attn_sink_ptr,  # [h_q] or None
-    stride_attn_sink,
     out_ptr,  # [s_q, h_q, 512]
     stride_out_t,
     stride_out_h,
@@ -193,19 +212,15 @@ def _sparse_mla_hopper_kernel(
     scale_log2,  # softmax_scale * log2(e), positive
 ):
     t, first_head = _query_and_head(h_q)
-    length = topk
-    if topk_length_ptr is not None:
-        length = gl.minimum(gl.load(topk_length_ptr + t * stride_topk_length), topk)
-    extra_length = extra_topk
-    if extra_topk_length_ptr is not None:
-        extra_length = gl.minimum(gl.load(extra_topk_length_ptr + t * stride_extra_topk_length), extra_topk)
+    length = _row_length(topk, topk_length_ptr, t)
+    extra_length = _row_length(extra_topk, extra_topk_length_ptr, t)
     pairs = _pairs(length) + _pairs(extra_length)
 
     sm = Shared(
         q=gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, D_V], SWIZZLED),
-        q_tail=gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, D_TAIL], SWIZZLED),
+        q_rope=gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, D_ROPE], SWIZZLED),
         latent=gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK_N, D_HALF], SWIZZLED),
-        tail=gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_N, D_TAIL], SWIZZLED),
+        rope=gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_N, D_ROPE], SWIZZLED),
         bound=gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], FLAT),
         mail=gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], FLAT),
         seen=gl.allocate_shared_memory(gl.int32, [BLOCK_N], FLAT),
@@ -216,7 +231,7 @@ def _sparse_mla_hopper_kernel(
         seen_ready=mbarrier.allocate_mbarrier(),
     )
     for i in gl.static_range(2):
-        # The copies of each of 128 threads arrive by themselves; with half i of tile i comes its bound.
+        # Copies of each of 128 threads arrive on their own; the bound of tile i arrives with half i.
         mbarrier.init(sm.ready.index(2 * i + i), count=128 + 1)
         mbarrier.init(sm.ready.index(2 * i + 1 - i), count=128)
         mbarrier.init(sm.free.index(2 * i), count=1)
@@ -227,26 +242,26 @@ def _sparse_mla_hopper_kernel(
 
     heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS))  # [64]
     offs_v = gl.arange(0, D_V, layout=gl.SliceLayout(0, ROWS))  # [512]
-    offs_tail = D_V + gl.arange(0, D_TAIL, layout=gl.SliceLayout(0, ROWS))  # [64]
+    offs_rope = D_V + gl.arange(0, D_ROPE, layout=gl.SliceLayout(0, ROWS))  # [64]
     q_rows = q_ptr + t * stride_q_t + heads[:, None] * stride_q_h  # [64, 1]
     async_copy.async_load(sm.q, q_rows + offs_v[None, :])
-    async_copy.async_load(sm.q_tail, q_rows + offs_tail[None, :])
+    async_copy.async_load(sm.q_rope, q_rows + offs_rope[None, :])
     async_copy.commit_group()
     async_copy.wait_group(0)
 
     indices_ptr += t * stride_indices_t
     if extra_kv_ptr is not None:
         extra_indices_ptr += t * stride_extra_indices_t
-    segment = (kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, length)
-    extra = (
-        extra_kv_ptr, units_extra_kv_n, extra_s_kv, extra_indices_ptr, stride_extra_indices_n, extra_length,
-    )  # fmt: skip
-    output = (
-        h_q, attn_sink_ptr, stride_attn_sink,
-        out_ptr, stride_out_t, stride_out_h, lse_ptr, stride_lse_t, stride_lse_h,
-        max_ptr, stride_max_t, stride_max_h,
-    )  # fmt: skip
-    # Registers a thread: the block starts with 3 x 168, and the first partition keeps 224 of them.
+    segment = Segment(kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, length)
+    extra = Segment(
+        *(extra_kv_ptr, units_extra_kv_n, extra_s_kv),
+        *(extra_indices_ptr, stride_extra_indices_n, extra_length),
+    )
+    output = Output(
+        *(h_q, attn_sink_ptr, out_ptr, stride_out_t, stride_out_h),
+        *(lse_ptr, stride_lse_t, stride_lse_h, max_ptr, stride_max_t, stride_max_h),
+    )
+    # Registers per thread: the block starts with 3 x 168, and the first partition keeps 224 of them.
     gl.warp_specialize(
         [
             (_consume, (sm, pairs, scale_log2, output, 0)),
@@ -267,17 +282,26 @@ def _query_and_head(h_q):
 
 
 @gluon.jit
+def _row_length(topk, topk_length_ptr, t):
+    """How many of the ``topk`` indices of query t count; nothing does if it is negative."""
+    length = topk
+    if topk_length_ptr is not None:
+        length = gl.minimum(gl.load(topk_length_ptr + t), topk)
+    return length
+
+
+@gluon.jit
 def _pairs(length):
     return (gl.maximum(length, 0) + 2 * BLOCK_N - 1) // (2 * BLOCK_N)
 
 
 @gluon.jit
 def _gather(sm, segment, extra):
-    """Copy the selected rows of both segments, a pair of tiles after the other."""
+    """Copy the selected rows of both segments, pair by pair of tiles."""
     phase = 1  # of `free`: at first a wait for it passes
     seen = gl.full([BLOCK_N], 0, gl.int32, layout=gl.SliceLayout(1, ROWS))
     phase, seen = _gather_segment(sm, segment, phase, seen)
-    if extra[0] is not None:
+    if extra.kv_ptr is not None:
         phase, seen = _gather_segment(sm, extra, phase, seen)
     sm.seen.store(seen)
     mbarrier.arrive(sm.seen_ready, count=1)
@@ -285,12 +309,11 @@ def _gather(sm, segment, extra):
 
 @gluon.jit
 def _gather_segment(sm, segment, phase, seen):
-    _, _, _, _, _, length = segment
-    for start in range(0, length, 2 * BLOCK_N):
+    for start in range(0, segment.length, 2 * BLOCK_N):
         rows_0, valid_0 = _rows(segment, start)
         rows_1, valid_1 = _rows(segment, start + BLOCK_N)
         seen |= (valid_0 | valid_1).to(gl.int32)
-        # In the order in which the consumers let go of them.
+        # In the order in which the consumers release them.
         _copy(sm, rows_0, valid_0, phase, 0, 0)
         _copy(sm, rows_1, valid_1, phase, 1, 1)
         _copy(sm, rows_0, valid_0, phase, 0, 1)
@@ -302,18 +325,20 @@ def _gather_segment(sm, segment, phase, seen):
 @gluon.jit
 def _rows(segment, start):
     """Where 64 selected rows begin, and which of them are valid."""
-    kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, length = segment
     offs_n = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))  # [64]
-    index = gl.load(indices_ptr + offs_n.to(gl.int64) * stride_indices_n, mask=offs_n < length, other=-1)
-    index = index.to(gl.uint32)  # so that a negative index is too large
-    return kv_ptr + (index * units_kv_n).to(gl.int64) * UNIT, index < s_kv
+    index = gl.load(
+        segment.indices_ptr + offs_n.to(gl.int64) * segment.stride_indices_n,
+        mask=offs_n < segment.length,
+        other=-1,
+    ).to(gl.uint32)  # so that a negative index is too large
+    return segment.kv_ptr + (index * segment.units_kv_n).to(gl.int64) * UNIT, index < segment.s_kv
 
 
 @gluon.jit
 def _copy(sm, rows, valid, phase, TILE: gl.constexpr, HALF: gl.constexpr):
-    """Start copying half a tile. Rows that are not selected are not read: zeros take their place."""
+    """Start to copy half of a tile. Rows that are not selected are not read; their place gets zeros."""
     offs_half = HALF * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, ROWS))  # [256]
-    offs_tail = D_V + gl.arange(0, D_TAIL, layout=gl.SliceLayout(0, ROWS))  # [64]
+    offs_rope = D_V + gl.arange(0, D_ROPE, layout=gl.SliceLayout(0, ROWS))  # [64]
     place: gl.constexpr = 2 * TILE + HALF
     mbarrier.wait(sm.free.index(place), phase)
     async_copy.async_load(sm.latent.index(place), rows[:, None] + offs_half[None, :], mask=valid[:, None])
@@ -321,7 +346,7 @@ def _copy(sm, rows, valid, phase, TILE: gl.constexpr, HALF: gl.constexpr):
         sm.bound.index(TILE).store(gl.where(valid, float("inf"), float("-inf")))
         mbarrier.arrive(sm.ready.index(place), count=1)
     else:
-        async_copy.async_load(sm.tail.index(TILE), rows[:, None] + offs_tail[None, :], mask=valid[:, None])
+        async_copy.async_load(sm.rope.index(TILE), rows[:, None] + offs_rope[None, :], mask=valid[:, None])
     async_copy.mbarrier_arrive(sm.ready.index(place), increment_count=False)
 
 
@@ -346,13 +371,13 @@ def _consume(sm, pairs, scale_log2, output, OWN: gl.constexpr):
         p = p.to(gl.bfloat16)
         own_half = sm.latent.index(2 * OWN + OWN)
         acc = warpgroup_mma(gl.convert_layout(p, PROBABILITY), own_half, acc, is_async=True)
-        sm.tail.index(OWN).store(p)
+        sm.rope.index(OWN).store(p)
         fence_async_shared()
         mbarrier.arrive(sm.p_ready.index(OWN), count=1)
 
-        # The other consumer has waited for its tile, both halves of it, and for them fenced.
+        # The other consumer has waited for both halves of its tile, and fenced for them.
         mbarrier.wait(sm.p_ready.index(OTHER), phase)
-        acc = warpgroup_mma(sm.tail.index(OTHER), sm.latent.index(2 * OTHER + OWN), acc, is_async=True)
+        acc = warpgroup_mma(sm.rope.index(OTHER), sm.latent.index(2 * OTHER + OWN), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(sm.free.index(2 * OWN + OWN), count=1)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -375,14 +400,14 @@ def _scores(sm, phase, OWN: gl.constexpr):
     mbarrier.wait(sm.ready.index(2 * OWN + OTHER), phase)
     fence_async_shared()
     score = warpgroup_mma(sm.q.slice(OTHER * D_HALF, D_HALF, 1), other_half, score, is_async=True)
-    score = warpgroup_mma(sm.q_tail, sm.tail.index(OWN).permute([1, 0]), score, is_async=True)
+    score = warpgroup_mma(sm.q_rope, sm.rope.index(OWN).permute([1, 0]), score, is_async=True)
     score = warpgroup_mma_wait(0, deps=[score])
     return gl.minimum(score, sm.bound.index(OWN).load(gl.SliceLayout(0, SCORE))[None, :])
 
 
 @gluon.jit
 def _exchange(sm, value, phase, OWN: gl.constexpr):
-    """Give a number a head to the other consumer for its own."""
+    """Swap a number per head with the other consumer."""
     sm.mail.index(OWN).store(value)
     mbarrier.arrive(sm.mail_ready.index(OWN), count=1)
     mbarrier.wait(sm.mail_ready.index(1 - OWN), phase)
@@ -392,27 +417,23 @@ def _exchange(sm, value, phase, OWN: gl.constexpr):
 @gluon.jit
 def _store(sm, acc, row_max, row_sum, output, OWN: gl.constexpr):
     """Divide by the denominator; write half OWN of out, and consumer 0 lse and max_logits."""
-    (
-        h_q, attn_sink_ptr, stride_attn_sink,
-        out_ptr, stride_out_t, stride_out_h, lse_ptr, stride_lse_t, stride_lse_h,
-        max_ptr, stride_max_t, stride_max_h,
-    ) = output  # fmt: skip
-    t, first_head = _query_and_head(h_q)
+    t, first_head = _query_and_head(output.h_q)
     heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, SCORE))
     if OWN == 0:
         lse = (row_max + gl.log2(row_sum)) * LN_2  # [64]; log2(0) = -inf is the empty row
-        gl.store(lse_ptr + t * stride_lse_t + heads * stride_lse_h, lse)
+        gl.store(output.lse_ptr + t * output.stride_lse_t + heads * output.stride_lse_h, lse)
         highest = gl.where(row_sum == 0.0, float("-inf"), row_max * LN_2)  # [64]
-        gl.store(max_ptr + t * stride_max_t + heads * stride_max_h, highest)
-    if attn_sink_ptr is not None:
-        sink = gl.load(attn_sink_ptr + heads * stride_attn_sink)  # [64]
+        gl.store(output.max_ptr + t * output.stride_max_t + heads * output.stride_max_h, highest)
+    if output.attn_sink_ptr is not None:
+        sink = gl.load(output.attn_sink_ptr + heads)  # [64]
         row_sum += gl.exp2(sink * LOG2_E - row_max)
     mbarrier.wait(sm.seen_ready, 0)
     empty = gl.max(sm.seen.load(gl.SliceLayout(0, VALUE)), 0) == 0
     inverse = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, VALUE))  # [64]
     out = gl.where(empty, 0.0, acc * inverse[:, None])  # [64, 256]
-    tile = sm.latent.index(2 * OWN + OWN)  # no longer in use; from whole rows the stores are wide
+    tile = sm.latent.index(2 * OWN + OWN)  # no longer in use; whole rows make the stores wide
     tile.store(out.to(gl.bfloat16))
     heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS))
     offs_v = OWN * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, ROWS))
-    gl.store(out_ptr + t * stride_out_t + heads[:, None] * stride_out_h + offs_v[None, :], tile.load(ROWS))
+    rows = output.out_ptr + t * output.stride_out_t + heads[:, None] * output.stride_out_h
+    gl.store(rows + offs_v[None, :], tile.load(ROWS))

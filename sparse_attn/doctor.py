@@ -4,7 +4,6 @@
 """
 
 import functools
-import importlib
 import importlib.util
 import os
 import platform
@@ -94,25 +93,21 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
 
 
 def configurations(architecture: int) -> dict[str, dict[str, Any]]:
-    """Op -> name of a table in its kernel's file -> what that table gives ``architecture`` (90 is sm_90)."""
-    found = {}
+    """Op -> name of a table of kernels/configs.py -> what it gives ``architecture`` (90 is sm_90)."""
+    from .kernels import configs  # needs Triton
+
+    found: dict[str, dict[str, Any]] = {}
     for name in ops.RECORDS:
-        if name in OPT_IN or importlib.util.find_spec(f"sparse_attn.kernels.{name}") is None:
+        if name in OPT_IN or name in ops.COMPOSED:
             continue
-        module = importlib.import_module(f"sparse_attn.kernels.{name}")
-        tables = {key: table for key, table in vars(module).items() if key.startswith("CONFIGS")}
-        entries = {key: _entry(table, architecture) for key, table in tables.items()}
-        found[name] = {key: entry for key, entry in entries.items() if entry is not None}
+        tables = configs.TABLES.get(name, {})
+        entries = {key: configs.nearest(table, architecture) for key, table in tables.items()}
+        found[name] = {key: _entry(entry) for key, entry in entries.items() if entry is not None}
     return found
 
 
-def _entry(table: dict[int, Any], architecture: int) -> Any:
-    """Of the nearest older architecture, as the launchers choose; None where there is none."""
-    older = [a for a in table if a <= architecture]
-    if not older:
-        return None
-    entry = table[max(older)]
-    if isinstance(entry, dict):  # by heads a program
+def _entry(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, dict):  # by heads per program
         return {str(heads): config._asdict() for heads, config in entry.items()}
     return entry._asdict()
 

@@ -89,12 +89,12 @@ def test_what_is_wrong_with_the_machine_is_said(monkeypatch):
 
 def test_kernel_configurations_are_those_that_are_launched(capsys):
     pytest.importorskip("triton")
-    from sparse_attn.kernels import configs, sparse_mla
+    from sparse_attn.kernels import configs
 
     for architecture in (80, 89, 90, 100, 120):
         table = doctor.configurations(architecture)["sparse_mla"]["CONFIGS"]
         with mock.patch.object(configs, "architecture", lambda device, arch=architecture: arch):
-            launched = configs.for_device(sparse_mla.CONFIGS, torch.device("cuda"))
+            launched = configs.for_device(configs.SPARSE_MLA, torch.device("cuda"))
         assert table == {str(heads): config._asdict() for heads, config in launched.items()}
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--arch", "90"])

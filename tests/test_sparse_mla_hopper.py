@@ -358,7 +358,7 @@ def test_threads_of_a_partition_meet_before_they_arrive(compiled):
     work = re.compile(r"(ld|st)\.shared|stmatrix|wgmma\.|cp\.async|try_wait")
     for part in before:
         assert "bar.sync" in part and not work.search(part.rpartition("bar.sync")[2])
-    # p takes the place of the tail that every warp's wgmma has read.
+    # p takes the place of the RoPE part that every warp's wgmma has read.
     for part in code.split("wgmma.wait_group")[1:]:
         if "stmatrix" in part:
             assert "bar.sync" in part.partition("stmatrix")[0]

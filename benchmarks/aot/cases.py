@@ -192,7 +192,7 @@ def _attention(h: int, n: int, d_qk: int, d_v: int, keys_on_m: bool = False) -> 
 PRODUCTS: dict[str, Any] = {
     "_index_logits_kernel": lambda c: [Product(c["BLOCK_N"], c["QUERIES"] * c["BLOCK_H"], c["BLOCK_D"])],
     "_sparse_mla_kernel": lambda c: _attention(
-        *(c["BLOCK_H"], c["BLOCK_N"], c["BLOCK_V"] + (c["BLOCK_TAIL"] if c["D_TAIL"] else 0), c["BLOCK_V"]),
+        *(c["BLOCK_H"], c["BLOCK_N"], c["BLOCK_V"] + (c["BLOCK_ROPE"] if c["D_ROPE"] else 0), c["BLOCK_V"]),
         c["KEYS_ON_M"],
     ),
     # Two tiles of 64 keys, by two consumers.

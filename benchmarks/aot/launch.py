@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from sparse_attn.kernels import configs
 from triton.backends.compiler import GPUTarget
@@ -67,6 +68,7 @@ def compile_launches(op: str, arch: int, a: Any) -> list[Launch]:
 def _pretend(arch: int) -> Iterator[None]:
     with (
         mock.patch.object(configs, "architecture", lambda device: arch),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10)),
         mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
     ):
         yield

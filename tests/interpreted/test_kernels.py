@@ -140,15 +140,15 @@ E4M3 = torch.arange(256, dtype=torch.uint8)
 FINITE = E4M3[(E4M3 & 0x7F) != 0x7F]
 
 
-def packed_cache(size, codes, scales, halves):
+def packed_cache(size, codes, scales, ropes):
     """Pages of ``size`` bytes a token from the parts of its tokens; 0xFF, a NaN, wherever they leave room."""
     slots = len(codes)
     pages, page_bytes = -(-slots // PAGE_SIZE), 64 + (584 if size == 584 else 656) * PAGE_SIZE
     cache = torch.full((pages * page_bytes,), 0xFF, dtype=torch.uint8)
     cache = cache.as_strided((pages, PAGE_SIZE, size), (page_bytes, size, 1))
     slot = torch.arange(slots)
-    values, scale, half = formats.views(cache)
-    for part, source in ((values, codes.view(torch.float8_e4m3fn)), (scale, scales), (half, halves)):
+    values, scale, rope = formats.views(cache)
+    for part, source in ((values, codes.view(torch.float8_e4m3fn)), (scale, scales), (rope, ropes)):
         part[slot // PAGE_SIZE, slot % PAGE_SIZE] = source
     return cache
 
@@ -168,12 +168,12 @@ def quantised_parts(size, slots):
 def quantised_segment(size, s_q, topk, slots=21):
     """A cache with NaN in every part of the slots that nobody selected, and indices."""
     indices = selection_indices(s_q, slots, topk, seed=topk)
-    codes, scales, halves = quantised_parts(size, slots)
+    codes, scales, ropes = quantised_parts(size, slots)
     unused = torch.ones(slots, dtype=torch.bool)
     unused[indices[(indices >= 0) & (indices < slots)].long()] = False
-    codes[unused], halves[unused] = 0xFF, NAN
+    codes[unused], ropes[unused] = 0xFF, NAN
     scales[unused] = NAN if size == 656 else 255
-    cache = packed_cache(size, codes, scales, halves)
+    cache = packed_cache(size, codes, scales, ropes)
     return cache, torch.where(indices >= slots, cache.shape[0] * PAGE_SIZE, indices)
 
 
@@ -228,27 +228,27 @@ def test_every_code_and_scale(architecture, size, dtype):
 
 
 @pytest.mark.parametrize("size", [656, 584])
-@pytest.mark.parametrize("where", ["value", "scale", "half"])
+@pytest.mark.parametrize("where", ["value", "scale", "rope"])
 def test_nan_in_a_selected_token_shows(architecture, size, where):
-    codes, scales, halves = quantised_parts(size, 3)
+    codes, scales, ropes = quantised_parts(size, 3)
     if where == "value":
         codes[1, 40] = 0xFF
     elif where == "scale":
         scales[1, 2] = NAN if size == 656 else 255
     else:
-        halves[1, 40] = NAN
+        ropes[1, 40] = NAN
     q = torch.randn(3, 2, 576 if size == 656 else 512).bfloat16()
     out, lse = torch.zeros(3, 2, 512).bfloat16(), torch.zeros(3, 2)
     indices = torch.tensor([[0, 2], [0, 1], [2, 2]], dtype=torch.int32)
-    cache = packed_cache(size, codes, scales, halves)
+    cache = packed_cache(size, codes, scales, ropes)
     sparse_mla(SparseMLAOp(q, cache, indices, 512, 0.1, out, lse, torch.empty_like(lse)))
     assert lse.isnan().any(1).tolist() == [False, True, False]
     assert not out[::2].isnan().any()
 
 
 def test_tokens_of_656_bytes_may_lie_in_any_pages():
-    codes, scales, halves = quantised_parts(656, 16)
-    gapped = packed_cache(656, codes, scales, halves)
+    codes, scales, ropes = quantised_parts(656, 16)
+    gapped = packed_cache(656, codes, scales, ropes)
     inputs = {"q": torch.randn(3, 5, 576).bfloat16(), "indices": selection_indices(3, 16, 40)}
     out, lse = run_quantised({**inputs, "kv": gapped})
     for kv in (gapped.contiguous(), gapped.reshape(16, 1, 656)):
