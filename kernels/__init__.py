@@ -1,4 +1,4 @@
-"""GPU kernels in Triton, one file an operation. Installed as ``sparse_attn.kernels``."""
+"""GPU kernels in Triton, one file per operation. Installed as ``sparse_attn.kernels``."""
 
 if __name__ != "sparse_attn.kernels":
     raise ImportError(

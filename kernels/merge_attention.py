@@ -98,20 +98,22 @@ def _merge_attention_kernel(
     offs_h = (tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
     head_ok = offs_h < h
     offs_v = tl.arange(0, BLOCK_V).to(tl.int64)  # [BLOCK_V]
-    rows = t * h + offs_h  # [BLOCK_H]: of the first part
-    step = tl.cast(s_q, tl.int64) * h  # from part to part
+    lse_rows = lses_ptr + t * h + offs_h  # [BLOCK_H]: of the first part, as the next two
+    out_rows = outs_ptr + t * h * D_V + offs_h[:, None] * D_V + offs_v[None, :]  # [BLOCK_H, BLOCK_V]
+    max_rows = None
+    if maxima_ptr is not None:
+        max_rows = maxima_ptr + t * h + offs_h  # [BLOCK_H]
+    step = tl.cast(s_q, tl.int64) * h  # rows from part to part
 
     acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_H], LOWEST, tl.float32)  # finite, as all that follow: never inf - inf
     total = tl.zeros([BLOCK_H], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     for i in tl.range(n, num_stages=4):  # so that the parts are prefetched
-        part_rows = tl.cast(i, tl.int64) * step + rows  # [BLOCK_H]
-        part_lse = tl.load(lses_ptr + part_rows, mask=head_ok, other=float("-inf"))
+        skipped = tl.cast(i, tl.int64) * step
+        part_lse = tl.load(lse_rows + skipped, mask=head_ok, other=float("-inf"))
         part = tl.load(
-            outs_ptr + part_rows[:, None] * D_V + offs_v[None, :],
-            mask=head_ok[:, None] & (offs_v < D_V)[None, :],
-            other=0.0,
+            out_rows + skipped * D_V, mask=head_ok[:, None] & (offs_v < D_V)[None, :], other=0.0
         )  # [BLOCK_H, BLOCK_V]
         part = tl.where((part_lse == float("-inf"))[:, None], 0.0, part.to(tl.float32))
         new_top = tl.minimum(tl.maximum(top, part_lse), -LOWEST)  # [BLOCK_H]
@@ -119,8 +121,8 @@ def _merge_attention_kernel(
         total = total * alpha + weight
         acc = acc * alpha[:, None] + weight[:, None] * part
         top = new_top
-        if maxima_ptr is not None:
-            part_max = tl.load(maxima_ptr + part_rows, mask=head_ok, other=float("-inf"))
+        if max_rows is not None:
+            part_max = tl.load(max_rows + skipped, mask=head_ok, other=float("-inf"))
             highest = tl.maximum(highest, part_max)  # [BLOCK_H]
 
     denominator = total

@@ -2,8 +2,8 @@
 
     out[t, i] = block_table[row, position // page_size] * page_size + position % page_size
 
-with position = indices[t, i] and row = t // (s_q / n); -1 where the position is negative or beyond the table,
-or the table holds a negative page or one whose slots int32 cannot number.
+with position = indices[t, i] and row = t // (s_q / n). -1 where the position is negative or beyond the table,
+and where the table holds a negative page or a page whose slots do not fit int32.
 """
 
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ def refuses(a: "PhysicalSlotsOp") -> None:
 
 
 def physical_slots(a: "PhysicalSlotsOp") -> None:
-    """Fill out [s_q, topk] from indices [s_q, topk] and block_table [n, max_pages]."""
+    """Fill out."""
     indices, block_table, page_size, out = a
     s_q, topk = indices.shape
     if out.numel() == 0:

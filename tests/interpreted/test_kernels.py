@@ -141,7 +141,7 @@ FINITE = E4M3[(E4M3 & 0x7F) != 0x7F]
 
 
 def packed_cache(size, codes, scales, ropes):
-    """Pages of ``size`` bytes a token from the parts of its tokens; 0xFF, a NaN, wherever they leave room."""
+    """Pages of ``size`` bytes per token from the parts of its tokens; 0xFF, a NaN, wherever they leave room."""
     slots = len(codes)
     pages, page_bytes = -(-slots // PAGE_SIZE), 64 + (584 if size == 584 else 656) * PAGE_SIZE
     cache = torch.full((pages * page_bytes,), 0xFF, dtype=torch.uint8)
@@ -210,7 +210,7 @@ def test_segments_of_two_formats():
 @pytest.mark.parametrize("size", [656, 584])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_code_and_scale(architecture, size, dtype):
-    """One selected token a query: out is that token's value, bit for bit."""
+    """One selected token per query: out is that token's value, bit for bit."""
     codes = FINITE.roll(7).repeat(3)[: 512 if size == 656 else 448].expand(12, -1)
     if size == 656:
         scales = torch.tensor([2.0**-12, 1.0, 0.37, 1e-4 / 448, 3e5, 2.0**100, 1e-38, 0.0])
@@ -286,7 +286,7 @@ def test_quantised_index_configurations(architecture, forms, heads, page_size):
     run_index(inputs, table)
 
 
-# Several programs a query: their number comes from shapes and the device alone.
+# Several programs per query: their number comes from shapes and the device alone.
 
 
 def test_number_of_splits():
