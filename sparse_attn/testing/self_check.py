@@ -6,6 +6,7 @@ them on the machine it is called on; whoever ports a kernel runs them on theirs.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from . import assert_close, assert_logits_close, gqa_inputs, index_inputs, mla_i
 Check = Callable[[str, torch.device], None]
 
 
-def _on(device: torch.device, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _on(device: torch.device, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return {name: x.to(device) for name, x in inputs.items()}
 
 
