@@ -96,7 +96,10 @@ class DSACache:
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         if dtype == torch.float8_e4m3fn:
-            _check_fp8(config)
+            found = {name: getattr(config, name) for name in FP8_SIZES}
+            if found != FP8_SIZES:
+                expected, got = (named(" ".join(sizes), sizes) for sizes in (FP8_SIZES, found))
+                raise ValueError(f"dtype: float8_e4m3fn expects a config with {expected}, got {got}")
             rows, dtype = {"kv": (V32_KV.bytes,), "index_k": (FP8_INDEX_K.bytes,)}, torch.uint8
         elif config.is_mla:
             latent = (config.kv_lora_rank + config.qk_rope_head_dim,)
@@ -188,13 +191,6 @@ class DSACache:
     def reset(self) -> None:
         """Forget all tokens."""
         self._lengths = [0] * self.batch_size
-
-
-def _check_fp8(config: DSAConfig) -> None:
-    found = {name: getattr(config, name) for name in FP8_SIZES}
-    if found != FP8_SIZES:
-        expected, got = (named(" ".join(sizes), sizes) for sizes in (FP8_SIZES, found))
-        raise ValueError(f"dtype: float8_e4m3fn expects a config with {expected}, got {got}")
 
 
 HUGE_PAGE = 2 << 20

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Hugging Face's names of a layer's modules, and DeepSeek's names, which the layers here carry.
+# DeepSeek's names of a layer's modules, which the layers here carry, and Hugging Face's.
 NAMES = {
-    "q_a_proj": "wq_a",
-    "q_a_layernorm": "q_norm",
-    "q_b_proj": "wq_b",
-    "kv_a_proj_with_mqa": "wkv_a",
-    "kv_a_layernorm": "kv_norm",
-    "kv_b_proj": "wkv_b",
-    "o_proj": "wo",
+    "wq_a": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "wq_b": "q_b_proj",
+    "wkv_a": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "wkv_b": "kv_b_proj",
+    "wo": "o_proj",
     **{f"indexer.{name}": f"indexer.{name}" for name in ("wq_b", "wk", "k_norm", "weights_proj")},
 }
 FP32 = ("indexer.weights_proj.weight", "indexer.k_norm.weight", "indexer.k_norm.bias")  # kept so if stored so
@@ -36,13 +36,13 @@ class Safetensors(Mapping[str, Tensor]):
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         index = path / "model.safetensors.index.json"
-        if path.is_file():
-            self._files = dict.fromkeys(_names(path), path)
-        elif index.exists():
+        single = path if path.is_file() else path / "model.safetensors"
+        if index.exists():
             files = json.loads(index.read_text())["weight_map"]
             self._files = {name: path / file for name, file in files.items()}
-        elif (path / "model.safetensors").exists():
-            self._files = dict.fromkeys(_names(path / "model.safetensors"), path / "model.safetensors")
+        elif single.exists():
+            with _open(single) as file:
+                self._files = dict.fromkeys(file.keys(), single)
         else:
             raise FileNotFoundError(
                 f"path: expected a .safetensors file, or a folder with model.safetensors or {index.name}, "
@@ -64,11 +64,6 @@ def _open(file: Path):
     from safetensors import safe_open
 
     return safe_open(file, framework="pt")
-
-
-def _names(file: Path) -> list[str]:
-    with _open(file) as opened:
-        return list(opened.keys())
 
 
 def from_hf(
@@ -94,7 +89,7 @@ def from_hf(
     """
     prefix = _prefix(state_dict, layer)
     stored = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
-    theirs = {_rename(name, {ours: hf for hf, ours in NAMES.items()}): name for name in shapes}
+    theirs = {_hf_name(name): name for name in shapes}
     missing = [name for name in theirs if name not in stored]
     wrong = [f"missing {prefix}{name}" for name in missing]
     if missing and all(name.startswith("indexer.") for name in missing):
@@ -123,13 +118,12 @@ def from_hf(
 
 def to_hf(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
     """One attention layer's weights under the names ``model.layers.{layer}.self_attn.*``: the way back."""
-    ours = {name: hf for hf, name in NAMES.items()}
-    return {f"model.layers.{layer}.self_attn.{_rename(name, ours)}": w for name, w in weights.items()}
+    return {f"model.layers.{layer}.self_attn.{_hf_name(name)}": w for name, w in weights.items()}
 
 
-def _rename(name: str, names: Mapping[str, str]) -> str:
+def _hf_name(name: str) -> str:
     module, _, parameter = name.rpartition(".")
-    return f"{names[module]}.{parameter}"
+    return f"{NAMES[module]}.{parameter}"
 
 
 def _prefix(state_dict: Mapping[str, Tensor], layer: int) -> str:

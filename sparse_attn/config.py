@@ -12,11 +12,16 @@ INDEXER_ROPE = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}
 ABSENT: Any = None
 
 
-def _indexer_rope(config: Mapping[str, Any]) -> str | None:
-    interleave = config.get("indexer_rope_interleave")
-    if interleave is None:
-        return INDEXER_ROPE.get(config.get("model_type", ""))
-    return "interleaved" if interleave else "half"
+def _known(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config`` gives for the fields of a dataclass."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in config.items() if name in names and value is not None}
+
+
+def _missing(cls: Any, values: Mapping[str, Any]) -> str:
+    """The fields without a default that ``values`` lacks."""
+    required = (field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING)
+    return ", ".join(name for name in required if name not in values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +59,9 @@ class YaRN:
             return None
         if kind != "yarn":
             raise ValueError(f"rope_scaling: expected type 'yarn' or 'default', got {kind!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in scaling.items() if name in known and value is not None}
-        missing = {"factor", "original_max_position_embeddings"} - values.keys()
-        if missing:
-            raise ValueError(
-                f"rope_scaling: expected {', '.join(sorted(missing))} for YaRN, got {dict(scaling)}"
-            )
+        values = _known(cls, scaling)
+        if missing := _missing(cls, values):
+            raise ValueError(f"rope_scaling: expected {missing} for YaRN, got {dict(scaling)}")
         return cls(**values)
 
 
@@ -118,34 +119,29 @@ class DSAConfig:
                 raise ValueError(f"{name}: expected a size for {kind}, got None")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, int | None) and value is not None:
-                self._check_size(field.name, value)
+            if field.type not in (int, int | None) or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{field.name}: expected an int, got {value!r}")
+            if value < (0 if field.name == "qk_nope_head_dim" else 1):
+                raise ValueError(f"{field.name}: expected a positive size, got {value}")
         self._check_divisions()
 
-    @staticmethod
-    def _check_size(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if value < (0 if name == "qk_nope_head_dim" else 1):
-            raise ValueError(f"{name}: expected a positive size, got {value}")
-
     def _check_divisions(self) -> None:
-        if not self.is_mla and self.num_attention_heads % self.num_key_value_heads:
+        heads, kv_heads, d = self.num_attention_heads, self.num_key_value_heads, self.index_head_dim
+        if not self.is_mla and heads % kv_heads:
             raise ValueError(
-                "num_attention_heads: expected a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}, got {self.num_attention_heads}"
+                f"num_attention_heads: expected a multiple of num_key_value_heads={kv_heads}, got {heads}"
             )
         if self.rope_dim % 2:
             raise ValueError(f"qk_rope_head_dim: expected an even size, got {self.rope_dim}")
-        if self.index_rope_dim % 2 or self.index_rope_dim > self.index_head_dim:
+        if self.index_rope_dim % 2 or self.index_rope_dim > d:
             raise ValueError(
-                "index_rope_head_dim: expected an even size of at most "
-                f"index_head_dim={self.index_head_dim}, got {self.index_rope_dim}"
+                f"index_rope_head_dim: expected an even size of at most index_head_dim={d}, "
+                f"got {self.index_rope_dim}"
             )
-        if self.indexer_fp8 and self.index_head_dim & (self.index_head_dim - 1):
-            raise ValueError(
-                f"index_head_dim: expected a power of two with indexer_fp8, got {self.index_head_dim}"
-            )
+        if self.indexer_fp8 and d & (d - 1):
+            raise ValueError(f"index_head_dim: expected a power of two with indexer_fp8, got {d}")
 
     @property
     def is_mla(self) -> bool:
@@ -180,30 +176,31 @@ class DSAConfig:
         Raises:
             ValueError: a required field is missing (all of them are named) or has a wrong value.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in config.items() if name in known and value is not None}
+        values = _known(cls, config)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         values["rope_scaling"] = YaRN.from_dict(rope)
-        values.setdefault("indexer_rope", _indexer_rope(config))
+        interleave = config.get("indexer_rope_interleave")
+        if interleave is None:
+            values.setdefault("indexer_rope", INDEXER_ROPE.get(config.get("model_type", "")))
+        else:
+            values.setdefault("indexer_rope", "interleaved" if interleave else "half")
         if "kv_lora_rank" not in values and "num_attention_heads" in values and "hidden_size" in values:
             values.setdefault("num_key_value_heads", values["num_attention_heads"])
             values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values.update(overrides)
         values = {name: value for name, value in values.items() if value is not None}
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in values]
-        if missing:
+        if missing := _missing(cls, values):
             raise ValueError(
-                f"config: missing {', '.join(missing)} (model_type {config.get('model_type')!r}); "
+                f"config: missing {missing} (model_type {config.get('model_type')!r}); "
                 "pass them as keyword arguments"
             )
         return cls(**values)
 
     @classmethod
     def deepseek_v32(cls, **overrides: Any) -> "DSAConfig":
-        """DeepSeek-V3.2, from its published config.json."""
+        """DeepSeek-V3.2, from its published config.json; the defaults of the fields are its values too."""
         values = {
             "hidden_size": 7168,
             "num_attention_heads": 128,
@@ -216,17 +213,7 @@ class DSAConfig:
             "index_head_dim": 128,
             "index_topk": 2048,
             "indexer_rope": "half",
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "rope_scaling": YaRN(
-                factor=40.0,
-                original_max_position_embeddings=4096,
-                beta_fast=32.0,
-                beta_slow=1.0,
-                mscale=1.0,
-                mscale_all_dim=1.0,
-            ),
-            "max_position_embeddings": 163840,
+            "rope_scaling": YaRN(factor=40.0, original_max_position_embeddings=4096, mscale_all_dim=1.0),
         }
         return cls(**{**values, **overrides})
 

@@ -10,6 +10,7 @@ import torch
 from sparse_attn import cli, doctor, ops
 from sparse_attn.ops import attention, index, writers
 from sparse_attn.ops.backends import native
+from sparse_attn.testing import self_check
 
 
 def test_every_op_is_listed_and_right(capsys):
@@ -32,7 +33,7 @@ def test_json(capsys):
     assert found["ops"]["sparse_mla"]["cpu"]["right"] is True
 
 
-@pytest.mark.parametrize("name", sorted(doctor.CHECKS))
+@pytest.mark.parametrize("name", sorted(self_check.CHECKS))
 def test_a_wrong_op_is_reported(name, monkeypatch, capsys):
     def wrong(called, a, backend):
         ops.call(called, a, backend)
@@ -59,6 +60,22 @@ def test_a_missing_library_is_a_problem_and_torch_is_named(monkeypatch, tmp_path
     op = found["ops"]["sparse_mla"]["cpu"]
     assert (op["runs_on"], op["right"]) == ("torch", True) and "C++ kernels are not in use" in op["why"]
     assert any("was not built" in problem and "C++17 compiler" in problem for problem in found["problems"])
+
+
+def test_a_library_of_other_sources_is_a_problem_in_one_line(monkeypatch, capsys):
+    if not native.available():
+        pytest.skip("the library was not built")
+    monkeypatch.setitem(native._STRUCTURES, "Segment", native._SelectArgs)
+    native._library.cache_clear()
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["doctor"])
+    finally:
+        native._library.cache_clear()
+    said = str(end.value.code)  # which Python prints before it exits with 1
+    assert said.startswith("Problem: sparse_attn: _native.so was built from other sources (Segment: ")
+    assert "Install a C++17 compiler" in said and "\n" not in said
+    assert capsys.readouterr().out == ""
 
 
 def test_an_op_that_raises_does_not_run(monkeypatch):

@@ -8,7 +8,6 @@ Source of the signatures: FlashMLA at commit 9241ae3.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,20 +64,6 @@ def flash_mla_sparse_fwd(
     return out, max_logits, _empty_lse_to_inf(lse)
 
 
-class _Config(NamedTuple):
-    """What has to stay the same from call to call on one metadata object."""
-
-    batch: int
-    s_q: int
-    h_q: int
-    page_size: int
-    topk: int | None
-    extra_page_size: int | None
-    extra_topk: int | None
-    causal: bool
-    is_fp8_kvcache: bool
-
-
 @dataclass
 class FlashMLASchedMeta:
     """Belongs to calls of :func:`flash_mla_with_kvcache` of one configuration; others are refused.
@@ -86,7 +71,7 @@ class FlashMLASchedMeta:
     FlashMLA keeps a plan of its launches here, which depends on lengths; this library needs none.
     """
 
-    config: _Config | None = None
+    config: dict[str, int | None] | None = None
 
 
 def get_mla_metadata(*args, **kwargs) -> tuple[FlashMLASchedMeta, None]:
@@ -152,10 +137,17 @@ def flash_mla_with_kvcache(
         raise ValueError(f"num_splits: expected None, got {type(num_splits).__name__}")
     selected = _indices("indices", indices, dims, q)
     extra_selected = _indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q)
-    config = _Config(
-        *(batch, s_q, h_q, k_cache.shape[1], _size(selected), _size(extra_k_cache), _size(extra_selected)),
-        *(bool(causal), bool(is_fp8_kvcache)),
-    )
+    config = {  # what has to stay the same from call to call on one metadata object
+        "batch": batch,
+        "s_q": s_q,
+        "h_q": h_q,
+        "page_size": k_cache.shape[1],
+        "topk": _size(selected),
+        "extra_page_size": _size(extra_k_cache),
+        "extra_topk": _size(extra_selected),
+        "causal": bool(causal),
+        "is_fp8_kvcache": bool(is_fp8_kvcache),
+    }
     _check_metadata(tile_scheduler_metadata, config)
 
     if selected is None:
@@ -247,7 +239,7 @@ def _lengths(name: str, lengths: Tensor | None, dims: dict[str, int], q: Tensor)
     return lengths.repeat_interleave(dims["s_q"]) if dims["s_q"] != 1 else lengths
 
 
-def _check_metadata(metadata: FlashMLASchedMeta, config: _Config) -> None:
+def _check_metadata(metadata: FlashMLASchedMeta, config: dict[str, int | None]) -> None:
     if not isinstance(metadata, FlashMLASchedMeta):
         raise TypeError(
             "tile_scheduler_metadata: expected what get_mla_metadata of this module returns first, "
@@ -255,8 +247,8 @@ def _check_metadata(metadata: FlashMLASchedMeta, config: _Config) -> None:
         )
     if metadata.config is not None and metadata.config != config:
         raise ValueError(
-            f"tile_scheduler_metadata: expected calls of one configuration, {tuple(metadata.config)} as "
-            f"{_Config._fields}, got {tuple(config)}"
+            "tile_scheduler_metadata: expected calls of one configuration, "
+            f"{tuple(metadata.config.values())} as {tuple(config)}, got {tuple(config.values())}"
         )
 
 

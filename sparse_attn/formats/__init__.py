@@ -21,79 +21,36 @@ ue8m0 is a power of two, ``2 ** (byte - 127)``, where 255 is NaN.
 import torch
 from torch import Tensor
 
-from .elements import (
-    FLASH_MLA_MIN_SCALE,
-    FP4_MAX,
-    FP4_MIN_SCALE,
-    FP8_MAX,
-    FP8_MIN_SCALE,
-    Format,
-    dequantise,
-    format_of,
-    fp8_scale,
-    from_e2m1,
-    from_ue8m0,
-    quantise,
-    to_e2m1,
-    to_e4m3,
-    to_ue8m0,
-)
-from .index_keys import (
-    INDEX_K_FORMATS,
-    index_k_views,
-    mxfp4_index_k_views,
-    pack_index_k,
-    pack_mxfp4_index_k,
-)
-from .latent import (
-    KV_FORMATS,
-    pack_v4_kv,
-    pack_v32_kv,
-    pack_v41_fp4_kv,
-    pack_v41_kv,
-    v4_kv_views,
-    v4_page_bytes,
-    v32_kv_views,
-    v41_fp4_kv_views,
-    v41_kv_views,
-)
-
-__all__ = [
-    "FLASH_MLA_MIN_SCALE",
-    "FORMATS",
-    "FP4_MAX",
-    "FP4_MIN_SCALE",
-    "FP8_MAX",
-    "FP8_MIN_SCALE",
-    "INDEX_K_FORMATS",
-    "KV_FORMATS",
-    "Format",
-    "dequantise",
-    "format_of",
-    "fp8_scale",
-    "from_e2m1",
-    "from_ue8m0",
-    "index_k_views",
-    "mxfp4_index_k_views",
-    "pack_index_k",
-    "pack_mxfp4_index_k",
-    "pack_v4_kv",
-    "pack_v32_kv",
-    "pack_v41_fp4_kv",
-    "pack_v41_kv",
-    "quantise",
-    "to_e2m1",
-    "to_e4m3",
-    "to_ue8m0",
-    "unpack",
-    "v4_kv_views",
-    "v4_page_bytes",
-    "v32_kv_views",
-    "v41_fp4_kv_views",
-    "v41_kv_views",
-    "views",
-]
-
+from .elements import FLASH_MLA_MIN_SCALE as FLASH_MLA_MIN_SCALE
+from .elements import FP4_MAX as FP4_MAX
+from .elements import FP4_MIN_SCALE as FP4_MIN_SCALE
+from .elements import FP8_MAX as FP8_MAX
+from .elements import FP8_MIN_SCALE as FP8_MIN_SCALE
+from .elements import Format as Format
+from .elements import dequantise as dequantise
+from .elements import format_of as format_of
+from .elements import fp8_scale as fp8_scale
+from .elements import from_e2m1 as from_e2m1
+from .elements import from_ue8m0 as from_ue8m0
+from .elements import quantise as quantise
+from .elements import to_e2m1 as to_e2m1
+from .elements import to_e4m3 as to_e4m3
+from .elements import to_ue8m0 as to_ue8m0
+from .index_keys import INDEX_K_FORMATS as INDEX_K_FORMATS
+from .index_keys import index_k_views as index_k_views
+from .index_keys import mxfp4_index_k_views as mxfp4_index_k_views
+from .index_keys import pack_index_k as pack_index_k
+from .index_keys import pack_mxfp4_index_k as pack_mxfp4_index_k
+from .latent import KV_FORMATS as KV_FORMATS
+from .latent import pack_v4_kv as pack_v4_kv
+from .latent import pack_v32_kv as pack_v32_kv
+from .latent import pack_v41_fp4_kv as pack_v41_fp4_kv
+from .latent import pack_v41_kv as pack_v41_kv
+from .latent import v4_kv_views as v4_kv_views
+from .latent import v4_page_bytes as v4_page_bytes
+from .latent import v32_kv_views as v32_kv_views
+from .latent import v41_fp4_kv_views as v41_fp4_kv_views
+from .latent import v41_kv_views as v41_kv_views
 
 FORMATS = KV_FORMATS | INDEX_K_FORMATS
 

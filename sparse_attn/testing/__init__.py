@@ -4,6 +4,7 @@ The inputs are hostile by default: rows that are not selected hold NaN, index ro
 entries of every kind, tensors may be non-contiguous. Comparisons take the fp64 reference as truth.
 
 :mod:`sparse_attn.testing.conformance` tests modules that have FlashMLA's or DeepGEMM's functions.
+:mod:`sparse_attn.testing.self_check` has one small check per op of this library.
 """
 
 import torch

@@ -18,19 +18,36 @@ from ...layers import value_part
 from ...ops.attention import sparse_mla
 from ...ops.index import lightning_topk
 from . import growth
-from .inputs import check, check_padding, check_slots, query_chunks, slots_of
+from .inputs import check, check_rows, query_chunks, slots_of
 
 
 class _SparseAttention:
     """The forward of both classes; they name the rotations of the attention and of its indexer."""
 
+    shares_selection: bool  # with later layers that have no indexer
     __getattr__: Callable[[str], Any]  # for type checkers: the other attributes are those of transformers
 
-    def _run(self, hidden_states, position_embeddings, padding, cache, given, keep: bool, kwargs):
-        """Output ``[B, S, hidden_size]``, and the selected rows ``[B, S, topk]`` if they are to be kept.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        prev_topk_indices: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor | None, ...]:
+        """Output ``[B, S, hidden_size]``, None, and the selected rows ``[B, S, topk]`` if they are shared.
 
-        ``given``: those of an earlier layer, for a layer without an indexer.
+        ``prev_topk_indices``: those of an earlier layer, for a layer without an indexer.
         """
+        given = prev_topk_indices if self.indexer is None else None
+        if self.indexer is None and given is None:
+            raise ValueError(
+                "prev_topk_indices: expected the selection of an earlier layer, because layer "
+                f"{self.layer_idx} has no indexer, got None"
+            )
+        cache, padding = past_key_values, attention_mask
         check(self, hidden_states, padding, kwargs)
         batch, s_q, _ = hidden_states.shape
         past = 0 if cache is None else cache.get_query_offset(self.layer_idx)
@@ -38,8 +55,7 @@ class _SparseAttention:
         q_lora = self.q_a_layernorm(self.q_a_proj(hidden_states))
         latent, k_rope, index_k = self._store(hidden_states, position_embeddings, cache)
         rows = latent.shape[1]
-        check_slots(batch, rows)
-        check_padding(padding, (batch,), (batch, rows))
+        check_rows(padding, batch, rows, (batch,))
         kv_b = self._kv_b()
         topk = min(rows, self.config.index_topk) if given is None else given.shape[-1]
         # Decode joins latent and rope of the rows that it reads, a prompt joins those of all rows once.
@@ -53,14 +69,14 @@ class _SparseAttention:
             elif rows <= self.config.index_topk:
                 selected = _all_visible(stop[t], padding, batch, rows)
             else:
-                selected = self._select(
-                    hidden_states[:, t], q_lora[:, t], embeddings, index_k, stop[t], padding
-                )
+                inputs = hidden_states[:, t], q_lora[:, t], embeddings
+                selected = self._select(*inputs, index_k, stop[t], padding)
             q = self._queries(q_lora[:, t], embeddings, kv_b)
             outs.append(self._attend(q, latent, k_rope, kv, selected, kv_b))
-            if keep:
+            if self.shares_selection:
                 kept.append(selected)
-        return self.o_proj(torch.cat(outs, 1)), torch.cat(kept, 1) if keep else None
+        out = self.o_proj(torch.cat(outs, 1))
+        return (out, None, torch.cat(kept, 1)) if self.shares_selection else (out, None)
 
     def _store(self, hidden_states, position_embeddings, cache):
         """Latents ``[B, T, kv_lora_rank]``, RoPE parts ``[B, T, qk_rope_head_dim]`` and the indexer's keys
@@ -139,48 +155,14 @@ class _SparseAttention:
 
 
 class SparseDeepseekV32Attention(_SparseAttention, v32.DeepseekV32Attention):
+    shares_selection = False
     _main_rope = staticmethod(v32.apply_rotary_pos_emb_interleave)
     _index_rope = staticmethod(v32.apply_rotary_pos_emb)  # half-split
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, None]:
-        out, _ = self._run(
-            hidden_states, position_embeddings, attention_mask, past_key_values, None, False, kwargs
-        )
-        return out, None
-
 
 class SparseGlmMoeDsaAttention(_SparseAttention, glm.GlmMoeDsaAttention):
-    _main_rope = staticmethod(glm.apply_rotary_pos_emb_interleave)
-    _index_rope = staticmethod(glm.apply_rotary_pos_emb_interleave)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
-        prev_topk_indices: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, None, Tensor | None]:
-        given = prev_topk_indices if self.indexer is None else None
-        if self.indexer is None and given is None:
-            raise ValueError(
-                "prev_topk_indices: expected the selection of an earlier layer, because layer "
-                f"{self.layer_idx} has no indexer, got None"
-            )
-        out, selected = self._run(
-            hidden_states, position_embeddings, attention_mask, past_key_values, given, True, kwargs
-        )
-        return out, None, selected
+    shares_selection = True
+    _main_rope = _index_rope = staticmethod(glm.apply_rotary_pos_emb_interleave)
 
 
 def _all_visible(stop: Tensor, padding: Tensor | None, batch: int, rows: int) -> Tensor:
@@ -196,11 +178,10 @@ def _all_visible(stop: Tensor, padding: Tensor | None, batch: int, rows: int) ->
 def check_kv_b_proj(linear: nn.Module) -> None:
     """Its weight is read without its forward, so nothing may stand between the two."""
     weight = getattr(linear, "weight", None)
-    plain = (
-        type(linear) is nn.Linear and linear.weight.is_floating_point() and linear.weight.element_size() > 1
-    )
-    if not isinstance(weight, Tensor) or not (plain or _is_block_fp8(linear)):
-        dtype = weight.dtype if isinstance(weight, Tensor) else "no"
+    held = isinstance(weight, Tensor)
+    plain = held and type(linear) is nn.Linear and weight.is_floating_point() and weight.element_size() > 1
+    if not held or not (plain or _is_block_fp8(linear)):
+        dtype = weight.dtype if held else "no"
         raise TypeError(
             "kv_b_proj: expected torch.nn.Linear with a floating-point weight, or one in fp8 with "
             f"weight_scale_inv, got {type(linear).__name__} with {dtype} weight; merge adapters and "

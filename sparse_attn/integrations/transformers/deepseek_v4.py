@@ -18,7 +18,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 
 from ...ops.attention import sparse_mla
 from ...ops.index import lightning_topk
-from .inputs import PACKED, check, check_padding, check_slots, query_chunks, slots_of
+from .inputs import PACKED, check, check_rows, query_chunks, slots_of
 
 
 class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
@@ -44,17 +44,15 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
             kv, _ = past_key_values.update(kv, kv, self.layer_idx)
         kv = kv[:, 0]
         rows = kv.shape[1]
-        check_slots(batch, rows)
-        check_padding(attention_mask, (batch, rows))
+        check_rows(attention_mask, batch, rows)
         entries, index_k = self._entries(hidden_states, cache)
         outs = []
         for t in query_chunks(s_q, batch * self.num_heads * self.head_dim * hidden_states.element_size()):
             q = self.q_b_norm(self.q_b_proj(q_residual[:, t]).unflatten(-1, (-1, self.head_dim)))
             q = v4.apply_rotary_pos_emb(q, cos[:, t], sin[:, t], unsqueeze_dim=2)
             window = self._window(t, s_q, attention_mask, batch, rows, q.device)
-            extra_kv, extra_indices, extra_topk_length = self._visible_entries(
-                hidden_states[:, t], q_residual[:, t], positions[:, t], entries, index_k, s_q
-            )
+            inputs = hidden_states[:, t], q_residual[:, t], positions[:, t]
+            extra = self._visible_entries(*inputs, entries, index_k, s_q)
             out = sparse_mla(
                 q.flatten(0, 1),
                 kv.flatten(0, 1),
@@ -62,9 +60,7 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
                 d_v=self.head_dim,
                 softmax_scale=self.scaling,
                 attn_sink=self.sinks.float(),
-                extra_kv=extra_kv,
-                extra_indices=extra_indices,
-                extra_topk_length=extra_topk_length,
+                **extra,
             ).unflatten(0, (batch, -1))
             # Keys are values here: what their rotation did to the values is undone at the query's position.
             out = v4.apply_rotary_pos_emb(out, cos[:, t], -sin[:, t], unsqueeze_dim=2)
@@ -76,8 +72,7 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
         """The cache of this layer, or None."""
         if past_key_values is None:
             return None
-        layers = past_key_values.layers
-        cache = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        cache = next(iter(past_key_values.layers[self.layer_idx :]), None)
         expected = CACHES[self.layer_type]
         if not isinstance(cache, expected):
             raise ValueError(
@@ -110,23 +105,23 @@ class SparseDeepseekV4Attention(v4.DeepseekV4Attention):
 
     def _visible_entries(
         self, hidden_states, q_residual, positions, entries, index_k, s_q: int
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> dict[str, Any]:
         """The second segment of sparse_mla for some tokens: entries, which of them each reads, how many."""
         if self.compressor is None or entries is None or entries.shape[1] == 0:
-            return None, None, None
+            return {}
         batch, count, _ = entries.shape
         stop = (positions + 1).div(self.compressor.compress_rate, rounding_mode="floor").int()
         if index_k is not None and count > self.compressor.indexer.index_topk:
-            indexer = self.compressor.indexer
-            selected = _select(indexer, hidden_states, q_residual, positions, index_k, stop)
-            length = None
+            inputs = hidden_states, q_residual, positions
+            selected, length = _select(self.compressor.indexer, *inputs, index_k, stop), None
         else:
             every = torch.arange(count, dtype=torch.int32, device=stop.device)
             selected = every.expand(batch, stop.shape[1], -1)
             # With left padding there are more entries than the positions say. As in transformers, a single
             # token then sees all entries of an HCA layer.
             length = None if index_k is None and s_q == 1 else stop.flatten()
-        return entries.flatten(0, 1), slots_of(selected, count), length
+        indices = slots_of(selected, count)
+        return {"extra_kv": entries.flatten(0, 1), "extra_indices": indices, "extra_topk_length": length}
 
 
 def _select(indexer: v4.DeepseekV4Indexer, hidden_states, q_residual, positions, index_k, stop) -> Tensor:

@@ -87,16 +87,12 @@ def check(layer: Any, hidden_states: Tensor, padding: Tensor | None, kwargs: dic
         raise ValueError("output_attentions: expected False, got True; there is no [S, T] matrix to return")
 
 
-def check_padding(padding: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``padding`` is None or has one of the shapes, the last of which is named."""
-    if padding is not None and tuple(padding.shape) not in shapes:
-        raise ValueError(f"attention_mask: expected shape {list(shapes[-1])}, got {list(padding.shape)}")
-
-
-def check_slots(batch: int, rows: int) -> None:
-    """Raise ValueError unless the slots of all rows fit int32."""
+def check_rows(padding: Tensor | None, batch: int, rows: int, *shapes: tuple[int, ...]) -> None:
+    """Raise ValueError unless slots fit int32 and ``padding`` is None, ``[B, T]`` or of ``shapes``."""
     if batch * rows >= 2**31:
         raise ValueError(f"past_key_values: expected B * T below 2**31, got {batch} * {rows}")
+    if padding is not None and tuple(padding.shape) not in ((batch, rows), *shapes):
+        raise ValueError(f"attention_mask: expected shape {[batch, rows]}, got {list(padding.shape)}")
 
 
 def query_chunks(s_q: int, bytes_per_token: int) -> Iterator[slice]:
