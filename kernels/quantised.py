@@ -71,8 +71,8 @@ def to_e4m3(x):
 def quantise_e4m3(x, min_scale, POWER_OF_TWO: tl.constexpr):
     """Bytes of e4m3 [n, d] and scales [n] of fp32 x [n, d].
 
-    A scale is max(amax / 448, min_scale), rounded up to a power of two on demand. It is NaN where a value is NaN
-    or infinite.
+    A scale is max(amax / 448, min_scale), rounded up to a power of two on demand. It is NaN where a value is
+    NaN or infinite.
     """
     # As integers, magnitudes have the same order, and NaN is above infinity.
     amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)  # [n]

@@ -141,7 +141,7 @@ FINITE = E4M3[(E4M3 & 0x7F) != 0x7F]
 
 
 def packed_cache(size, codes, scales, ropes):
-    """Pages of ``size`` bytes per token from the parts of its tokens; 0xFF, a NaN, wherever they leave room."""
+    """Pages of ``size`` bytes per token from the parts of its tokens; 0xFF, a NaN, in all other bytes."""
     slots = len(codes)
     pages, page_bytes = -(-slots // PAGE_SIZE), 64 + (584 if size == 584 else 656) * PAGE_SIZE
     cache = torch.full((pages * page_bytes,), 0xFF, dtype=torch.uint8)

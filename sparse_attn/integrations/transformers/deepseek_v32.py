@@ -36,7 +36,7 @@ class _SparseAttention:
         position_ids: Tensor | None = None,
         prev_topk_indices: Tensor | None = None,
         **kwargs,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Any:  # two values where DeepSeek-V3.2 returns two, three for GLM-5
         """Output ``[B, S, hidden_size]``, None, and the selected rows ``[B, S, topk]`` if they are shared.
 
         ``prev_topk_indices``: those of an earlier layer, for a layer without an indexer.
