@@ -22,7 +22,7 @@ from sparse_attn.ops.backends import native
 
 from .timing import interleaved, thread_clock
 
-PEAK_ROUNDS = 10_000  # rounds of multiply-adds in registers
+PEAK_ROUNDS = 200_000  # of multiply-adds in registers: so many that the call takes no share of the time
 PEAK_TRIES = 5  # the best counts: something else may share the core
 STREAM_BYTES = 256 << 20
 
