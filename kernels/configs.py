@@ -3,8 +3,8 @@
 A table has an entry per architecture (90 is sm_90). A device takes the entry of its own architecture or of
 the nearest older one. Entries were chosen by compiling with Triton 3.9 for each architecture. Triton 3.9 and
 3.6 have a budget (benchmarks/kernels_budget), with which ``benchmarks/kernels_report.py`` compares what these
-tables give. With 3.9 none of them spills registers in a loop. With 3.6 sparse_mla does: bf16 and fp16 with 64
-heads on sm_90, and 656 bytes per token with 16 heads on sm_80 and sm_86 and with 32 heads on sm_80.
+tables give. With 3.9 none of them spills registers in a loop. With 3.6 one does: sparse_mla in bf16 and fp16
+with 64 heads on sm_90.
 """
 
 import functools

@@ -59,7 +59,7 @@ def merge_parts(
             max_logits,
             *((0, 0) if max_logits is None else max_logits.stride()),
             n,
-            s_q,
+            s_q * h,
             h,
             D_V=d_v,
             BLOCK_H=BLOCK_H,
@@ -69,7 +69,7 @@ def merge_parts(
         )
 
 
-@triton.jit(do_not_specialize=["n", "s_q", "h"])
+@triton.jit(do_not_specialize=["n", "part_rows", "h"])
 def _merge_attention_kernel(
     outs_ptr,  # [n, s_q, h, d_v], contiguous, as the next two
     lses_ptr,  # [n, s_q, h]
@@ -86,7 +86,7 @@ def _merge_attention_kernel(
     stride_max_t,
     stride_max_h,
     n,
-    s_q,
+    part_rows,  # of a part: s_q * h
     h,
     D_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -103,14 +103,13 @@ def _merge_attention_kernel(
     max_rows = None
     if maxima_ptr is not None:
         max_rows = maxima_ptr + t * h + offs_h  # [BLOCK_H]
-    step = tl.cast(s_q, tl.int64) * h  # rows from part to part
 
     acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_H], LOWEST, tl.float32)  # finite, as all that follow: never inf - inf
     total = tl.zeros([BLOCK_H], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     for i in tl.range(n, num_stages=4):  # so that the parts are prefetched
-        skipped = tl.cast(i, tl.int64) * step
+        skipped = tl.cast(i, tl.int64) * part_rows
         part_lse = tl.load(lse_rows + skipped, mask=head_ok, other=float("-inf"))
         part = tl.load(
             out_rows + skipped * D_V, mask=head_ok[:, None] & (offs_v < D_V)[None, :], other=0.0
