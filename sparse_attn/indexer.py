@@ -50,29 +50,24 @@ class LightningIndexer(nn.Module):
     def queries(self, hidden_states: Tensor, q_lora: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """q and weights of :meth:`forward`."""
         q = rearrange(self.wq_b(q_lora), "t (h d) -> t h d", h=self.config.index_n_heads)
-        return self._rotate(q, positions), self._head_weights(hidden_states)
+        # In fp32 whatever the module's dtype: the weights scale every score.
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weights = F.linear(hidden_states.to(dtype), self.weights_proj.weight.to(dtype))
+        weights = weights * (self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5)
+        return self._rotate(q, positions), weights
 
     def keys(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         """k of :meth:`forward`; a cache needs it even while all tokens are selected."""
-        return self._rotate(self._normalise(self.wk(hidden_states))[:, None], positions)[:, 0]
+        k, norm = self.wk(hidden_states), self.k_norm
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+        normed = F.layer_norm(k.to(dtype), norm.normalized_shape, weight, bias, norm.eps).to(k.dtype)
+        return self._rotate(normed[:, None], positions)[:, 0]
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         cos, sin = rope_cos_sin(positions, self.config.index_rope_dim, self.config)
         x = apply_rope(x, cos, sin, self.config.indexer_rope)
         return simulate_fp8(hadamard_transform(x)) if self.config.indexer_fp8 else x
-
-    def _normalise(self, k: Tensor) -> Tensor:
-        norm, dtype = self.k_norm, torch.promote_types(k.dtype, torch.float32)
-        normed = F.layer_norm(
-            k.to(dtype), norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps
-        )
-        return normed.to(k.dtype)
-
-    def _head_weights(self, hidden_states: Tensor) -> Tensor:
-        """In fp32 whatever the module's dtype: the weights scale every score."""
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        weights = F.linear(hidden_states.to(dtype), self.weights_proj.weight.to(dtype))
-        return weights * (self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5)
 
 
 def simulate_fp8(x: Tensor) -> Tensor:

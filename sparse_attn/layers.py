@@ -100,18 +100,17 @@ class _SparseAttention(nn.Module):
         if not isinstance(hidden_states, Tensor):
             raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
         weight, size = self.indexer.wk.weight, self.config.hidden_size
+        dtype, device = weight.dtype, weight.device
         if hidden_states.dim() != 2 or hidden_states.shape[1] != size:
             raise ValueError(
                 f"hidden_states: expected shape [tokens, {size}], got {list(hidden_states.shape)}; "
                 "pack a batch along the first dimension and pass cu_seqlens_q"
             )
-        if hidden_states.dtype != weight.dtype:
-            raise TypeError(
-                f"hidden_states: expected the layer's dtype {weight.dtype}, got {hidden_states.dtype}"
-            )
-        if hidden_states.device != weight.device:
+        if hidden_states.dtype != dtype:
+            raise TypeError(f"hidden_states: expected the layer's dtype {dtype}, got {hidden_states.dtype}")
+        if hidden_states.device != device:
             raise ValueError(
-                f"hidden_states: expected the layer's device {weight.device}, got {hidden_states.device}"
+                f"hidden_states: expected the layer's device {device}, got {hidden_states.device}"
             )
         if cache is None:
             return
@@ -119,13 +118,11 @@ class _SparseAttention(nn.Module):
             raise TypeError(f"cache: expected a DSACache, got {type(cache).__name__}")
         if cache.config != self.config:
             raise ValueError("cache: expected a cache made with this layer's config, got another config")
-        if cache.dtype == torch.float8_e4m3fn and weight.dtype not in WRITER_FLOATS:
-            raise TypeError(f"cache: float8_e4m3fn expects a layer of at most 32 bits, got {weight.dtype}")
-        if cache.dtype not in (weight.dtype, torch.float8_e4m3fn) or cache.device != weight.device:
-            raise ValueError(
-                f"cache: expected the layer's {weight.dtype} on {weight.device}, "
-                f"got {cache.dtype} on {cache.device}"
-            )
+        if cache.dtype == torch.float8_e4m3fn and dtype not in WRITER_FLOATS:
+            raise TypeError(f"cache: float8_e4m3fn expects a layer of at most 32 bits, got {dtype}")
+        if cache.dtype not in (dtype, torch.float8_e4m3fn) or cache.device != device:
+            got = f"{cache.dtype} on {cache.device}"
+            raise ValueError(f"cache: expected the layer's {dtype} on {device}, got {got}")
 
 
 class SparseMLA(_SparseAttention):
@@ -298,11 +295,8 @@ def _sequence_counts(tokens: int, cache: DSACache | None, cu_seqlens_q: Tensor |
     if cu_seqlens_q.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens_q: expected dtype int32 or int64, got {cu_seqlens_q.dtype}")
     batch_size = "batch_size" if cache is None else cache.batch_size
-    if (
-        cu_seqlens_q.dim() != 1
-        or len(cu_seqlens_q) < 1
-        or (cache and len(cu_seqlens_q) != cache.batch_size + 1)
-    ):
+    size = max(cu_seqlens_q.numel(), 1) if cache is None else cache.batch_size + 1
+    if cu_seqlens_q.shape != (size,):
         raise ValueError(f"cu_seqlens_q: expected shape [{batch_size} + 1], got {list(cu_seqlens_q.shape)}")
     bounds = cu_seqlens_q.tolist()
     counts = [stop - start for start, stop in itertools.pairwise(bounds)]

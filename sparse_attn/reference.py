@@ -2,7 +2,7 @@
 
 All other implementations are compared with these functions. They compute in fp32, and in fp64
 when they are given fp64, on any device. Memory is not bounded here: selected rows are gathered
-as ``[s_q, topk, d]``.
+as ``[s_q, topk, d]``. On a CPU without the C++ library they run on parts of their arguments.
 
 Shapes and the meaning of each argument are those of :mod:`sparse_attn.ops`, whose functions check
 them; these trust their arguments. The ops call them by keyword, with the names of their records.
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import (
+    KV_FORMATS,
     dequantise,
     fp8_scale,
     index_k_views,
@@ -50,29 +51,29 @@ def index_logits(
 
     Source: the lightning indexer of the DeepSeek-V3.2 report, equation 1.
     """
-    dtype = compute_dtype(q.dtype)
-    q, k = dequantise(q, q_scale, dtype=dtype), dequantise(k, k_scale, dtype=dtype)
     if block_table is not None:
-        return _paged_index_logits(q, k, weights, ks, ke, block_table)
-    logits = torch.zeros(q.shape[0], k.shape[0], dtype=dtype, device=q.device)
-    keys = k.mT  # [d, s_kv]
-    for head in range(q.shape[1]):  # one head at a time: never [s_q, h, s_kv]
-        logits += weights[:, head, None].to(dtype) * torch.relu(q[:, head] @ keys)
-    return logits.masked_fill(~_visible(k.shape[0], ks, ke), -INF)
+        return _paged_index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table)
+    dtype = compute_dtype(q.dtype)
+    q, keys = dequantise(q, q_scale, dtype=dtype), dequantise(k, k_scale, dtype=dtype).mT  # keys [d, s_kv]
+    logits = q.new_empty(len(q), len(k))
+    for t in range(len(q)):  # one query at a time: never [s_q, h, s_kv]
+        logits[t] = weights[t].to(dtype) @ torch.relu(q[t] @ keys)
+    return logits.masked_fill(~_visible(len(k), ks, ke), -INF)
 
 
-def _paged_index_logits(q, k, weights, ks, ke, block_table):
-    pages, page_size, d = k.shape
-    queries_per_row = q.shape[0] // max(block_table.shape[0], 1)
-    rows = []
+def _paged_index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table):
+    pages, page_size, _ = k.shape
+    queries_per_row = len(q) // max(len(block_table), 1)
+    logits = q.new_empty(len(q), block_table.shape[1] * page_size, dtype=compute_dtype(q.dtype))
     for row, table in enumerate(block_table):
         t = slice(row * queries_per_row, (row + 1) * queries_per_row)
         exists = (table >= 0) & (table < pages)
-        keys = k[torch.where(exists, table, 0).long()].reshape(-1, d)  # [max_pages * page_size, d]
-        logits = index_logits(q[t], keys, weights[t], ks[t], ke[t])
-        rows.append(logits.masked_fill(~exists.repeat_interleave(page_size), -INF))
-    width = block_table.shape[1] * page_size
-    return torch.cat(rows) if rows else weights.new_empty(0, width, dtype=q.dtype)
+        page = torch.where(exists, table, 0).long()
+        keys, scales = k[page].flatten(0, 1), None if k_scale is None else k_scale[page].flatten(0, 1)
+        scale = None if q_scale is None else q_scale[t]
+        scores = index_logits(q[t], keys, weights[t], ks[t], ke[t], scale, scales)
+        logits[t] = scores.masked_fill(~exists.repeat_interleave(page_size), -INF)
+    return logits
 
 
 def select_topk(logits: Tensor, topk: int, ks: Tensor, ke: Tensor) -> Tensor:
@@ -107,10 +108,11 @@ def lightning_topk(
 
 def physical_slots(indices: Tensor, block_table: Tensor, page_size: int) -> Tensor:
     """``block_table[row, index // page_size] * page_size + index % page_size``; -1 where there is none."""
-    table = block_table.long().repeat_interleave(len(indices) // max(len(block_table), 1), 0)
-    table = torch.cat([table, table.new_full((len(table), 1), -1)], 1)  # what is not mapped finds page -1
-    mapped = (indices >= 0) & (indices < block_table.shape[1] * page_size)
-    page = table.gather(1, torch.where(mapped, indices // page_size, block_table.shape[1]).long())
+    pages = block_table.shape[1]
+    table = F.pad(block_table.long(), (0, 1), value=-1)  # what is not mapped finds page -1
+    mapped = (indices >= 0) & (indices < pages * page_size)
+    row = torch.arange(len(indices), device=indices.device) // max(len(indices) // max(len(table), 1), 1)
+    page = table[row[:, None], torch.where(mapped, indices // page_size, pages)]
     slots = page * page_size + indices % page_size
     return torch.where((page >= 0) & (slots < 2**31), slots, -1).int()
 
@@ -132,9 +134,9 @@ def sparse_mla(
     Source: multi-head latent attention in its absorbed form, DeepSeek-V2 report, section 2.1.
     """
     dtype = compute_dtype(q.dtype)
-    rows, valid = _gather(_latent(kv, dtype), indices[:, None], topk_length, dtype)
+    rows, valid = _gather(_one_head(kv), indices[:, None], topk_length, dtype)
     if extra_kv is not None and extra_indices is not None:
-        extra_kv = _latent(extra_kv, dtype)
+        extra_kv = _one_head(extra_kv)
         extra_rows, extra_valid = _gather(extra_kv, extra_indices[:, None], extra_topk_length, dtype)
         rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
     out, lse, max_logits = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
@@ -153,8 +155,7 @@ def sparse_gqa(
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention over the selected rows of k and v; query head h reads kv head h // group."""
     dtype = compute_dtype(q.dtype)
-    if indices.dim() == 2:
-        indices = indices[:, None].expand(-1, k.shape[1], -1)
+    indices = indices[:, None] if indices.dim() == 2 else indices
     keys, valid = _gather(k, indices, topk_length, dtype)
     values, _ = _gather(v, indices, topk_length, dtype)
     grouped = q.to(dtype).unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # [s_q, h_kv, group, d]
@@ -166,10 +167,11 @@ def sparse_gqa(
 def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys: ``out = sum_i exp(lse_i - lse) out_i``."""
     dtype = compute_dtype(outs.dtype)
-    lses = lses.to(dtype)
     lse = torch.logsumexp(lses, 0)
-    weights = (lses - lse).exp().masked_fill(lses == -INF, 0.0)[..., None]  # [n, s_q, h, 1]
-    out = torch.where(lses[..., None] == -INF, 0.0, weights * outs.to(dtype)).sum(0)
+    out = torch.zeros(outs.shape[1:], dtype=dtype, device=outs.device)
+    for part, part_lse in zip(outs, lses, strict=True):
+        weight = (part_lse - lse).exp()[..., None]  # [s_q, h, 1]
+        out += torch.where(part_lse[..., None] == -INF, 0.0, weight * part)
     return out.to(outs.dtype), lse
 
 
@@ -265,27 +267,35 @@ def _visible(s_kv: int, ks: Tensor, ke: Tensor) -> Tensor:
     return (position >= ks[:, None]) & (position < ke[:, None])  # [s_q, s_kv]
 
 
-def _latent(kv: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[s_kv, 1, d_qk]`` from rows ``[s_kv, d_qk]`` or quantised pages ``[pages, page_size, bytes]``."""
-    if kv.dtype == torch.uint8:
-        kv = dequantise(*views(kv), dtype=dtype).flatten(0, 1)
-    return kv[:, None]
+def _one_head(kv: Tensor) -> Tensor:
+    return kv if kv.dtype == torch.uint8 else kv[:, None]
 
 
 def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
-    """cache [s_kv, h_kv, d], indices [s_q, h_kv, topk] -> rows [s_q, h_kv, topk, d], valid [s_q, h_kv, topk].
+    """The selected rows ``[s_q, h_kv, topk, d]``, and which of them are valid; the others are zeros.
 
-    Rows that are not valid come back as zeros, whatever the cache holds.
+    indices ``[s_q, 1, topk]`` serve all heads, ``[s_q, h_kv, topk]`` one each. The cache is
+    ``[s_kv, h_kv, d]``, or quantised and of one head, ``[pages, page_size, bytes]``: of that, the selected
+    rows alone are dequantised.
     """
-    s_kv, h_kv, d = cache.shape
+    quantised = cache.dtype == torch.uint8
+    s_kv = cache.shape[:2].numel() if quantised else len(cache)
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:
         valid &= torch.arange(indices.shape[-1], device=indices.device) < topk_length[:, None, None]
+    slot = torch.where(valid, indices, 0).long()
     if s_kv == 0:
-        return cache.new_zeros(*indices.shape, d, dtype=dtype), valid
-    heads = torch.arange(h_kv, device=cache.device)[:, None]
-    rows = cache[torch.where(valid, indices, 0).long(), heads]
-    return torch.where(valid[..., None], rows.to(dtype), 0.0), valid
+        h_kv, d = (1, KV_FORMATS[cache.shape[2]].width) if quantised else cache.shape[1:]
+        return torch.zeros(len(slot), h_kv, slot.shape[2], d, dtype=dtype, device=cache.device), valid
+    if quantised:
+        page, offset = slot // cache.shape[1], slot % cache.shape[1]
+        rows = dequantise(*(part[page, offset] for part in views(cache)), dtype=dtype)
+    elif slot.shape[1] == 1:
+        rows = cache.index_select(0, slot.flatten()).to(dtype).unflatten(0, slot[:, 0].shape).transpose(1, 2)
+    else:
+        heads = (cache[:, h].index_select(0, slot[:, h].flatten()) for h in range(cache.shape[1]))
+        rows = torch.stack([*heads]).to(dtype).unflatten(1, slot[:, 0].shape).transpose(0, 1)
+    return rows if valid.all() else rows.masked_fill_(~valid[..., None], 0.0), valid
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float):

@@ -64,11 +64,8 @@ def _frequencies(dim: int, theta: float, yarn: YaRN | None) -> Tensor:
 
     def correction_dim(rotations: float) -> float:
         """The dimension that makes this many rotations within the original context."""
-        return (
-            dim
-            * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi))
-            / (2 * math.log(theta))
-        )
+        context = yarn.original_max_position_embeddings
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
     high = min(math.ceil(correction_dim(yarn.beta_slow)), dim - 1)

@@ -12,6 +12,7 @@ import sparse_attn
 from sparse_attn import ops
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
+from sparse_attn.ops.records import Cache, Output, schema
 from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs, selection_indices, to_pages
 
@@ -72,18 +73,18 @@ def test_the_schema_is_that_of_the_record():
         x: torch.Tensor
         n: int
         scale: float
-        out: ops.Output
-        cache: ops.Cache
+        out: Output
+        cache: Cache
         y: torch.Tensor | None = None
         name: str | None = None
         flag: bool = True
 
-    assert ops.schema(Record) == (
+    assert schema(Record) == (
         "(Tensor x, int n, float scale, Tensor(a!) out, Tensor(b!) cache, Tensor? y=None, str? name=None, "
         "bool flag=True) -> ()"
     )
     with pytest.raises(KeyError):  # a type that a schema cannot say is no argument
-        ops.schema(NamedTuple("Wrong", [("x", list)]))
+        schema(NamedTuple("Wrong", [("x", list)]))
 
 
 def test_optional_arguments_may_be_left_out_of_an_op_call():

@@ -151,14 +151,18 @@ def flash_mla_with_kvcache(
     _check_metadata(tile_scheduler_metadata, config)
 
     if selected is None:
-        _check_dense(
-            *(block_table, cache_seqlens, dims, q),
-            attn_sink=attn_sink,
-            extra_k_cache=extra_k_cache,
-            extra_indices_in_kvcache=extra_indices_in_kvcache,
-            topk_length=topk_length,
-            extra_topk_length=extra_topk_length,
-        )
+        sparse_only = {
+            "attn_sink": attn_sink,
+            "extra_k_cache": extra_k_cache,
+            "extra_indices_in_kvcache": extra_indices_in_kvcache,
+            "topk_length": topk_length,
+            "extra_topk_length": extra_topk_length,
+        }
+        for name, value in sparse_only.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected None without indices (dense decode)")
+        check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
+        check_tensor("cache_seqlens", cache_seqlens, "batch", dims, (torch.int32,), q.device)
         out, lse = _attend_to_all(q, k_cache, block_table, cache_seqlens, causal, head_dim_v, softmax_scale)
     else:
         if causal:
@@ -250,11 +254,3 @@ def _check_metadata(metadata: FlashMLASchedMeta, config: dict[str, int | None]) 
             "tile_scheduler_metadata: expected calls of one configuration, "
             f"{tuple(metadata.config.values())} as {tuple(config)}, got {tuple(config.values())}"
         )
-
-
-def _check_dense(block_table, cache_seqlens, dims: dict[str, int], q: Tensor, **sparse_only) -> None:
-    for name, value in sparse_only.items():
-        if value is not None:
-            raise ValueError(f"{name}: expected None without indices (dense decode)")
-    check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
-    check_tensor("cache_seqlens", cache_seqlens, "batch", dims, (torch.int32,), q.device)

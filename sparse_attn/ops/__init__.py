@@ -10,26 +10,14 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from .. import reference
 from .backends import native
 from .backends import torch as torch_backend
+from .records import run_reference, schema
 
-Output = Annotated[Tensor, "output"]  # the op fills all of it; the reference returns it
-Cache = Annotated[Tensor, "cache"]  # the op writes slots of it, and so does the reference
-
-SCHEMA_TYPES: dict[Any, str] = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    int: "int",
-    float: "float",
-    bool: "bool",
-    str | None: "str?",
-}
 DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
 BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 
@@ -83,16 +71,6 @@ def _fake(name: str, a: Any) -> None:
         _check_triton(name, a)
 
 
-def schema(record: Any) -> str:
-    """The ``torch.library`` schema of a record."""
-    aliases, arguments = iter("abcdefgh"), []
-    for field, hint in get_type_hints(record, include_extras=True).items():
-        kind = f"Tensor({next(aliases)}!)" if hint in (Output, Cache) else SCHEMA_TYPES[hint]
-        default = f"={record._field_defaults[field]}" if field in record._field_defaults else ""
-        arguments.append(f"{kind} {field}{default}")
-    return f"({', '.join(arguments)}) -> ()"
-
-
 def call(name: str, a: Any, backend: str) -> None:
     """Run op ``name`` on the record ``a``, whose first field is a tensor on the device to run on."""
     if backend == "reference":
@@ -133,22 +111,6 @@ def _check_triton(name: str, a: Any) -> None:
 @functools.cache
 def _kernel(name: str) -> Any:
     return importlib.import_module(f"sparse_attn.kernels.{name}")
-
-
-def run_reference(name: str, a: Any) -> None:
-    """Run the definition, by keyword: the outputs that it returns are copied, caches it writes itself."""
-    outputs = _outputs(type(a))
-    results = getattr(reference, name)(
-        **{f: x for f, x in zip(a._fields, a, strict=True) if f not in outputs}
-    )
-    for field, result in zip(outputs, results if isinstance(results, tuple) else (results,), strict=False):
-        getattr(a, field).copy_(result)
-
-
-@functools.cache
-def _outputs(record: Any) -> tuple[str, ...]:
-    hints = get_type_hints(record, include_extras=True)
-    return tuple(field for field, hint in hints.items() if hint == Output)
 
 
 def check_backend(backend: str, device: torch.device) -> None:

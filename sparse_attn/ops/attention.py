@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..formats import KV_FORMATS, format_of
 from ..reference import compute_dtype
-from . import Output, call, register
+from . import call, register
 from .arguments import (
     FLOATS,
     check_call,
@@ -20,6 +20,7 @@ from .arguments import (
     check_quantised_pages,
     check_tensor,
 )
+from .records import Output
 
 QUANTISED_D_V = 512  # of every latent format
 

@@ -10,7 +10,6 @@ obeyed or refused, never replaced. "cpu" is the C++ library, and torch for what 
 last dimension with gaps, or a machine without a C++ compiler. fp64 runs on "cpu" and "reference".
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..formats import INDEX_K_FORMATS, format_of
 from ..reference import compute_dtype
-from . import Output, call, implementation, register
+from . import call, implementation, register
 from .arguments import (
     FLOATS,
     check_block_table,
@@ -28,6 +27,7 @@ from .arguments import (
     check_tensor,
     dtype_name,
 )
+from .records import Output, in_chunks
 
 DEFAULT_WORKSPACE_BYTES = 256 << 20
 E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
@@ -63,31 +63,16 @@ class SelectTopkOp(NamedTuple):
 def _lightning_topk_in_chunks(a: "LightningTopkOp", backend: str) -> None:
     """Score and select as many queries at a time as fit the workspace, at least one."""
     score, select = implementation("index_logits", backend), implementation("select_topk", backend)
-    s_q = a.q.shape[0]
     width = a.k.shape[0] if a.block_table is None else a.block_table.shape[1] * a.k.shape[1]
-    queries = s_q if a.block_table is None else s_q // max(1, len(a.block_table))  # of each table row
     padded = -(-width // 16) * 16  # rows of logits that start at multiples of 64 bytes are read faster
-    rows = max(1, min(s_q, a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
+    rows = max(1, min(len(a.q), a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
     logits = torch.empty(rows, padded, dtype=compute_dtype(a.q.dtype), device=a.q.device)
-    ke = a.ke.clamp(max=width)
-    for t in _chunks(s_q, queries, rows):
-        part, q_scale, table = logits[: t.stop - t.start], a.q_scale, a.block_table
-        if q_scale is not None:
-            q_scale = q_scale[t]
-        if table is not None:
-            table = table[t.start // queries : -(-t.stop // queries)]
-        inputs = a.q[t], a.k, a.weights[t], a.ks[t], ke[t]
+    for part in in_chunks(a._replace(ke=a.ke.clamp(max=width)), rows):
+        held, inputs = logits[: len(part.q)], (part.q, part.k, part.weights, part.ks, part.ke)
+        options = part.q_scale, part.k_scale, part.block_table
         # Nobody reads logits outside the ranges, so they need not be cleaned.
-        score(IndexLogitsOp(*inputs, part[:, :width], q_scale, a.k_scale, table, clean=False))
-        select(SelectTopkOp(part, a.topk, a.ks[t], ke[t], a.out[t]))
-
-
-def _chunks(s_q: int, queries: int, rows: int) -> Iterator[slice]:
-    """Slices of s_q queries, at most ``rows`` each, that hold whole table rows or a part of one."""
-    group = max(1, rows // max(1, queries)) * queries
-    for first in range(0, s_q, max(1, group)):
-        last = min(first + group, s_q)
-        yield from (slice(t, min(t + rows, last)) for t in range(first, last, rows))
+        score(IndexLogitsOp(*inputs, held[:, :width], *options, clean=False))
+        select(SelectTopkOp(held, part.topk, part.ks, part.ke, part.out))
 
 
 @register("lightning_topk", composed=_lightning_topk_in_chunks)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..formats import FP8_MIN_SCALE, INDEX_K_FORMATS, KV_FORMATS
-from . import Cache, Output, call, register
+from . import call, register
 from .arguments import WRITER_FLOATS, check_call, check_output, check_quantised_pages, check_tensor
+from .records import Cache, Output
 
 PAIRINGS = ("half", "interleaved")
 

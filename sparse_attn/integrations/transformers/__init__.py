@@ -40,6 +40,7 @@ __all__ = ["disable", "enable"]
 
 SPARSE = {**deepseek_v32.SPARSE, **deepseek_v4.SPARSE}
 DENSE = {sparse: dense for dense, sparse in SPARSE.items()}
+CLASSES = " or ".join(cls.__name__ for cls in SPARSE)
 BEFORE = "_attn_implementation_before_sparse"  # the attribute of a changed model that disable() needs
 
 
@@ -59,7 +60,11 @@ def enable(model: PreTrainedModel) -> None:
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     layers = [module for module in model.modules() if type(module) in SPARSE]
     if not layers and not any(type(module) in DENSE for module in model.modules()):
-        raise TypeError(_unsupported(model))
+        found = sorted({name for m in model.modules() if (name := type(m).__name__).endswith("Attention")})
+        raise TypeError(
+            f"model: expected attention layers of class {CLASSES} (transformers {transformers.__version__}, "
+            f"{TESTED}), got {type(model).__name__} with {', '.join(found) or 'no attention layer'}"
+        )
     for layer in layers:
         if type(layer) in deepseek_v32.SPARSE:
             deepseek_v32.check_kv_b_proj(layer.get_submodule("kv_b_proj"))
@@ -86,21 +91,11 @@ def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
         vars(layer)["_old_forward"] = types.MethodType(cls.forward, layer)
 
 
-def _unsupported(model: PreTrainedModel) -> str:
-    found = sorted({name for m in model.modules() if (name := type(m).__name__).endswith("Attention")})
-    return (
-        f"model: expected attention layers of class {' or '.join(cls.__name__ for cls in SPARSE)} "
-        f"(transformers {transformers.__version__}, {TESTED}), got {type(model).__name__} "
-        f"with {', '.join(found) or 'no attention layer'}"
-    )
-
-
 def _never(module: nn.Module, *args, **kwargs):
     """Registered as the attention function: the layers that enable() changed do not call it."""
     raise TypeError(
         f"attn_implementation: {NAME!r} is set for {type(module).__name__}, whose forward was not replaced; "
-        f"call sparse_attn.integrations.transformers.enable(model), for models with layers of "
-        f"{' or '.join(cls.__name__ for cls in SPARSE)}"
+        f"call sparse_attn.integrations.transformers.enable(model), for models with layers of {CLASSES}"
     )
 
 
