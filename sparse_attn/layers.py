@@ -1,7 +1,7 @@
 """Attention layers that read only the tokens which the lightning indexer selects."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from . import checkpoint
 from .cache import DSACache, Placement
 from .config import DSAConfig
 from .indexer import LightningIndexer
-from .ops.arguments import WRITER_FLOATS
+from .ops.arguments import WRITER_FLOATS, check_tensor
 from .ops.attention import sparse_gqa, sparse_mla
 from .ops.index import lightning_topk
 from .rope import apply_rope, rope_cos_sin
@@ -20,6 +20,11 @@ from .rope import apply_rope, rope_cos_sin
 
 class _SparseAttention(nn.Module):
     """What both layers share: place the tokens, store their rows, select, attend."""
+
+    # Queries, the rows to store by their name in the cache, and the input of the indexer's queries.
+    _project: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor], Tensor]]
+    # From queries, rows and which of them each query selects to ``[tokens, hidden_size]``.
+    _attend: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor]
 
     def __init__(self, config: DSAConfig, backend: str, dtype, device) -> None:
         super().__init__()
@@ -70,14 +75,6 @@ class _SparseAttention(nn.Module):
             cache.commit(placement)
         return out
 
-    def _project(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Queries, the rows to store by their name in the cache, and the input of the indexer's queries."""
-        raise NotImplementedError
-
-    def _attend(self, q: Tensor, rows: dict[str, Tensor], indices: Tensor) -> Tensor:
-        """``[tokens, hidden_size]``, from the rows that ``indices`` select."""
-        raise NotImplementedError
-
     def _select(
         self, q: Tensor, k: Tensor, weights: Tensor, placement: Placement, cache: DSACache | None
     ) -> Tensor:
@@ -97,21 +94,14 @@ class _SparseAttention(nn.Module):
         return torch.where(positions >= 0, positions + first[:, None], -1).int()
 
     def _check_inputs(self, hidden_states: Tensor, cache: DSACache | None) -> None:
-        if not isinstance(hidden_states, Tensor):
-            raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
-        weight, size = self.indexer.wk.weight, self.config.hidden_size
-        dtype, device = weight.dtype, weight.device
-        if hidden_states.dim() != 2 or hidden_states.shape[1] != size:
+        dtype, device = self.indexer.wk.weight.dtype, self.indexer.wk.weight.device
+        if isinstance(hidden_states, Tensor) and hidden_states.dim() == 3:
             raise ValueError(
-                f"hidden_states: expected shape [tokens, {size}], got {list(hidden_states.shape)}; "
+                f"hidden_states: expected shape [tokens, hidden_size], got {list(hidden_states.shape)}; "
                 "pack a batch along the first dimension and pass cu_seqlens_q"
             )
-        if hidden_states.dtype != dtype:
-            raise TypeError(f"hidden_states: expected the layer's dtype {dtype}, got {hidden_states.dtype}")
-        if hidden_states.device != device:
-            raise ValueError(
-                f"hidden_states: expected the layer's device {device}, got {hidden_states.device}"
-            )
+        dims = {"hidden_size": self.config.hidden_size}
+        check_tensor("hidden_states", hidden_states, "tokens hidden_size", dims, (dtype,), device)
         if cache is None:
             return
         if not isinstance(cache, DSACache):
@@ -290,17 +280,11 @@ def _sequence_counts(tokens: int, cache: DSACache | None, cu_seqlens_q: Tensor |
                 f"cu_seqlens_q: expected with a cache of batch_size={cache.batch_size}, got None"
             )
         return [tokens]
-    if not isinstance(cu_seqlens_q, Tensor):
-        raise TypeError(f"cu_seqlens_q: expected a tensor, got {type(cu_seqlens_q).__name__}")
-    if cu_seqlens_q.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens_q: expected dtype int32 or int64, got {cu_seqlens_q.dtype}")
-    batch_size = "batch_size" if cache is None else cache.batch_size
-    size = max(cu_seqlens_q.numel(), 1) if cache is None else cache.batch_size + 1
-    if cu_seqlens_q.shape != (size,):
-        raise ValueError(f"cu_seqlens_q: expected shape [{batch_size} + 1], got {list(cu_seqlens_q.shape)}")
+    dims = {} if cache is None else {"batch_size+1": cache.batch_size + 1}
+    check_tensor("cu_seqlens_q", cu_seqlens_q, "batch_size+1", dims, (torch.int32, torch.int64))
     bounds = cu_seqlens_q.tolist()
     counts = [stop - start for start, stop in itertools.pairwise(bounds)]
-    if bounds[0] != 0 or bounds[-1] != tokens or min(counts, default=0) < 0:
+    if bounds[:1] != [0] or bounds[-1] != tokens or min(counts, default=0) < 0:
         raise ValueError(
             f"cu_seqlens_q: expected ascending boundaries from 0 to {tokens} tokens, got {bounds}"
         )

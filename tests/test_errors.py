@@ -337,21 +337,21 @@ def layer():
 def test_layer_inputs(layer):
     x = torch.randn(6, 32)
     for bad, error, words in [
-        (x.tolist(), TypeError, "hidden_states: expected a tensor, got list"),
+        (x.tolist(), TypeError, r"hidden_states: expected a tensor \[tokens, hidden_size=32\], got list"),
         (
             x[None],
             ValueError,
-            r"hidden_states: expected shape \[tokens, 32\], got \[1, 6, 32\].*cu_seqlens_q",
+            r"hidden_states: expected shape \[tokens, hidden_size\], got \[1, 6, 32\].*cu_seqlens_q",
         ),
-        (x.half(), TypeError, "hidden_states: expected the layer's dtype torch.float32, got torch.float16"),
-        (x.to("meta"), ValueError, "hidden_states: expected the layer's device cpu, got meta"),
+        (x.half(), TypeError, "hidden_states: expected dtype float32, got float16"),
+        (x.to("meta"), ValueError, "hidden_states: expected device cpu, got meta"),
     ]:
         with pytest.raises(error, match=words):
             layer(bad)
     for cu, error, words in [
-        ([0, 6], TypeError, "cu_seqlens_q: expected a tensor, got list"),
+        ([0, 6], TypeError, r"cu_seqlens_q: expected a tensor \[batch_size\+1\], got list"),
         (torch.tensor([0.0, 6.0]), TypeError, "cu_seqlens_q: expected dtype int32 or int64"),
-        (torch.tensor([[0, 6]]), ValueError, r"cu_seqlens_q: expected shape \[batch_size \+ 1\]"),
+        (torch.tensor([[0, 6]]), ValueError, r"cu_seqlens_q: expected shape \[batch_size\+1\]"),
         (
             torch.tensor([0, 4, 2, 6]),
             ValueError,
@@ -389,7 +389,7 @@ def test_layer_caches(layer):
         with pytest.raises(error, match=words):
             layer(x, cache=cache)
     two = DSACache(config, 8, batch_size=2)
-    with pytest.raises(ValueError, match=r"cu_seqlens_q: expected shape \[2 \+ 1\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"cu_seqlens_q: expected shape \[batch_size\+1=3\], got \[2\]"):
         layer(x, cache=two, cu_seqlens_q=torch.tensor([0, 6]))
     for size in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="max_tokens: expected a positive int"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formats.elements import split_pages
-from ..ops.arguments import check_tensor
+from ..ops.arguments import INT32, check_tensor
 from ..ops.index import index_logits
 
 INF = float("inf")
@@ -80,8 +80,8 @@ def fp8_fp4_mqa_logits(
     k, k_scale = _keys(kv, queries, dims)
     weights = _weights(weights, "s_q heads", logits_dtype, dims, queries)
     ks, ke = cu_seq_len_k_start, cu_seq_len_k_end
-    check_tensor("cu_seq_len_k_start", ks, "s_q", dims, (torch.int32,), k.device)
-    check_tensor("cu_seq_len_k_end", ke, "s_q", dims, (torch.int32,), k.device)
+    check_tensor("cu_seq_len_k_start", ks, "s_q", dims, INT32, k.device)
+    check_tensor("cu_seq_len_k_end", ke, "s_q", dims, INT32, k.device)
     _check_size("max_seqlen_k", max_seqlen_k, 0)
     if max_seqlen_k and clean_logits:
         raise ValueError("clean_logits: expected False with max_seqlen_k, whose rows are not cleaned")
@@ -111,7 +111,7 @@ def get_paged_mqa_logits_metadata(
     """
     dims: dict[str, int] = {}
     spec = "batch" if isinstance(context_lens, Tensor) and context_lens.dim() == 1 else "batch next_n"
-    check_tensor("context_lens", context_lens, spec, dims, (torch.int32,))
+    check_tensor("context_lens", context_lens, spec, dims, INT32)
     _check_size("block_kv", block_kv, 1)
     _check_size("num_sms", num_sms, 1)
     _check_sequences(indices, dims, context_lens.device)
@@ -181,8 +181,8 @@ def fp8_fp4_paged_mqa_logits(
     dims["tokens"] = batch * next_n
     weights = _weights(weights, "tokens heads", logits_dtype, dims, queries)
     ends = _visible(context_lens, dims, queries)
-    check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), k.device)
-    check_tensor("schedule_meta", schedule_meta, "num_sms+1 2", {}, (torch.int32,), k.device)
+    check_tensor("block_table", block_table, "batch max_pages", dims, INT32, k.device)
+    check_tensor("schedule_meta", schedule_meta, "num_sms+1 2", {}, INT32, k.device)
     _check_size("max_context_len", max_context_len, 0)
     _check_sequences(indices, dims, k.device)
 
@@ -230,7 +230,7 @@ def _queries(q: tuple, spec: str, dims: dict[str, int]) -> tuple[Tensor, Tensor 
         check_tensor("q", values, f"{spec} d", dims, FP8)
         return values, None
     check_tensor("q[0]", values, f"{spec} {FP4_VALUES // 2}", dims, PACKED_FP4)
-    check_tensor("q[1]", scales, spec, dims, (torch.int32,), values.device)
+    check_tensor("q[1]", scales, spec, dims, INT32, values.device)
     return values.view(torch.uint8), scales
 
 
@@ -238,7 +238,7 @@ def _keys(kv: tuple, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
     values, scales = _pair("kv", kv)
     if q.dtype == torch.uint8:
         check_tensor("kv[0]", values, f"s_kv {FP4_VALUES // 2}", dims, PACKED_FP4, q.device)
-        check_tensor("kv[1]", scales, "s_kv", dims, (torch.int32,), q.device)
+        check_tensor("kv[1]", scales, "s_kv", dims, INT32, q.device)
         return values.view(torch.uint8), scales
     check_tensor("kv[0]", values, "s_kv d", dims, FP8, q.device)
     check_tensor("kv[1]", scales, "s_kv", dims, (torch.float32,), q.device)
@@ -281,17 +281,17 @@ def _weights(
 def _visible(context_lens: Tensor, dims: dict[str, int], q: Tensor) -> Tensor:
     """How many tokens each of ``[batch * next_n]`` queries sees."""
     if isinstance(context_lens, Tensor) and context_lens.dim() == 1:
-        check_tensor("context_lens", context_lens, "batch", dims, (torch.int32,), q.device)
+        check_tensor("context_lens", context_lens, "batch", dims, INT32, q.device)
         earlier = torch.arange(1 - dims["next_n"], 1, dtype=torch.int32, device=q.device)
         return (context_lens[:, None] + earlier).flatten()
-    check_tensor("context_lens", context_lens, "batch next_n", dims, (torch.int32,), q.device)
+    check_tensor("context_lens", context_lens, "batch next_n", dims, INT32, q.device)
     return context_lens.flatten()
 
 
 def _check_sequences(indices: Tensor | None, dims: dict[str, int], device: torch.device) -> None:
     if indices is None:
         return
-    check_tensor("indices", indices, "batch", dims, (torch.int32,), device)
+    check_tensor("indices", indices, "batch", dims, INT32, device)
     if dims.get("next_n", 1) != 1:
         raise ValueError(f"indices: expected None with next_n={dims['next_n']}")
 

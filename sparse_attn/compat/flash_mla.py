@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.arguments import FLOATS, check_tensor
+from ..ops.arguments import FLOATS, INT32, check_tensor
 from ..ops.attention import sparse_mla
 from ..ops.index import physical_slots
 
@@ -49,7 +49,7 @@ def flash_mla_sparse_fwd(
     dims: dict[str, int] = {}
     check_tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
     check_tensor("kv", kv, "s_kv 1 d_qk", dims, (q.dtype,), q.device)
-    check_tensor("indices", indices, "s_q 1 topk", dims, (torch.int32,), q.device)
+    check_tensor("indices", indices, "s_q 1 topk", dims, INT32, q.device)
     out, lse, max_logits = sparse_mla(
         q,
         kv[:, 0],
@@ -161,8 +161,8 @@ def flash_mla_with_kvcache(
         for name, value in sparse_only.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None without indices (dense decode)")
-        check_tensor("block_table", block_table, "batch max_pages", dims, (torch.int32,), q.device)
-        check_tensor("cache_seqlens", cache_seqlens, "batch", dims, (torch.int32,), q.device)
+        check_tensor("block_table", block_table, "batch max_pages", dims, INT32, q.device)
+        check_tensor("cache_seqlens", cache_seqlens, "batch", dims, INT32, q.device)
         out, lse = _attend_to_all(q, k_cache, block_table, cache_seqlens, causal, head_dim_v, softmax_scale)
     else:
         if causal:
@@ -231,7 +231,7 @@ def _indices(name: str, indices: Tensor | None, dims: dict[str, int], q: Tensor)
     """``[batch * s_q, topk]``."""
     if indices is None:
         return None
-    check_tensor(name, indices, "batch s_q topk", {**dims}, (torch.int32,), q.device)
+    check_tensor(name, indices, "batch s_q topk", {**dims}, INT32, q.device)
     return indices.flatten(0, 1)
 
 
@@ -239,7 +239,7 @@ def _lengths(name: str, lengths: Tensor | None, dims: dict[str, int], q: Tensor)
     """From one per sequence to one per query, ``[batch * s_q]``."""
     if lengths is None:
         return None
-    check_tensor(name, lengths, "batch", dims, (torch.int32,), q.device)
+    check_tensor(name, lengths, "batch", dims, INT32, q.device)
     return lengths.repeat_interleave(dims["s_q"]) if dims["s_q"] != 1 else lengths
 
 

@@ -54,15 +54,16 @@ def register(
         torch.library.define(op, schema(record), tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(op, lambda *args: _fake(name, record(*args)))
         for backend in backends:
-            torch.library.impl(op, DISPATCH_KEYS[backend], _run_record(name, record, backend))
+            run = functools.partial(_run_record, name, record, backend)
+            torch.library.impl(op, DISPATCH_KEYS[backend], run)
         _OPS[name] = getattr(torch.ops.sparse_attn, name).default
         return record
 
     return define
 
 
-def _run_record(name: str, record: type, backend: str) -> Callable[..., None]:
-    return lambda *args: implementation(name, backend)(record(*args))
+def _run_record(name: str, record: type, backend: str, *args: Any) -> None:
+    implementation(name, backend)(record(*args))
 
 
 def _fake(name: str, a: Any) -> None:
@@ -84,18 +85,14 @@ def call(name: str, a: Any, backend: str) -> None:
 @functools.cache
 def implementation(name: str, backend: str) -> Callable[[Any], None]:
     """What runs op ``name`` on ``backend`` ("cpu" or "triton"), a function of its record."""
+    composed = functools.partial(COMPOSED[name], backend=backend) if name in COMPOSED else None
     if backend == "triton":
-        return _composition(name, backend) or functools.partial(_run_triton, name)
-    serve = getattr(torch_backend, name, None) or _composition(name, backend)
-    serve = serve or functools.partial(run_reference, name)
+        return composed or functools.partial(_run_triton, name)
+    serve = getattr(torch_backend, name, None) or composed or functools.partial(run_reference, name)
     in_cpp = getattr(native, name, None)
     if in_cpp is None:
         return serve
     return lambda a: serve(a) if native.refuses(name, a) else in_cpp(a)
-
-
-def _composition(name: str, backend: str) -> Callable[[Any], None] | None:
-    return functools.partial(COMPOSED[name], backend=backend) if name in COMPOSED else None
 
 
 def _run_triton(name: str, a: Any) -> None:

@@ -4,6 +4,8 @@
 what was expected of it. Some checks return their argument in the form that the ops take.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from . import check_backend
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WRITER_FLOATS = FLOATS[:3]
+INT32 = (torch.int32,)
 
 
 def check_tensor(
@@ -40,6 +43,12 @@ def check_tensor(
     return tensor
 
 
+def check_optional(name: str, tensor: object, *expected: Any) -> None:
+    """:func:`check_tensor` of an argument that may be None."""
+    if tensor is not None:
+        check_tensor(name, tensor, *expected)
+
+
 def named(spec: str, dims: dict[str, int]) -> str:
     """The axes of a shape, with their sizes where they are known."""
     return ", ".join(
@@ -62,7 +71,7 @@ def check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> N
 
 
 def check_block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
-    check_tensor("block_table", block_table, "n max_pages", dims, (torch.int32,), device)
+    check_tensor("block_table", block_table, "n max_pages", dims, INT32, device)
     n = block_table.shape[0]
     if (n == 0 and s_q > 0) or (n > 0 and s_q % n):
         raise ValueError(f"block_table: expected a number of rows that divides s_q={s_q}, got {n}")

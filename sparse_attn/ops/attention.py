@@ -14,8 +14,10 @@ from ..reference import compute_dtype
 from . import call, register
 from .arguments import (
     FLOATS,
+    INT32,
     check_call,
     check_format,
+    check_optional,
     check_output,
     check_quantised_pages,
     check_tensor,
@@ -163,19 +165,18 @@ def sparse_mla(
     dims: dict[str, int] = {}
     check_tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
     kv = _check_latent("kv", kv, dims, q, d_v)
-    _check_selection("indices", indices, "s_q topk", "topk_length", topk_length, dims, q.device)
+    check_tensor("indices", indices, "s_q topk", dims, INT32, q.device)
+    check_optional("topk_length", topk_length, "s_q", dims, INT32, q.device)
     if not 1 <= d_v <= q.shape[2]:
         raise ValueError(f"d_v: expected 1 to d_qk={q.shape[2]}, got {d_v}")
-    _check_sink(attn_sink, dims, q.device)
+    check_optional("attn_sink", attn_sink, "h_q", dims, (torch.float32,), q.device)
     if (extra_kv is None) != (extra_indices is None):
         raise ValueError("extra_kv and extra_indices: expected both or neither")
     if extra_kv is not None:
         extra_dims = {"s_q": dims["s_q"], "d_qk": dims["d_qk"]}
         extra_kv = _check_latent("extra_kv", extra_kv, extra_dims, q, d_v)
-        spec, length_name = "s_q extra_topk", "extra_topk_length"
-        _check_selection(
-            "extra_indices", extra_indices, spec, length_name, extra_topk_length, extra_dims, q.device
-        )
+        check_tensor("extra_indices", extra_indices, "s_q extra_topk", extra_dims, INT32, q.device)
+        check_optional("extra_topk_length", extra_topk_length, "s_q", extra_dims, INT32, q.device)
     elif extra_topk_length is not None:
         raise ValueError("extra_topk_length: expected None without extra_kv")
     check_call(backend, q.device, q, kv, attn_sink, extra_kv)
@@ -238,8 +239,9 @@ def sparse_gqa(
         raise ValueError(f"q: expected h_q to be a multiple of k's h_kv={k.shape[1]}, got h_q={q.shape[1]}")
     per_head = isinstance(indices, Tensor) and indices.dim() == 3
     spec = "s_q h_kv topk" if per_head else "s_q topk"
-    _check_selection("indices", indices, spec, "topk_length", topk_length, dims, q.device)
-    _check_sink(attn_sink, dims, q.device)
+    check_tensor("indices", indices, spec, dims, INT32, q.device)
+    check_optional("topk_length", topk_length, "s_q", dims, INT32, q.device)
+    check_optional("attn_sink", attn_sink, "h_q", dims, (torch.float32,), q.device)
     check_call(backend, q.device, q, k, v, attn_sink)
     result, lse = _check_outputs(out, q, v.shape[2], {"lse": return_lse})
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
@@ -317,17 +319,6 @@ def _check_quantised_latent(name: str, kv: Tensor, q: Tensor, d_v: int) -> Tenso
     if d_v != QUANTISED_D_V:
         raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
     return kv
-
-
-def _check_selection(name, indices, spec, length_name, length, dims, device) -> None:
-    check_tensor(name, indices, spec, dims, (torch.int32,), device)
-    if length is not None:
-        check_tensor(length_name, length, "s_q", dims, (torch.int32,), device)
-
-
-def _check_sink(attn_sink: Tensor | None, dims: dict[str, int], device: torch.device) -> None:
-    if attn_sink is not None:
-        check_tensor("attn_sink", attn_sink, "h_q", dims, (torch.float32,), device)
 
 
 def _check_parts(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from ..reference import compute_dtype
 from . import call, implementation, register
 from .arguments import (
     FLOATS,
+    INT32,
     check_block_table,
     check_call,
     check_format,
@@ -241,7 +242,7 @@ def physical_slots(
         table holds a negative page or one whose slots int32 cannot number.
     """
     dims: dict[str, int] = {}
-    check_tensor("indices", indices, "s_q topk", dims, (torch.int32,))
+    check_tensor("indices", indices, "s_q topk", dims, INT32)
     check_block_table(block_table, dims, indices.shape[0], indices.device)
     if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
         raise ValueError(f"page_size: expected a positive int, got {page_size!r}")
@@ -277,9 +278,8 @@ def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> T
     if isinstance(q, Tensor) and q.dtype == torch.uint8:
         check_tensor("q", q, f"s_q index_n_heads {E2M1_WIDTH // 2}", dims, (torch.uint8,))
         dims["index_head_dim"] = E2M1_WIDTH
-        return _ue8m0_bytes(
-            check_tensor("q_scale", q_scale, "s_q index_n_heads", dims, (torch.int32,), q.device)
-        )
+        q_scale = check_tensor("q_scale", q_scale, "s_q index_n_heads", dims, INT32, q.device)
+        return _ue8m0_bytes(q_scale)
     check_tensor("q", q, "s_q index_n_heads index_head_dim", dims, (*FLOATS, torch.float8_e4m3fn))
     if q_scale is not None:
         raise ValueError("q_scale: expected None, as q is not e2m1 (scales of e4m3 go into weights)")
@@ -306,7 +306,7 @@ def _check_index_k(
                 f"q: expected index_head_dim={E2M1_WIDTH}, as k is e2m1, got {dims['index_head_dim']}"
             )
         check_tensor("k", k, f"{rows} {E2M1_WIDTH // 2}", dims, (torch.uint8,), q.device)
-        k_scale = check_tensor("k_scale", k_scale, rows, dims, (torch.int32,), q.device)
+        k_scale = check_tensor("k_scale", k_scale, rows, dims, INT32, q.device)
         return k, _ue8m0_bytes(k_scale), block_table
     if dtype == torch.float8_e4m3fn:
         check_tensor("k", k, f"{rows} index_head_dim", dims, (torch.float8_e4m3fn,), q.device)
@@ -334,8 +334,8 @@ def _check_ranges(
         ks = torch.zeros(dims["s_q"], dtype=torch.int32, device=device)
     if ke is None:
         ke = torch.full((dims["s_q"],), width, dtype=torch.int32, device=device)
-    check_tensor("ks", ks, "s_q", dims, (torch.int32,), device)
-    check_tensor("ke", ke, "s_q", dims, (torch.int32,), device)
+    check_tensor("ks", ks, "s_q", dims, INT32, device)
+    check_tensor("ke", ke, "s_q", dims, INT32, device)
     return ks, ke
 
 

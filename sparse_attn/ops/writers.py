@@ -9,11 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import FP8_MIN_SCALE, INDEX_K_FORMATS, KV_FORMATS
+from ..formats import FP8_MIN_SCALE, INDEX_K_FORMATS, KV_FORMATS, format_of
 from . import call, register
-from .arguments import WRITER_FLOATS, check_call, check_output, check_quantised_pages, check_tensor
+from .arguments import (
+    WRITER_FLOATS,
+    check_call,
+    check_optional,
+    check_output,
+    check_quantised_pages,
+    check_tensor,
+)
 from .records import Cache, Output
 
+WRITTEN = {size: KV_FORMATS[size] for size in (656, 584)}
 PAIRINGS = ("half", "interleaved")
 
 
@@ -98,19 +106,14 @@ def write_kv(
     """
     if not isinstance(cache, Tensor):
         raise TypeError(f"cache: expected a tensor [pages, page_size, bytes], got {type(cache).__name__}")
-    if cache.shape[-1:] not in ((656,), (584,)):
-        raise ValueError(
-            f"cache: expected 656 or 584 bytes per token as the last dimension, got {list(cache.shape)}"
-        )
-    fmt = KV_FORMATS[cache.shape[-1]]
+    fmt = format_of("cache", cache, WRITTEN)
     dims: dict[str, int] = {}
     check_tensor("kv", kv, f"tokens {fmt.width}", dims, WRITER_FLOATS)
     cache = check_quantised_pages("cache", cache, fmt, kv.device)
     fmt.check_in_place("cache", cache)
     if fmt.bytes == 584 and not power_of_two:
         raise ValueError("power_of_two: expected True, as cache has 584 bytes per token, got False")
-    if norm_weight is not None:
-        check_tensor("norm_weight", norm_weight, "512", dims, WRITER_FLOATS, kv.device)
+    check_optional("norm_weight", norm_weight, "512", dims, WRITER_FLOATS, kv.device)
     check_tensor("slots", slots, "tokens", dims, (torch.int32, torch.int64), kv.device)
     _check_rope(cos, sin, pairing, "32", 64, dims, kv.device)
     _check_scale(min_scale)
@@ -160,9 +163,8 @@ def write_index_k(
     INDEX_K_FORMATS[132].check_in_place("cache", cache)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
-    if norm_weight is not None:
-        check_tensor("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)
-        check_tensor("norm_bias", norm_bias, "128", dims, WRITER_FLOATS, k.device)
+    check_optional("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)
+    check_optional("norm_bias", norm_bias, "128", dims, WRITER_FLOATS, k.device)
     check_tensor("slots", slots, "tokens", dims, (torch.int32, torch.int64), k.device)
     _check_rope(cos, sin, pairing, "half_rope_dim", 128, dims, k.device)
     _check_scale(min_scale)

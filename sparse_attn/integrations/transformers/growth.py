@@ -40,7 +40,7 @@ def update(
     new = {"keys": latent, "values": k_rope, "indexer_keys": index_k}
     if type(layer) is DynamicIndexedLayer and not cache.offloading and not is_tracing(latent):
         held = {name: getattr(layer, name) for name, rows in new.items() if rows is not None}
-        if all(_continues(rows, new[name]) for name, rows in held.items()):
+        if all(rows is not None and _kind(rows) == _kind(new[name]) for name, rows in held.items()):
             grown = {name: _append(rows, new[name]) for name, rows in held.items()}
             for name, rows in grown.items():
                 setattr(layer, name, rows)
@@ -51,14 +51,9 @@ def update(
     return latent, k_rope, index_k
 
 
-def _continues(held: Tensor | None, new: Tensor) -> bool:
-    return (
-        held is not None
-        and held.dim() == new.dim()
-        and held.shape[:-2] == new.shape[:-2]
-        and held.shape[-1] == new.shape[-1]
-        and (held.dtype, held.device) == (new.dtype, new.device)
-    )
+def _kind(rows: Tensor) -> tuple:
+    """What rows must have in common to lie in one tensor."""
+    return rows.shape[:-2], rows.shape[-1], rows.dtype, rows.device
 
 
 def _append(held: Tensor, new: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class _Library(ctypes.CDLL):
                 )
         supported = [isa for isa in range(self.isas()) if self.isa_supported(isa)]
         self.numbers = {self.isa_name(isa).decode(): isa for isa in supported}
-        self.isa = self.default_isa()  # in use
+        self.isa: int | None = self.default_isa()  # in use; None leaves the work to torch
 
 
 @functools.cache
@@ -131,18 +131,16 @@ def _library() -> _Library | None:
     return None
 
 
-def _loaded() -> _Library:
+def _run(function: str, args: ctypes.Structure, *rest: int) -> None:
     library = _library()
     assert library is not None  # else ``refuses`` has said so
-    return library
-
-
-_disabled = False
+    getattr(library, function)(library.isa, torch.get_num_threads(), ctypes.byref(args), *rest)
 
 
 def available() -> bool:
     """Whether the C++ kernels are in use."""
-    return not _disabled and _library() is not None
+    library = _library()
+    return library is not None and library.isa is not None
 
 
 def instruction_sets() -> list[str]:
@@ -154,7 +152,7 @@ def instruction_sets() -> list[str]:
 def instruction_set() -> str | None:
     """The one in use; None when torch does the work."""
     library = _library()
-    return library.isa_name(library.isa).decode() if library and not _disabled else None
+    return library.isa_name(library.isa).decode() if library and library.isa is not None else None
 
 
 def has_openmp() -> bool:
@@ -166,26 +164,23 @@ def has_openmp() -> bool:
 @contextmanager
 def use(name: str | None) -> Iterator[None]:
     """Within the block everything runs on the named instruction set, on torch if it is None. For tests."""
-    global _disabled
-    library, before = _library(), _disabled
     if name is not None and name not in instruction_sets():
         raise ValueError(f"name: expected one of {instruction_sets()} or None, got {name!r}")
-    isa = library.isa if library else 0
-    _disabled = name is None
-    if library and name is not None:
-        library.isa = library.numbers[name]
+    library = _library()
+    if library is None:
+        yield
+        return
+    before, library.isa = library.isa, None if name is None else library.numbers[name]
     try:
         yield
     finally:
-        _disabled = before
-        if library:
-            library.isa = isa
+        library.isa = before
 
 
 def peak(kind: str, rounds: int) -> int:
     """Run multiply-adds ("fp32" or "bf16") in registers only; how many operations it made, 0 if none."""
     library = _library()
-    return library.peak(library.isa, PEAK_KINDS[kind], rounds) if library else 0
+    return library.peak(library.isa, PEAK_KINDS[kind], rounds) if library and available() else 0
 
 
 def refuses(name: str, a: Any) -> str | None:
@@ -243,28 +238,20 @@ def _index_args(a: "IndexLogitsOp | LightningTopkOp") -> _IndexArgs:
 def index_logits(a: "IndexLogitsOp") -> None:
     if a.out.numel() == 0:
         return
-    library, args = _loaded(), _index_args(a)
-    threads = torch.get_num_threads()
-    library.index_logits(library.isa, threads, ctypes.byref(args), a.out.data_ptr(), a.out.stride(0))
+    _run("index_logits", _index_args(a), a.out.data_ptr(), a.out.stride(0))
 
 
 def select_topk(a: "SelectTopkOp") -> None:
-    library, args = _loaded(), _SelectArgs(topk=a.topk)
+    args = _SelectArgs(topk=a.topk)
     _set_addresses(args, a, "logits", "ks", "ke", "out")
-    (args.s_q, args.s_kv), args.logits_query, args.out_query = (
-        a.logits.shape,
-        a.logits.stride(0),
-        a.out.stride(0),
-    )
-    library.select_topk(library.isa, torch.get_num_threads(), ctypes.byref(args))
+    args.s_q, args.s_kv = a.logits.shape
+    args.logits_query, args.out_query = a.logits.stride(0), a.out.stride(0)
+    _run("select_topk", args)
 
 
 def lightning_topk(a: "LightningTopkOp") -> None:
-    library, args = _loaded(), _index_args(a)
-    library.lightning_topk(
-        *(library.isa, torch.get_num_threads(), ctypes.byref(args), a.topk, a.workspace_bytes),
-        *(a.out.data_ptr(), a.out.stride(0)),
-    )
+    rest = a.topk, a.workspace_bytes, a.out.data_ptr(), a.out.stride(0)
+    _run("lightning_topk", _index_args(a), *rest)
 
 
 def sparse_mla(a: "SparseMLAOp") -> None:
@@ -274,7 +261,7 @@ def sparse_mla(a: "SparseMLAOp") -> None:
     if a.extra_kv is not None and a.extra_indices is not None:
         args.n_segments = 2
         _set_latent(args.segments[1], a.extra_kv, a.extra_indices, a.extra_topk_length)
-    _attend(args)
+    _run("attend", args)
 
 
 def _set_latent(segment: _Segment, kv: Tensor, indices: Tensor, topk_length: Tensor | None) -> None:
@@ -295,15 +282,12 @@ def sparse_gqa(a: "SparseGQAOp") -> None:
     segment.v_row, segment.v_head, _ = a.v.stride()
     segment.s_kv, segment.page_size = a.k.shape[0], 1
     _set_selection(segment, a.indices, a.topk_length)
-    _attend(args)
+    _run("attend", args)
 
 
 def _set_selection(segment: _Segment, indices: Tensor, topk_length: Tensor | None) -> None:
-    segment.indices, segment.indices_query, segment.topk = (
-        indices.data_ptr(),
-        indices.stride(0),
-        indices.shape[-1],
-    )
+    segment.indices, segment.topk = indices.data_ptr(), indices.shape[-1]
+    segment.indices_query = indices.stride(0)
     segment.indices_head = indices.stride(1) if indices.dim() == 3 else 0
     segment.topk_length = None if topk_length is None else topk_length.data_ptr()
 
@@ -317,8 +301,3 @@ def _attention_args(a: "SparseMLAOp | SparseGQAOp", h_kv: int, d_v: int) -> _Att
     args.out_query, args.out_head, _ = a.out.stride()
     args.lse_query, args.dtype = a.lse.stride(0), DTYPES[a.q.dtype]
     return args
-
-
-def _attend(args: _AttentionArgs) -> None:
-    library = _loaded()
-    library.attend(library.isa, torch.get_num_threads(), ctypes.byref(args))
