@@ -6,7 +6,6 @@ not depend on what else the machine does. It is also divided by the least number
 that the operation needs: 1 would be arithmetic alone. It says nothing about the time that memory takes.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import os
@@ -16,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from bench.command import parser, table
 from bench.timing import append_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,42 +116,35 @@ def measure(driver: Driver, instruction_set: str, name: str, operation: Operatio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="256 rows of 4,096 keys, not 2,048 of 32,768")
-    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object per line")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--quick", action="store_true", help="256 rows of 4,096 keys, not 2,048 of 32,768")
+    options = command.parse_args()
     sizes = {"rows": 256, "keys": 4096} if options.quick else {"rows": 2048, "keys": 32768}
     with tempfile.TemporaryDirectory() as folder:
         try:
             driver = Driver(Path(folder))
         except OSError as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
+            command.exit(1, f"{command.prog}: {error}\n")
         rows = [
             {**measure(driver, instruction_set, name, operation), **sizes}
             for name, operation in operations(**sizes).items()
             for instruction_set in driver.instruction_sets
         ]
     show(rows)
-    if options.json:
-        append_json(options.json, "cpu_instructions", rows)
+    append_json(options.json, "cpu_instructions", rows)
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(
-        title="Instructions of one call, by instruction set",
-        caption=f"counted by {rows[0]['counter']}; one query, {rows[0]['rows']:,} rows; 64 x 128, "
-        f"{rows[0]['keys']:,} keys; bf16",
-    )
-    for name in ("operation", "set", "instructions", "per unit", "per multiply-add"):
-        numbers = name not in ("operation", "set")
-        table.add_column(name, justify="right" if numbers else "left", no_wrap=name != "per multiply-add")
+    cells = []
     for r in rows:
-        ratio = r["instructions_a_multiply_add"]
-        table.add_row(
-            *(r["operation"], r["instruction_set"], f"{r['instructions']:,}"),
-            *(f"{r['instructions_a_unit']:,.1f} per {r['unit']}", f"{ratio:.2f}" if ratio else "-"),
-        )
-    Console().print(table)
+        ratio, per_unit = r["instructions_a_multiply_add"], f"{r['instructions_a_unit']:,.1f} per {r['unit']}"
+        cells.append([r["operation"], r["instruction_set"], f"{r['instructions']:,}", per_unit])
+        cells[-1].append(f"{ratio:.2f}" if ratio else "-")
+    caption = f"counted by {rows[0]['counter']}; one query, {rows[0]['rows']:,} rows; 64 x 128, "
+    caption += f"{rows[0]['keys']:,} keys; bf16"
+    headings = "operation", "set", "instructions", "per unit", "per multiply-add"
+    title = "Instructions of one call, by instruction set"
+    Console().print(table(headings, cells, words=2, title=title, caption=caption))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ The peak is a loop of multiply-adds in registers, run in the same rounds as the 
 thread, for each instruction set of the machine: bf16 dots where the set has them, else fp32 FMA.
 """
 
-import argparse
-
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from bench.case import FULL
+from bench.command import parser, table
 from bench.limits import PEAK_ROUNDS
 from bench.operations import OPERATIONS
 from bench.timing import append_json, interleaved, machine, thread_clock, threads
@@ -24,17 +22,14 @@ KERNELS = {  # name in the record -> operation, and which of its functions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--context", type=int, default=32768, help="keys that the indexer scores")
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds (default 11)")
-    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object per line")
-    options = parser.parse_args()
+    command = parser(__doc__, rounds=11)
+    command.add_argument("--context", type=int, default=32768, help="keys that the indexer scores")
+    options = command.parse_args()
     torch.manual_seed(0)
     with torch.inference_mode(), threads(1):
         rows = measure(options.context, options.rounds)
     show(rows, options.context)
-    if options.json:
-        append_json(options.json, "cpu_limits", rows)
+    append_json(options.json, "cpu_limits", rows)
 
 
 def measure(context: int, rounds: int) -> list[dict]:
@@ -80,20 +75,18 @@ def using(isa: str, function):
 
 
 def show(rows: list[dict], context: int) -> None:
-    table = Table(
-        title="Share of the multiply-add peak of one core (medians of interleaved rounds)",
-        caption=f"{machine()['processor']}; one query, 128 heads, 2048 rows; 64 x 128, {context:,} keys",
-    )
     headings = "instruction set", "peak GFLOP/s", "attend ms", "of peak", "indexer ms", "of peak", "top-k us"
-    for name in (*headings, "of indexer"):
-        table.add_column(name, justify="left" if name == "instruction set" else "right")
-    for r in rows:
-        table.add_row(
+    cells = [
+        [
             *(r["instruction_set"], f"{r['peak_gflops']:.0f}"),
             *(f"{r['attend_ms']:.2f}", f"{r['attend_share']:.0%}", f"{r['index_ms']:.2f}"),
             *(f"{r['index_share']:.0%}", f"{r['select_us']:.0f}", f"{r['select_of_index']:.1%}"),
-        )
-    Console().print(table)
+        ]
+        for r in rows
+    ]
+    title = "Share of the multiply-add peak of one core (medians of interleaved rounds)"
+    caption = f"{machine()['processor']}; one query, 128 heads, 2048 rows; 64 x 128, {context:,} keys"
+    Console().print(table((*headings, "of indexer"), cells, title=title, caption=caption))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 import sparse_attn.integrations.transformers
+from bench.command import parser, table
 from bench.timing import Timing, append_json, cpu_clock, describe, machine, peak_memory
 from sparse_attn.testing import relative_error
 
@@ -34,17 +34,15 @@ MODELS = ("transformers", "sparse_attn")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 65536], help="of the decode steps")
-    parser.add_argument("--prefill", type=int, nargs="*", default=[8192], metavar="TOKENS", help="prompts")
-    parser.add_argument("--quick", action="store_true", help="a context of 8192, a prompt of 2048")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of decode steps")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' own")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
-    parser.add_argument("--json", metavar="FILE", help="also append the figures, one JSON object per line")
-    options = parser.parse_args()
+    command = parser(__doc__, rounds=3)
+    command.add_argument("--contexts", type=int, nargs="*", default=[8192, 65536], help="of the decode steps")
+    command.add_argument("--prefill", type=int, nargs="*", default=[8192], metavar="TOKENS", help="prompts")
+    command.add_argument("--quick", action="store_true", help="a context of 8192, a prompt of 2048")
+    command.add_argument("--dtype", choices=DTYPES, default="float32")
+    command.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of decode steps")
+    command.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' own")
+    command.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    options = command.parse_args()
     if options.quick:
         options.contexts, options.prefill = [8192], [2048]
     torch.set_num_threads(options.threads)
@@ -58,9 +56,8 @@ def main() -> None:
         tolerance, advance = TOLERANCE[options.dtype], lambda: progress.advance(task)
         rows = [measure(*case, models, options.rounds, tolerance, advance) for case in cases]
     show(console, rows, options)
-    if options.json:
-        settings = {name: getattr(options, name) for name in ("dtype", "cache", "attention")}
-        append_json(options.json, "hugging_face", [{**settings, **row} for row in rows])
+    settings = {name: getattr(options, name) for name in ("dtype", "cache", "attention")}
+    append_json(options.json, "hugging_face", [{**settings, **row} for row in rows])
 
 
 def make(dtype: torch.dtype, attention: str) -> dict[str, transformers.PreTrainedModel]:
@@ -114,11 +111,8 @@ def measure(label: str, functions, models, rounds: int, tolerance: float, advanc
     There is no other warm-up, since transformers' calls take many seconds."""
     outs, memory = {}, {}
     for name, function in functions.items():
-        hook = (
-            models[name]
-            .layers[0]
-            .self_attn.register_forward_hook(lambda module, args, out, name=name: outs.update({name: out[0]}))
-        )
+        attention = models[name].layers[0].self_attn
+        hook = attention.register_forward_hook(lambda _, args, out, name=name: outs.update({name: out[0]}))
         memory[name] = peak_memory(function)
         hook.remove()
         advance()
@@ -145,21 +139,15 @@ def show(console: Console, rows: list[dict], options: argparse.Namespace) -> Non
         f"({options.attention}) and sparse_attn's, {options.cache} cache, medians of {options.rounds} "
         "interleaved rounds"
     )
-    table = Table(caption=describe(machine()))
-    table.add_column("", no_wrap=True)
-    for name in ("own ms", "ours ms", "times", "own MiB", "ours MiB", "differ"):
-        table.add_column(name, justify="right", no_wrap=True)
+    cells = []
     for row in rows:
         seconds = [row[f"{name}_seconds"]["median"] for name in MODELS]
         memory = [row[f"{name}_extra_bytes"] for name in MODELS]
-        table.add_row(
-            row["case"],
-            *(f"{1e3 * s:,.1f}" for s in seconds),
-            f"{seconds[0] / seconds[1]:.1f}",
-            *("-" if m is None else f"{m / 2**20:,.0f}" for m in memory),
-            f"{row['difference']:.0e}",
-        )
-    console.print(table)
+        cells.append([row["case"], *(f"{1e3 * s:,.1f}" for s in seconds), f"{seconds[0] / seconds[1]:.1f}"])
+        cells[-1] += ["-" if m is None else f"{m / 2**20:,.0f}" for m in memory]
+        cells[-1].append(f"{row['difference']:.0e}")
+    headings = "", "own ms", "ours ms", "times", "own MiB", "ours MiB", "differ"
+    console.print(table(headings, cells, caption=describe(machine())))
     console.print("MiB: peak of the first call above its start; differ: the outputs' relative difference.")
 
 

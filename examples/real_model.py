@@ -31,6 +31,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
+from bench.command import table
 from sparse_attn import lightning_topk, sparse_gqa
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -269,44 +270,37 @@ def passes_progress(console: Console, passes: int):
 
 
 def quality_table(dense: dict, sparse: list[dict]) -> Table:
-    table = Table(title="Perplexity, every layer sparse at every position", title_justify="left")
-    for heading in ("k", "perplexity", "second half", "mass kept", "prefill", "decode"):
-        table.add_column(heading, justify="right")
+    cells = []
     for row in (dense, *sparse):
-        change = [
-            f"{row[x]:+5.1f} %" if row["topk"] else " " * 7 for x in ("increase", "second_half_increase")
-        ]
-        table.add_row(
-            row["name"],
-            f"{row['perplexity']:.2f} {change[0]}",
-            f"{row['second_half']:.2f} {change[1]}",
-            f"{row['mass_kept']:.1%}",
-            f"{row['prefill_seconds']:.1f} s",
-            f"{1e3 * row['decode_seconds']:.0f} ms",
-        )
-    return table
+        words = [row["name"]]
+        for of, increase in (("perplexity", "increase"), ("second_half", "second_half_increase")):
+            words.append(f"{row[of]:.2f} " + (f"{row[increase]:+5.1f} %" if row["topk"] else " " * 7))
+        words += [f"{row['mass_kept']:.1%}", f"{row['prefill_seconds']:.1f} s"]
+        cells.append([*words, f"{1e3 * row['decode_seconds']:.0f} ms"])
+    headings = "k", "perplexity", "second half", "mass kept", "prefill", "decode"
+    title = "Perplexity, every layer sparse at every position"
+    return table(headings, cells, words=0, title=title, title_justify="left")
 
 
 def continuation_table(dense: dict, sparse: list[dict]) -> Table:
-    table = Table(title="Greedy continuation of the text", title_justify="left", show_lines=True)
-    table.add_column("k", justify="right")
-    table.add_column("as dense", justify="right")
-    table.add_column("continuation")
+    made = Table(title="Greedy continuation of the text", title_justify="left", show_lines=True)
+    made.add_column("k", justify="right")
+    made.add_column("as dense", justify="right")
+    made.add_column("continuation")
     for row in (dense, *sparse):
         text = Text(" ".join(row["continuation"].split()))
-        table.add_row(row["name"], f"{row['tokens_as_dense']} of {dense['tokens_as_dense']}", text)
-    return table
+        made.add_row(row["name"], f"{row['tokens_as_dense']} of {dense['tokens_as_dense']}", text)
+    return made
 
 
 def pass_key_table(pass_keys: list[dict], topk: int) -> Table:
-    table = Table(title="Pass key hidden in the text", title_justify="left")
-    for heading in ("depth", "pass key", "dense", f"k = {topk}"):
-        table.add_column(heading, justify="right")
+    cells = []
     for row in pass_keys:
         colour = {name: "green" if row["pass_key"] in row[name] else "red" for name in ("dense", "sparse")}
         answers = [Text(row[name], style=colour[name]) for name in ("dense", "sparse")]
-        table.add_row(f"{row['depth']:.0%}", row["pass_key"], *answers)
-    return table
+        cells.append([f"{row['depth']:.0%}", row["pass_key"], *answers])
+    headings = "depth", "pass key", "dense", f"k = {topk}"
+    return table(headings, cells, words=0, title="Pass key hidden in the text", title_justify="left")
 
 
 def plot_quality(path: Path, sparse: list[dict]) -> None:

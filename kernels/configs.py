@@ -215,3 +215,15 @@ def split_count(programs: int, tiles: int, block_n: int, device: torch.device, b
     most = tiles // triton.cdiv(MIN_KEYS, block_n)
     splits = max(1, min(blocks * multiprocessors(device) // programs, most))
     return triton.cdiv(tiles, triton.cdiv(tiles, splits)) if splits > 1 else 1  # none of them is idle
+
+
+def chosen(kernel: str, architecture: int) -> dict[str, Any]:
+    """What each table of a kernel gives an architecture; by heads per program where it depends on them."""
+    found = {}
+    for name, table in TABLES.get(kernel, {}).items():
+        entry = nearest(table, architecture)
+        if isinstance(entry, dict):
+            found[name] = {str(heads): config._asdict() for heads, config in entry.items()}
+        elif entry is not None:
+            found[name] = entry._asdict()
+    return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import DSAConfig
 from .formats import INDEX_K_FORMATS, KV_FORMATS, index_k_views
-from .ops.arguments import FLOATS, named
+from .ops import check
 from .ops.attention import QUANTISED_D_V
 from .ops.writers import write_index_k, write_kv
 
@@ -81,14 +81,13 @@ class DSACache:
         device: torch.device | str | None = None,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            check.integer(name, value)
         if max_tokens * batch_size >= 2**31:
             raise ValueError(
                 "max_tokens: expected batch_size * max_tokens below 2**31 (rows are int32), "
                 f"got {batch_size} * {max_tokens}"
             )
-        if dtype not in (None, *FLOATS, torch.float8_e4m3fn):
+        if dtype not in (None, *check.FLOATS, torch.float8_e4m3fn):
             raise TypeError(
                 f"dtype: expected bfloat16, float16, float32, float64 or float8_e4m3fn, got {dtype}"
             )
@@ -98,7 +97,7 @@ class DSACache:
         if dtype == torch.float8_e4m3fn:
             found = {name: getattr(config, name) for name in FP8_SIZES}
             if found != FP8_SIZES:
-                expected, got = (named(" ".join(sizes), sizes) for sizes in (FP8_SIZES, found))
+                expected, got = (check.named(" ".join(sizes), sizes) for sizes in (FP8_SIZES, found))
                 raise ValueError(f"dtype: float8_e4m3fn expects a config with {expected}, got {got}")
             rows, dtype = {"kv": (V32_KV.bytes,), "index_k": (FP8_INDEX_K.bytes,)}, torch.uint8
         elif config.is_mla:

@@ -46,6 +46,7 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
     problems = [str(warning.message) for warning in caught]
     flags = cpu_flags()
     cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    gpus = {str(d): f"{torch.cuda.get_device_name(d)}, sm_{_architecture(d)}" for d in cuda}
     found = {
         "sparse_attn": __version__,
         "python": platform.python_version(),
@@ -62,7 +63,7 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
         "openmp": native.has_openmp(),
         "compiler": _compiler(),
         "cuda": torch.version.cuda,
-        "devices": {"cpu": processor(), **{str(device): _gpu(device) for device in cuda}},
+        "devices": {"cpu": processor(), **gpus},
         "ops": {},
         "kernels": {},
         "problems": problems,
@@ -74,30 +75,14 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
             if device.type == "cuda" or name not in OPT_IN:
                 found["ops"].setdefault(name, {})[str(device)] = _op(name, device, problems)
     if found["triton"]:
+        # Needs Triton. The folder is mapped by setup.py, which no type checker reads.
+        from .kernels import configs  # pyright: ignore[reportMissingImports]
+
+        kernels = [name for name in ops.RECORDS if name not in OPT_IN and name not in ops.COMPOSED]
         for architecture in sorted({*map(_architecture, usable), *architectures}):
-            found["kernels"][f"sm_{architecture}"] = configurations(architecture)
+            chosen = {name: configs.chosen(name, architecture) for name in kernels}
+            found["kernels"][f"sm_{architecture}"] = chosen
     return found
-
-
-def configurations(architecture: int) -> dict[str, dict[str, Any]]:
-    """Op -> name of a table of kernels/configs.py -> what it gives ``architecture`` (90 is sm_90)."""
-    # Needs Triton. The folder is mapped by setup.py, which no type checker reads.
-    from .kernels import configs  # pyright: ignore[reportMissingImports]
-
-    found: dict[str, dict[str, Any]] = {}
-    for name in ops.RECORDS:
-        if name in OPT_IN or name in ops.COMPOSED:
-            continue
-        tables = configs.TABLES.get(name, {})
-        entries = {key: configs.nearest(table, architecture) for key, table in tables.items()}
-        found[name] = {key: _entry(entry) for key, entry in entries.items() if entry is not None}
-    return found
-
-
-def _entry(entry: Any) -> dict[str, Any]:
-    if isinstance(entry, dict):  # by heads per program
-        return {str(heads): config._asdict() for heads, config in entry.items()}
-    return entry._asdict()
 
 
 def processor() -> str:
@@ -130,10 +115,6 @@ def _compiler() -> str | None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _gpu(device: torch.device) -> str:
-    return f"{torch.cuda.get_device_name(device)}, sm_{_architecture(device)}"
 
 
 def _architecture(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from . import checkpoint
 from .cache import DSACache, Placement
 from .config import DSAConfig
 from .indexer import LightningIndexer
-from .ops.arguments import WRITER_FLOATS, check_tensor
+from .ops import check
 from .ops.attention import sparse_gqa, sparse_mla
 from .ops.index import lightning_topk
 from .rope import apply_rope, rope_cos_sin
@@ -101,14 +101,14 @@ class _SparseAttention(nn.Module):
                 "pack a batch along the first dimension and pass cu_seqlens_q"
             )
         dims = {"hidden_size": self.config.hidden_size}
-        check_tensor("hidden_states", hidden_states, "tokens hidden_size", dims, (dtype,), device)
+        check.tensor("hidden_states", hidden_states, "tokens hidden_size", dims, (dtype,), device)
         if cache is None:
             return
         if not isinstance(cache, DSACache):
             raise TypeError(f"cache: expected a DSACache, got {type(cache).__name__}")
         if cache.config != self.config:
             raise ValueError("cache: expected a cache made with this layer's config, got another config")
-        if cache.dtype == torch.float8_e4m3fn and dtype not in WRITER_FLOATS:
+        if cache.dtype == torch.float8_e4m3fn and dtype not in check.WRITER_FLOATS:
             raise TypeError(f"cache: float8_e4m3fn expects a layer of at most 32 bits, got {dtype}")
         if cache.dtype not in (dtype, torch.float8_e4m3fn) or cache.device != device:
             got = f"{cache.dtype} on {cache.device}"
@@ -281,7 +281,7 @@ def _sequence_counts(tokens: int, cache: DSACache | None, cu_seqlens_q: Tensor |
             )
         return [tokens]
     dims = {} if cache is None else {"batch_size+1": cache.batch_size + 1}
-    check_tensor("cu_seqlens_q", cu_seqlens_q, "batch_size+1", dims, (torch.int32, torch.int64))
+    check.tensor("cu_seqlens_q", cu_seqlens_q, "batch_size+1", dims, (torch.int32, torch.int64))
     bounds = cu_seqlens_q.tolist()
     counts = [stop - start for start, stop in itertools.pairwise(bounds)]
     if bounds[:1] != [0] or bounds[-1] != tokens or min(counts, default=0) < 0:

@@ -134,9 +134,8 @@ def sparse_mla(
     Source: multi-head latent attention in its absorbed form, DeepSeek-V2 report, section 2.1.
     """
     dtype = compute_dtype(q.dtype)
-    rows, valid = _gather(_one_head(kv), indices[:, None], topk_length, dtype)
+    rows, valid = _gather(kv, indices[:, None], topk_length, dtype)
     if extra_kv is not None and extra_indices is not None:
-        extra_kv = _one_head(extra_kv)
         extra_rows, extra_valid = _gather(extra_kv, extra_indices[:, None], extra_topk_length, dtype)
         rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
     out, lse, max_logits = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
@@ -167,6 +166,7 @@ def sparse_gqa(
 def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys: ``out = sum_i exp(lse_i - lse) out_i``."""
     dtype = compute_dtype(outs.dtype)
+    lses = lses.to(dtype)
     lse = torch.logsumexp(lses, 0)
     out = torch.zeros(outs.shape[1:], dtype=dtype, device=outs.device)
     for part, part_lse in zip(outs, lses, strict=True):
@@ -194,8 +194,7 @@ def write_kv(
     x = kv.float()
     if norm_weight is not None:
         x = torch.cat([F.rms_norm(x[:, :512], (512,), norm_weight.float(), eps), x[:, 512:]], -1)
-    if cos is not None and sin is not None and pairing is not None:
-        x = torch.cat([x[:, :-64], apply_rope(x[:, None, -64:], cos, sin, pairing)[:, 0]], -1)
+    x = torch.cat([x[:, :-64], _rotate(x[:, None, -64:], cos, sin, pairing, False)[:, 0]], -1)
     if cache.shape[2] == 656:
         packed = pack_v32_kv(x[:, None], power_of_two=power_of_two, min_scale=min_scale)
     else:
@@ -267,18 +266,14 @@ def _visible(s_kv: int, ks: Tensor, ke: Tensor) -> Tensor:
     return (position >= ks[:, None]) & (position < ke[:, None])  # [s_q, s_kv]
 
 
-def _one_head(kv: Tensor) -> Tensor:
-    return kv if kv.dtype == torch.uint8 else kv[:, None]
-
-
 def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
     """The selected rows ``[s_q, h_kv, topk, d]``, and which of them are valid; the others are zeros.
 
     indices ``[s_q, 1, topk]`` serve all heads, ``[s_q, h_kv, topk]`` one each. The cache is
-    ``[s_kv, h_kv, d]``, or quantised and of one head, ``[pages, page_size, bytes]``: of that, the selected
-    rows alone are dequantised.
+    ``[s_kv, h_kv, d]``; or of one head, ``[s_kv, d]``, or quantised, ``[pages, page_size, bytes]``: of that,
+    the selected rows alone are dequantised.
     """
-    quantised = cache.dtype == torch.uint8
+    cache, quantised = cache[:, None] if cache.dim() == 2 else cache, cache.dtype == torch.uint8
     s_kv = cache.shape[:2].numel() if quantised else len(cache)
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:

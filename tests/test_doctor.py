@@ -109,7 +109,7 @@ def test_kernel_configurations_are_those_that_are_launched(capsys):
     from sparse_attn.kernels import configs
 
     for architecture in (80, 89, 90, 100, 120):
-        table = doctor.configurations(architecture)["sparse_mla"]["CONFIGS"]
+        table = configs.chosen("sparse_mla", architecture)["CONFIGS"]
         with mock.patch.object(configs, "architecture", lambda device, arch=architecture: arch):
             launched = configs.for_device(configs.SPARSE_MLA, torch.device("cuda"))
         assert table == {str(heads): config._asdict() for heads, config in launched.items()}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import networkx
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -65,17 +66,14 @@ def loops(code: Code) -> list[list[int]]:
     A loop is every instruction that can reach a branch back to its header. Waits that the compiler moved
     to after the final EXIT belong to the loop that they return to.
     """
-    starts, following = _blocks(code)
-    before: list[list[int]] = [[] for _ in starts]
-    for block, nexts in enumerate(following):
-        for following_block in nexts:
-            before[following_block].append(block)
-    dominators = _dominators(following, before)
+    starts, graph = _blocks(code)
+    dominator = networkx.immediate_dominators(graph, 0)
     bodies: dict[int, set[int]] = {}
-    for block, nexts in enumerate(following):
-        for header in nexts:
-            if dominators[block] >> header & 1:
-                bodies.setdefault(header, set()).update(_body(header, block, before))
+    for block, header in graph.edges:
+        if _dominates(header, block, dominator):
+            inside = graph.subgraph({*graph} - {header})
+            reaching = networkx.ancestors(inside, block) if block in inside else ()
+            bodies.setdefault(header, {header}).update({block, *reaching})
     ends = [*starts[1:], len(code.instructions)]
     return [
         [place for block in sorted(body) for place in range(starts[block], ends[block])]
@@ -83,67 +81,37 @@ def loops(code: Code) -> list[list[int]]:
     ]
 
 
-def _blocks(code: Code) -> tuple[list[int], list[list[int]]]:
-    """Where each straight piece of code starts, and which pieces can follow it."""
+def _dominates(header: int, block: int, dominator: dict[int, int]) -> bool:
+    """Whether every path to the block leads through the header; false for blocks that no path reaches."""
+    while block in dominator and block not in (header, dominator[block]):
+        block = dominator[block]
+    return block == header and block in dominator
+
+
+def _blocks(code: Code) -> tuple[list[int], networkx.DiGraph]:
+    """Where each straight piece of code starts, and which pieces can follow which."""
     jumps = {}
     for place, instruction in enumerate(code.instructions):
         if instruction.name in ("BRA", "BRX", "JMP", "EXIT", "RET"):
             named = re.findall(r"\.L_\w+", instruction.operands)
             jumps[place] = [code.labels[name] for name in named if name in code.labels]
-    leaders = {
-        0,
-        *(place + 1 for place in jumps),
-        *(target for targets in jumps.values() for target in targets),
-    }
+    leaders = {0, *(place + 1 for place in jumps)}.union(*jumps.values())
     starts = sorted(place for place in leaders if place < len(code.instructions))
     number = {start: block for block, start in enumerate(starts)}
-    following = []
-    for end in [*starts[1:], len(code.instructions)]:
-        nexts = {number[target] for target in jumps.get(end - 1, ()) if target in number}
-        if end in number and _falls_through(code.instructions[end - 1]):
-            nexts.add(number[end])
-        following.append(sorted(nexts))
-    return starts, following
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(number.values())
+    for block, end in enumerate([*starts[1:], len(code.instructions)]):
+        targets = {*jumps.get(end - 1, ())}
+        if _falls_through(code.instructions[end - 1]):
+            targets.add(end)
+        graph.add_edges_from((block, number[target]) for target in targets if target in number)
+    return starts, graph
 
 
 def _falls_through(last: Instruction) -> bool:
     if last.name == "BRA":  # the condition may stand before it, among its operands, or in its suffix
         return bool(last.predicate or re.match(r"!?U?P\d", last.operands) or ".DIV" in last.opcode)
     return last.name not in LEAVES or last.predicate is not None
-
-
-def _dominators(following: list[list[int]], before: list[list[int]]) -> list[int]:
-    """For each block the set (as bits) of blocks on every path to it; 0 if no path reaches it."""
-    reached, todo = {0}, [0]
-    while todo:
-        new = set(following[todo.pop()]) - reached
-        reached |= new
-        todo += new
-    everything = (1 << len(following)) - 1
-    dominators = [everything if block in reached else 0 for block in range(len(following))]
-    dominators[0] = 1
-    changed = True
-    while changed:
-        changed = False
-        for block in sorted(reached - {0}):
-            common = everything
-            for previous in before[block]:
-                if previous in reached:
-                    common &= dominators[previous]
-            common |= 1 << block
-            changed |= common != dominators[block]
-            dominators[block] = common
-    return dominators
-
-
-def _body(header: int, tail: int, before: list[list[int]]) -> set[int]:
-    body, todo = {header}, [tail]
-    while todo:
-        block = todo.pop()
-        if block not in body:
-            body.add(block)
-            todo += before[block]
-    return body
 
 
 def count(instructions: Iterable[Instruction], *names: str) -> int:

@@ -198,8 +198,10 @@ def describe(machine: dict[str, str | int]) -> str:
     )
 
 
-def append_json(path: str, benchmark: str, rows: list[dict]) -> None:
-    """Add each row of figures to a file, one JSON object per line, with the machine it was measured on."""
+def append_json(path: str | None, benchmark: str, rows: list[dict]) -> None:
+    """Add each row of figures to a file, if one is given: a JSON object per line, with the machine."""
+    if path is None:
+        return
     with open(path, "a") as file:
         for row in rows:
             file.write(json.dumps({"benchmark": benchmark, **row, "machine": machine()}) + "\n")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..formats.elements import split_pages
-from ..ops.arguments import INT32, check_tensor
+from ..ops import check
+from ..ops.check import INT32
 from ..ops.index import index_logits
 
 INF = float("inf")
@@ -80,9 +81,9 @@ def fp8_fp4_mqa_logits(
     k, k_scale = _keys(kv, queries, dims)
     weights = _weights(weights, "s_q heads", logits_dtype, dims, queries)
     ks, ke = cu_seq_len_k_start, cu_seq_len_k_end
-    check_tensor("cu_seq_len_k_start", ks, "s_q", dims, INT32, k.device)
-    check_tensor("cu_seq_len_k_end", ke, "s_q", dims, INT32, k.device)
-    _check_size("max_seqlen_k", max_seqlen_k, 0)
+    check.tensor("cu_seq_len_k_start", ks, "s_q", dims, INT32, k.device)
+    check.tensor("cu_seq_len_k_end", ke, "s_q", dims, INT32, k.device)
+    check.integer("max_seqlen_k", max_seqlen_k, 0)
     if max_seqlen_k and clean_logits:
         raise ValueError("clean_logits: expected False with max_seqlen_k, whose rows are not cleaned")
     s_q, s_kv = queries.shape[0], k.shape[0]
@@ -110,10 +111,9 @@ def get_paged_mqa_logits_metadata(
         indices: None, or ``[batch]`` int32; see :func:`fp8_fp4_paged_mqa_logits`.
     """
     dims: dict[str, int] = {}
-    spec = "batch" if isinstance(context_lens, Tensor) and context_lens.dim() == 1 else "batch next_n"
-    check_tensor("context_lens", context_lens, spec, dims, INT32)
-    _check_size("block_kv", block_kv, 1)
-    _check_size("num_sms", num_sms, 1)
+    _check_lengths(context_lens, dims)
+    check.integer("block_kv", block_kv)
+    check.integer("num_sms", num_sms)
     _check_sequences(indices, dims, context_lens.device)
     return torch.zeros(num_sms + 1, 2, dtype=torch.int32, device=context_lens.device)
 
@@ -181,9 +181,9 @@ def fp8_fp4_paged_mqa_logits(
     dims["tokens"] = batch * next_n
     weights = _weights(weights, "tokens heads", logits_dtype, dims, queries)
     ends = _visible(context_lens, dims, queries)
-    check_tensor("block_table", block_table, "batch max_pages", dims, INT32, k.device)
-    check_tensor("schedule_meta", schedule_meta, "num_sms+1 2", {}, INT32, k.device)
-    _check_size("max_context_len", max_context_len, 0)
+    check.tensor("block_table", block_table, "batch max_pages", dims, INT32, k.device)
+    check.tensor("schedule_meta", schedule_meta, "num_sms+1 2", {}, INT32, k.device)
+    check.integer("max_context_len", max_context_len, 0)
     _check_sequences(indices, dims, k.device)
 
     page_size = max(1, k.shape[1])
@@ -227,28 +227,28 @@ def _queries(q: tuple, spec: str, dims: dict[str, int]) -> tuple[Tensor, Tensor 
     """Values (uint8 in fp4) and scales as the library takes them."""
     values, scales = _pair("q", q)
     if scales is None:
-        check_tensor("q", values, f"{spec} d", dims, FP8)
+        check.tensor("q", values, f"{spec} d", dims, FP8)
         return values, None
-    check_tensor("q[0]", values, f"{spec} {FP4_VALUES // 2}", dims, PACKED_FP4)
-    check_tensor("q[1]", scales, spec, dims, INT32, values.device)
+    check.tensor("q[0]", values, f"{spec} {FP4_VALUES // 2}", dims, PACKED_FP4)
+    check.tensor("q[1]", scales, spec, dims, INT32, values.device)
     return values.view(torch.uint8), scales
 
 
 def _keys(kv: tuple, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
     values, scales = _pair("kv", kv)
     if q.dtype == torch.uint8:
-        check_tensor("kv[0]", values, f"s_kv {FP4_VALUES // 2}", dims, PACKED_FP4, q.device)
-        check_tensor("kv[1]", scales, "s_kv", dims, INT32, q.device)
+        check.tensor("kv[0]", values, f"s_kv {FP4_VALUES // 2}", dims, PACKED_FP4, q.device)
+        check.tensor("kv[1]", scales, "s_kv", dims, INT32, q.device)
         return values.view(torch.uint8), scales
-    check_tensor("kv[0]", values, "s_kv d", dims, FP8, q.device)
-    check_tensor("kv[1]", scales, "s_kv", dims, (torch.float32,), q.device)
+    check.tensor("kv[0]", values, "s_kv d", dims, FP8, q.device)
+    check.tensor("kv[1]", scales, "s_kv", dims, (torch.float32,), q.device)
     return values, scales
 
 
 def _pages(kv_cache: Tensor, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
     """Values ``[pages, page_size, ...]`` and scales ``[pages, page_size]`` of a cache, views."""
     size = FP4_VALUES // 2 if q.dtype == torch.uint8 else q.shape[-1]
-    check_tensor("kv_cache", kv_cache, f"pages page_size 1 {size + 4}", {}, (torch.uint8,), q.device)
+    check.tensor("kv_cache", kv_cache, f"pages page_size 1 {size + 4}", {}, (torch.uint8,), q.device)
     steps = kv_cache.stride()
     apart = steps[3] != 1 or (kv_cache.shape[1] > 1 and steps[1] != size + 4)
     if apart or (kv_cache.shape[0] > 1 and steps[0] % 4) or kv_cache.storage_offset() % 4 or size % 4:
@@ -274,28 +274,27 @@ def _weights(
     if logits_dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits_dtype: expected float32 or bfloat16, got {logits_dtype}")
     dtypes = LOGITS_DTYPES[: 1 if logits_dtype == torch.float32 else 2]
-    check_tensor("weights", weights, spec, dims, dtypes, q.device)
+    check.tensor("weights", weights, spec, dims, dtypes, q.device)
     return weights.float()
 
 
 def _visible(context_lens: Tensor, dims: dict[str, int], q: Tensor) -> Tensor:
     """How many tokens each of ``[batch * next_n]`` queries sees."""
-    if isinstance(context_lens, Tensor) and context_lens.dim() == 1:
-        check_tensor("context_lens", context_lens, "batch", dims, INT32, q.device)
+    _check_lengths(context_lens, dims, q.device)
+    if context_lens.dim() == 1:
         earlier = torch.arange(1 - dims["next_n"], 1, dtype=torch.int32, device=q.device)
         return (context_lens[:, None] + earlier).flatten()
-    check_tensor("context_lens", context_lens, "batch next_n", dims, INT32, q.device)
     return context_lens.flatten()
+
+
+def _check_lengths(context_lens: Tensor, dims: dict[str, int], device: torch.device | None = None) -> None:
+    spec = "batch" if isinstance(context_lens, Tensor) and context_lens.dim() == 1 else "batch next_n"
+    check.tensor("context_lens", context_lens, spec, dims, INT32, device)
 
 
 def _check_sequences(indices: Tensor | None, dims: dict[str, int], device: torch.device) -> None:
     if indices is None:
         return
-    check_tensor("indices", indices, "batch", dims, INT32, device)
+    check.tensor("indices", indices, "batch", dims, INT32, device)
     if dims.get("next_n", 1) != 1:
         raise ValueError(f"indices: expected None with next_n={dims['next_n']}")
-
-
-def _check_size(name: str, size: int, least: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < least:
-        raise ValueError(f"{name}: expected an int of at least {least}, got {size!r}")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.arguments import FLOATS, INT32, check_tensor
+from ..ops import check
 from ..ops.attention import sparse_mla
+from ..ops.check import FLOATS, INT32
 from ..ops.index import physical_slots
 
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # types that FlashMLA's callers give a quantised cache
@@ -47,9 +48,9 @@ def flash_mla_sparse_fwd(
         without the sink. Of a query with nothing to attend to they are 0, -inf and **+inf**.
     """
     dims: dict[str, int] = {}
-    check_tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
-    check_tensor("kv", kv, "s_kv 1 d_qk", dims, (q.dtype,), q.device)
-    check_tensor("indices", indices, "s_q 1 topk", dims, INT32, q.device)
+    check.tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
+    check.tensor("kv", kv, "s_kv 1 d_qk", dims, (q.dtype,), q.device)
+    check.tensor("indices", indices, "s_q 1 topk", dims, INT32, q.device)
     out, lse, max_logits = sparse_mla(
         q,
         kv[:, 0],
@@ -128,7 +129,7 @@ def flash_mla_with_kvcache(
         without the sink. Of a query with nothing to attend to they are 0 and **+inf**.
     """
     dims: dict[str, int] = {}
-    check_tensor("q", q, "batch s_q h_q d_qk", dims, FLOATS)
+    check.tensor("q", q, "batch s_q h_q d_qk", dims, FLOATS)
     batch, s_q, h_q, _ = q.shape
     k_cache = _cache("k_cache", k_cache, is_fp8_kvcache, dims, q)
     if extra_k_cache is not None:
@@ -161,8 +162,8 @@ def flash_mla_with_kvcache(
         for name, value in sparse_only.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None without indices (dense decode)")
-        check_tensor("block_table", block_table, "batch max_pages", dims, INT32, q.device)
-        check_tensor("cache_seqlens", cache_seqlens, "batch", dims, INT32, q.device)
+        check.tensor("block_table", block_table, "batch max_pages", dims, INT32, q.device)
+        check.tensor("cache_seqlens", cache_seqlens, "batch", dims, INT32, q.device)
         out, lse = _attend_to_all(q, k_cache, block_table, cache_seqlens, causal, head_dim_v, softmax_scale)
     else:
         if causal:
@@ -216,9 +217,9 @@ def _empty_lse_to_inf(lse: Tensor) -> Tensor:
 
 def _cache(name: str, cache: Tensor, is_fp8: bool, dims: dict[str, int], q: Tensor) -> Tensor:
     if not is_fp8:
-        check_tensor(name, cache, "pages page_size 1 d_qk", {"d_qk": dims["d_qk"]}, (q.dtype,), q.device)
+        check.tensor(name, cache, "pages page_size 1 d_qk", {"d_qk": dims["d_qk"]}, (q.dtype,), q.device)
         return cache
-    check_tensor(name, cache, "pages page_size 1 bytes", {}, BYTES, q.device)
+    check.tensor(name, cache, "pages page_size 1 bytes", {}, BYTES, q.device)
     return cache.view(torch.uint8)
 
 
@@ -231,7 +232,7 @@ def _indices(name: str, indices: Tensor | None, dims: dict[str, int], q: Tensor)
     """``[batch * s_q, topk]``."""
     if indices is None:
         return None
-    check_tensor(name, indices, "batch s_q topk", {**dims}, INT32, q.device)
+    check.tensor(name, indices, "batch s_q topk", {**dims}, INT32, q.device)
     return indices.flatten(0, 1)
 
 
@@ -239,7 +240,7 @@ def _lengths(name: str, lengths: Tensor | None, dims: dict[str, int], q: Tensor)
     """From one per sequence to one per query, ``[batch * s_q]``."""
     if lengths is None:
         return None
-    check_tensor(name, lengths, "batch", dims, INT32, q.device)
+    check.tensor(name, lengths, "batch", dims, INT32, q.device)
     return lengths.repeat_interleave(dims["s_q"]) if dims["s_q"] != 1 else lengths
 
 

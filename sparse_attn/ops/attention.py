@@ -4,24 +4,15 @@ Names of sizes, errors and ``backend`` are those of :mod:`sparse_attn.ops.index`
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from ..formats import KV_FORMATS, format_of
 from ..reference import compute_dtype
-from . import call, register
-from .arguments import (
-    FLOATS,
-    INT32,
-    check_call,
-    check_format,
-    check_optional,
-    check_output,
-    check_quantised_pages,
-    check_tensor,
-)
+from . import call, check, register
+from .check import FLOATS, INT32
 from .records import Output
 
 QUANTISED_D_V = 512  # of every latent format
@@ -66,6 +57,8 @@ class MergeAttentionOp(NamedTuple):
     lse: Output  # [s_q, h]
 
 
+Yes: TypeAlias = Literal[True]
+No: TypeAlias = Literal[False]
 if TYPE_CHECKING:  # the result's type follows from return_*, whatever else is passed
     from typing_extensions import Unpack
 
@@ -85,29 +78,24 @@ if TYPE_CHECKING:  # the result's type follows from return_*, whatever else is p
 
 
 @overload
-def sparse_mla(
-    q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: Literal[False] = ...,
-    return_max_logits: Literal[False] = ..., **options: "Unpack[MLAOptions]",
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: No = ...,
+    return_max_logits: No = ..., **options: "Unpack[MLAOptions]",
 ) -> Tensor: ...  # fmt: skip
 @overload
-def sparse_mla(
-    q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: Literal[True],
-    return_max_logits: Literal[False] = ..., **options: "Unpack[MLAOptions]",
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: Yes,
+    return_max_logits: No = ..., **options: "Unpack[MLAOptions]",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
-def sparse_mla(
-    q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: Literal[False] = ...,
-    return_max_logits: Literal[True], **options: "Unpack[MLAOptions]",
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: No = ...,
+    return_max_logits: Yes, **options: "Unpack[MLAOptions]",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
-def sparse_mla(
-    q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: Literal[True],
-    return_max_logits: Literal[True], **options: "Unpack[MLAOptions]",
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: Yes,
+    return_max_logits: Yes, **options: "Unpack[MLAOptions]",
 ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 @overload
-def sparse_mla(
-    q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: bool = ..., return_max_logits: bool = ...,
-    **options: "Unpack[MLAOptions]",
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, return_lse: bool = ...,
+    return_max_logits: bool = ..., **options: "Unpack[MLAOptions]",
 ) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def sparse_mla(
     q: Tensor,
@@ -163,23 +151,23 @@ def sparse_mla(
     Source: DeepSeek-V2 report, section 2.1; the argument names are FlashMLA's.
     """
     dims: dict[str, int] = {}
-    check_tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
+    check.tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
     kv = _check_latent("kv", kv, dims, q, d_v)
-    check_tensor("indices", indices, "s_q topk", dims, INT32, q.device)
-    check_optional("topk_length", topk_length, "s_q", dims, INT32, q.device)
+    check.tensor("indices", indices, "s_q topk", dims, INT32, q.device)
+    check.optional("topk_length", topk_length, "s_q", dims, INT32, q.device)
     if not 1 <= d_v <= q.shape[2]:
         raise ValueError(f"d_v: expected 1 to d_qk={q.shape[2]}, got {d_v}")
-    check_optional("attn_sink", attn_sink, "h_q", dims, (torch.float32,), q.device)
+    check.optional("attn_sink", attn_sink, "h_q", dims, (torch.float32,), q.device)
     if (extra_kv is None) != (extra_indices is None):
         raise ValueError("extra_kv and extra_indices: expected both or neither")
     if extra_kv is not None:
         extra_dims = {"s_q": dims["s_q"], "d_qk": dims["d_qk"]}
         extra_kv = _check_latent("extra_kv", extra_kv, extra_dims, q, d_v)
-        check_tensor("extra_indices", extra_indices, "s_q extra_topk", extra_dims, INT32, q.device)
-        check_optional("extra_topk_length", extra_topk_length, "s_q", extra_dims, INT32, q.device)
+        check.tensor("extra_indices", extra_indices, "s_q extra_topk", extra_dims, INT32, q.device)
+        check.optional("extra_topk_length", extra_topk_length, "s_q", extra_dims, INT32, q.device)
     elif extra_topk_length is not None:
         raise ValueError("extra_topk_length: expected None without extra_kv")
-    check_call(backend, q.device, q, kv, attn_sink, extra_kv)
+    check.call(backend, q.device, q, kv, attn_sink, extra_kv)
     name, backend = _check_variant(variant, backend, q.device)
     asked = {"lse": return_lse, "max_logits": return_max_logits}
     result, lse, max_logits = _check_outputs(out, q, d_v, asked)
@@ -192,18 +180,15 @@ def sparse_mla(
 
 
 @overload
-def sparse_gqa(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *, return_lse: Literal[False] = ...,
+def sparse_gqa(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *, return_lse: No = ...,
     **options: "Unpack[GQAOptions]",
 ) -> Tensor: ...  # fmt: skip
 @overload
-def sparse_gqa(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *, return_lse: Literal[True],
+def sparse_gqa(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *, return_lse: Yes,
     **options: "Unpack[GQAOptions]",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
-def sparse_gqa(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *, return_lse: bool = ...,
+def sparse_gqa(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *, return_lse: bool = ...,
     **options: "Unpack[GQAOptions]",
 ) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def sparse_gqa(
@@ -232,17 +217,17 @@ def sparse_gqa(
         out ``[s_q, h_q, d_v]`` in q's dtype, and with ``return_lse`` lse ``[s_q, h_q]``.
     """
     dims: dict[str, int] = {}
-    check_tensor("q", q, "s_q h_q d", dims, FLOATS)
-    check_tensor("k", k, "s_kv h_kv d", dims, (q.dtype,), q.device)
-    check_tensor("v", v, "s_kv h_kv d_v", dims, (q.dtype,), q.device)
+    check.tensor("q", q, "s_q h_q d", dims, FLOATS)
+    check.tensor("k", k, "s_kv h_kv d", dims, (q.dtype,), q.device)
+    check.tensor("v", v, "s_kv h_kv d_v", dims, (q.dtype,), q.device)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q: expected h_q to be a multiple of k's h_kv={k.shape[1]}, got h_q={q.shape[1]}")
     per_head = isinstance(indices, Tensor) and indices.dim() == 3
     spec = "s_q h_kv topk" if per_head else "s_q topk"
-    check_tensor("indices", indices, spec, dims, INT32, q.device)
-    check_optional("topk_length", topk_length, "s_q", dims, INT32, q.device)
-    check_optional("attn_sink", attn_sink, "h_q", dims, (torch.float32,), q.device)
-    check_call(backend, q.device, q, k, v, attn_sink)
+    check.tensor("indices", indices, spec, dims, INT32, q.device)
+    check.optional("topk_length", topk_length, "s_q", dims, INT32, q.device)
+    check.optional("attn_sink", attn_sink, "h_q", dims, (torch.float32,), q.device)
+    check.call(backend, q.device, q, k, v, attn_sink)
     result, lse = _check_outputs(out, q, v.shape[2], {"lse": return_lse})
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     call("sparse_gqa", SparseGQAOp(q, k, v, indices, scale, result, lse, topk_length, attn_sink), backend)
@@ -269,9 +254,9 @@ def merge_attention(
     """
     outs, lses = _check_parts("outs", outs), _check_parts("lses", lses)
     dims: dict[str, int] = {}
-    check_tensor("outs", outs, "n s_q h d_v", dims, FLOATS)
-    check_tensor("lses", lses, "n s_q h", dims, (compute_dtype(outs.dtype),), outs.device)
-    check_call(backend, outs.device, outs, lses)
+    check.tensor("outs", outs, "n s_q h d_v", dims, FLOATS)
+    check.tensor("lses", lses, "n s_q h", dims, (compute_dtype(outs.dtype),), outs.device)
+    check.call(backend, outs.device, outs, lses)
     merged, lse = _check_outputs(out, outs, outs.shape[3], {"lse": True})
     call("merge_attention", MergeAttentionOp(outs, lses, merged, lse), backend)
     return merged, lse
@@ -293,10 +278,15 @@ def _check_variant(variant: str | None, backend: str, device: torch.device) -> t
 def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: int) -> Tensor:
     """kv as the ops take it: rows ``[slots, d_qk]`` or pages ``[pages, page_size, bytes]``, never a copy."""
     if isinstance(kv, Tensor) and kv.dtype == torch.uint8:
-        return _check_quantised_latent(name, kv, q, d_v)
+        fmt = format_of(name, kv, KV_FORMATS)
+        kv = check.quantised_pages(name, kv, fmt, q.device)
+        check.in_format(name, kv, fmt, q.shape[2], "d_qk")
+        if d_v != QUANTISED_D_V:
+            raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
+        return kv
     specs = {3: "pages page_size d_qk", 4: "pages page_size 1 d_qk"}
     spec = specs.get(kv.dim(), "s_kv d_qk") if isinstance(kv, Tensor) else "s_kv d_qk"
-    check_tensor(name, kv, spec, dict(dims), (q.dtype,), q.device)
+    check.tensor(name, kv, spec, dict(dims), (q.dtype,), q.device)
     if kv.dim() == 2:
         return kv
     if kv.dim() == 4:
@@ -310,15 +300,6 @@ def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: i
             "a slot number could not address it without a copy of the cache"
         )
     return kv.as_strided((pages * page_size, size), kv.stride()[1:])
-
-
-def _check_quantised_latent(name: str, kv: Tensor, q: Tensor, d_v: int) -> Tensor:
-    fmt = format_of(name, kv, KV_FORMATS)
-    kv = check_quantised_pages(name, kv, fmt, q.device)
-    check_format(name, kv, fmt, q.shape[2], "d_qk")
-    if d_v != QUANTISED_D_V:
-        raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
-    return kv
 
 
 def _check_parts(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:
@@ -345,6 +326,6 @@ def _check_outputs(out, q: Tensor, d_v: int, asked: dict[str, bool]) -> tuple[Te
         raise TypeError(f"out: expected the tuple ({', '.join(returned)}), as these are returned, got {got}")
     given = dict(zip(returned, out, strict=False))
     dims = {"s_q": q.shape[-3], "h_q": q.shape[-2]}
-    result = check_output("out", given.get("out"), {**dims, "d_v": d_v}, q.dtype, q.device)
+    result = check.output("out", given.get("out"), {**dims, "d_v": d_v}, q.dtype, q.device)
     dtype = compute_dtype(q.dtype)
-    return result, *(check_output(name, given.get(name), dims, dtype, q.device) for name in asked)
+    return result, *(check.output(name, given.get(name), dims, dtype, q.device) for name in asked)

@@ -17,17 +17,8 @@ from torch import Tensor
 
 from ..formats import INDEX_K_FORMATS, format_of
 from ..reference import compute_dtype
-from . import call, implementation, register
-from .arguments import (
-    FLOATS,
-    INT32,
-    check_block_table,
-    check_call,
-    check_format,
-    check_output,
-    check_tensor,
-    dtype_name,
-)
+from . import call, check, implementation, register
+from .check import FLOATS, INT32, dtype_name
 from .records import Output, in_chunks
 
 DEFAULT_WORKSPACE_BYTES = 256 << 20
@@ -143,11 +134,9 @@ def index_logits(
 
     Source: DeepSeek-V3.2 report, equation 1; quantised operands are DeepGEMM's.
     """
-    dims: dict[str, int] = {}
-    k, optional, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
-    ks, ke = _check_ranges(ks, ke, width, dims, q.device)
-    check_call(backend, q.device, q, k, weights)
-    out = check_output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
+    scales = q_scale, k_scale
+    k, ks, ke, optional, width = _check_index_inputs(q, k, weights, ks, ke, scales, block_table, backend)
+    out = check.output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
     call("index_logits", IndexLogitsOp(q, k, weights, ks, ke, out, *optional), backend)
     return out
 
@@ -177,10 +166,10 @@ def select_topk(
     """
     _check_topk(topk)
     dims: dict[str, int] = {}
-    check_tensor("logits", logits, "s_q s_kv", dims, (torch.float32, torch.float64))
+    check.tensor("logits", logits, "s_q s_kv", dims, (torch.float32, torch.float64))
     ks, ke = _check_ranges(ks, ke, logits.shape[1], dims, logits.device)
-    check_call(backend, logits.device, logits)
-    out = check_output("out", out, {"s_q": logits.shape[0], "topk": topk}, torch.int32, logits.device)
+    check.call(backend, logits.device, logits)
+    out = check.output("out", out, {"s_q": logits.shape[0], "topk": topk}, torch.int32, logits.device)
     call("select_topk", SelectTopkOp(logits, topk, ks, ke, out), backend)
     return out
 
@@ -212,13 +201,11 @@ def lightning_topk(
         ``[s_q, topk]`` int32 positions, ascending, -1 padded.
     """
     _check_topk(topk)
-    dims: dict[str, int] = {}
-    k, optional, width = _check_index_inputs(q, k, weights, q_scale, k_scale, block_table, dims)
-    ks, ke = _check_ranges(ks, ke, width, dims, q.device)
-    check_call(backend, q.device, q, k, weights)
+    scales = q_scale, k_scale
+    k, ks, ke, optional, _ = _check_index_inputs(q, k, weights, ks, ke, scales, block_table, backend)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
-    out = check_output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
+    out = check.output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
     required = q, k, weights, topk, ks, ke, workspace_bytes, out
     call("lightning_topk", LightningTopkOp(*required, *optional), backend)
     return out
@@ -242,45 +229,40 @@ def physical_slots(
         table holds a negative page or one whose slots int32 cannot number.
     """
     dims: dict[str, int] = {}
-    check_tensor("indices", indices, "s_q topk", dims, INT32)
-    check_block_table(block_table, dims, indices.shape[0], indices.device)
-    if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
-        raise ValueError(f"page_size: expected a positive int, got {page_size!r}")
-    check_call(backend, indices.device)
+    check.tensor("indices", indices, "s_q topk", dims, INT32)
+    check.block_table(block_table, dims, indices.shape[0], indices.device)
+    check.integer("page_size", page_size)
+    check.call(backend, indices.device)
     sizes = {"s_q": indices.shape[0], "topk": indices.shape[1]}
-    out = check_output("out", out, sizes, torch.int32, indices.device)
+    out = check.output("out", out, sizes, torch.int32, indices.device)
     call("physical_slots", PhysicalSlotsOp(indices, block_table, page_size, out), backend)
     return out
 
 
-def _check_index_inputs(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    block_table: Tensor | None,
-    dims: dict[str, int],
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
-    """k; q_scale, k_scale and block_table; all as the ops take them. And the width of a row of logits."""
+def _check_index_inputs(q: Tensor, k: Tensor, weights: Tensor, ks, ke, scales, block_table, backend: str):
+    """k, ks and ke, the optional inputs, all as the ops take them, and the width of a row of logits."""
+    dims: dict[str, int] = {}
+    q_scale, k_scale = scales
     q_scale = _check_index_q(q, q_scale, dims)
     k, k_scale, block_table = _check_index_k(k, k_scale, block_table, q, dims)
-    check_tensor("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
+    check.tensor("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
     width = k.shape[0]
     if block_table is not None:
-        check_block_table(block_table, dims, q.shape[0], q.device)
+        check.block_table(block_table, dims, q.shape[0], q.device)
         width = block_table.shape[1] * k.shape[1]
-    return k, (q_scale, k_scale, block_table), width
+    ks, ke = _check_ranges(ks, ke, width, dims, q.device)
+    check.call(backend, q.device, q, k, weights)
+    return k, ks, ke, (q_scale, k_scale, block_table), width
 
 
 def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> Tensor | None:
     """The scales of q, in bytes."""
     if isinstance(q, Tensor) and q.dtype == torch.uint8:
-        check_tensor("q", q, f"s_q index_n_heads {E2M1_WIDTH // 2}", dims, (torch.uint8,))
+        check.tensor("q", q, f"s_q index_n_heads {E2M1_WIDTH // 2}", dims, (torch.uint8,))
         dims["index_head_dim"] = E2M1_WIDTH
-        q_scale = check_tensor("q_scale", q_scale, "s_q index_n_heads", dims, INT32, q.device)
+        q_scale = check.tensor("q_scale", q_scale, "s_q index_n_heads", dims, INT32, q.device)
         return _ue8m0_bytes(q_scale)
-    check_tensor("q", q, "s_q index_n_heads index_head_dim", dims, (*FLOATS, torch.float8_e4m3fn))
+    check.tensor("q", q, "s_q index_n_heads index_head_dim", dims, (*FLOATS, torch.float8_e4m3fn))
     if q_scale is not None:
         raise ValueError("q_scale: expected None, as q is not e2m1 (scales of e4m3 go into weights)")
     return None
@@ -293,8 +275,8 @@ def _check_index_k(
     dtype = k.dtype if isinstance(k, Tensor) else None
     if dtype == torch.uint8 and k_scale is None:
         fmt = format_of("k", k, INDEX_K_FORMATS)
-        check_tensor("k", k, f"pages page_size {fmt.bytes}", dims, (torch.uint8,), q.device)
-        check_format("k", k, fmt, dims["index_head_dim"], "index_head_dim")
+        check.tensor("k", k, f"pages page_size {fmt.bytes}", dims, (torch.uint8,), q.device)
+        check.in_format("k", k, fmt, dims["index_head_dim"], "index_head_dim")
         if block_table is None:
             block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[None]
         keys, k_scale = fmt.views(k)
@@ -305,17 +287,17 @@ def _check_index_k(
             raise ValueError(
                 f"q: expected index_head_dim={E2M1_WIDTH}, as k is e2m1, got {dims['index_head_dim']}"
             )
-        check_tensor("k", k, f"{rows} {E2M1_WIDTH // 2}", dims, (torch.uint8,), q.device)
-        k_scale = check_tensor("k_scale", k_scale, rows, dims, INT32, q.device)
+        check.tensor("k", k, f"{rows} {E2M1_WIDTH // 2}", dims, (torch.uint8,), q.device)
+        k_scale = check.tensor("k_scale", k_scale, rows, dims, INT32, q.device)
         return k, _ue8m0_bytes(k_scale), block_table
     if dtype == torch.float8_e4m3fn:
-        check_tensor("k", k, f"{rows} index_head_dim", dims, (torch.float8_e4m3fn,), q.device)
-        check_tensor("k_scale", k_scale, rows, dims, (torch.float32,), q.device)
+        check.tensor("k", k, f"{rows} index_head_dim", dims, (torch.float8_e4m3fn,), q.device)
+        check.tensor("k_scale", k_scale, rows, dims, (torch.float32,), q.device)
         return k, k_scale, block_table
     if q.dtype not in FLOATS:
         kind = type(k).__name__ if dtype is None else dtype_name(dtype)
         raise TypeError(f"k: expected quantised keys (float8_e4m3fn or uint8), as q is quantised, got {kind}")
-    check_tensor("k", k, f"{rows} index_head_dim", dims, (q.dtype,), q.device)
+    check.tensor("k", k, f"{rows} index_head_dim", dims, (q.dtype,), q.device)
     if k_scale is not None:
         raise ValueError("k_scale: expected None, as k is not quantised")
     return k, None, block_table
@@ -334,8 +316,8 @@ def _check_ranges(
         ks = torch.zeros(dims["s_q"], dtype=torch.int32, device=device)
     if ke is None:
         ke = torch.full((dims["s_q"],), width, dtype=torch.int32, device=device)
-    check_tensor("ks", ks, "s_q", dims, INT32, device)
-    check_tensor("ke", ke, "s_q", dims, INT32, device)
+    check.tensor("ks", ks, "s_q", dims, INT32, device)
+    check.tensor("ke", ke, "s_q", dims, INT32, device)
     return ks, ke
 
 

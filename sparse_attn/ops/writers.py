@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from ..formats import FP8_MIN_SCALE, INDEX_K_FORMATS, KV_FORMATS, format_of
-from . import call, register
-from .arguments import (
-    WRITER_FLOATS,
-    check_call,
-    check_optional,
-    check_output,
-    check_quantised_pages,
-    check_tensor,
-)
+from . import call, check, register
+from .check import WRITER_FLOATS
 from .records import Cache, Output
 
 WRITTEN = {size: KV_FORMATS[size] for size in (656, 584)}
@@ -108,16 +101,16 @@ def write_kv(
         raise TypeError(f"cache: expected a tensor [pages, page_size, bytes], got {type(cache).__name__}")
     fmt = format_of("cache", cache, WRITTEN)
     dims: dict[str, int] = {}
-    check_tensor("kv", kv, f"tokens {fmt.width}", dims, WRITER_FLOATS)
-    cache = check_quantised_pages("cache", cache, fmt, kv.device)
+    check.tensor("kv", kv, f"tokens {fmt.width}", dims, WRITER_FLOATS)
+    cache = check.quantised_pages("cache", cache, fmt, kv.device)
     fmt.check_in_place("cache", cache)
     if fmt.bytes == 584 and not power_of_two:
         raise ValueError("power_of_two: expected True, as cache has 584 bytes per token, got False")
-    check_optional("norm_weight", norm_weight, "512", dims, WRITER_FLOATS, kv.device)
-    check_tensor("slots", slots, "tokens", dims, (torch.int32, torch.int64), kv.device)
+    check.optional("norm_weight", norm_weight, "512", dims, WRITER_FLOATS, kv.device)
+    check.tensor("slots", slots, "tokens", dims, (torch.int32, torch.int64), kv.device)
     _check_rope(cos, sin, pairing, "32", 64, dims, kv.device)
     _check_scale(min_scale)
-    check_call(backend, kv.device, kv, norm_weight)
+    check.call(backend, kv.device, kv, norm_weight)
     required = kv, slots, eps, power_of_two, min_scale, cache
     call("write_kv", WriteKVOp(*required, norm_weight, cos, sin, pairing), backend)
 
@@ -158,17 +151,17 @@ def write_index_k(
     Source: DeepSeek-V3.2's inference code.
     """
     dims: dict[str, int] = {}
-    check_tensor("k", k, "tokens 128", dims, WRITER_FLOATS)
-    check_tensor("cache", cache, "pages page_size 132", dims, (torch.uint8,), k.device)
+    check.tensor("k", k, "tokens 128", dims, WRITER_FLOATS)
+    check.tensor("cache", cache, "pages page_size 132", dims, (torch.uint8,), k.device)
     INDEX_K_FORMATS[132].check_in_place("cache", cache)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
-    check_optional("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)
-    check_optional("norm_bias", norm_bias, "128", dims, WRITER_FLOATS, k.device)
-    check_tensor("slots", slots, "tokens", dims, (torch.int32, torch.int64), k.device)
+    check.optional("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)
+    check.optional("norm_bias", norm_bias, "128", dims, WRITER_FLOATS, k.device)
+    check.tensor("slots", slots, "tokens", dims, (torch.int32, torch.int64), k.device)
     _check_rope(cos, sin, pairing, "half_rope_dim", 128, dims, k.device)
     _check_scale(min_scale)
-    check_call(backend, k.device, k, norm_weight, norm_bias)
+    check.call(backend, k.device, k, norm_weight, norm_bias)
     required = k, slots, eps, hadamard, power_of_two, min_scale, cache
     call("write_index_k", WriteIndexKOp(*required, norm_weight, norm_bias, cos, sin, pairing), backend)
 
@@ -203,20 +196,20 @@ def quantise_index_q(
     Source: DeepSeek-V3.2's inference code; folding the scale is DeepGEMM's convention.
     """
     dims: dict[str, int] = {}
-    check_tensor("q", q, "tokens index_n_heads index_head_dim", dims, WRITER_FLOATS)
+    check.tensor("q", q, "tokens index_n_heads index_head_dim", dims, WRITER_FLOATS)
     d = q.shape[2]
     if d < 16 or d & (d - 1):
         raise ValueError(f"q: expected a power of two from 16 on as index_head_dim, got {d}")
-    check_tensor("weights", weights, "tokens index_n_heads", dims, (torch.float32,), q.device)
+    check.tensor("weights", weights, "tokens index_n_heads", dims, (torch.float32,), q.device)
     _check_rope(cos, sin, pairing, "half_rope_dim", d, dims, q.device)
     _check_scale(min_scale)
-    check_call(backend, q.device, q, weights)
+    check.call(backend, q.device, q, weights)
     if out is not None and (not isinstance(out, tuple) or len(out) != 2):
         raise TypeError(f"out: expected the pair (q, weights), got {type(out).__name__}")
     out_q, out_weights = out or (None, None)
     shape = {"tokens": q.shape[0], "index_n_heads": q.shape[1]}
-    out_weights = check_output("out weights", out_weights, shape, torch.float32, q.device)
-    out_q = check_output("out q", out_q, {**shape, "index_head_dim": d}, torch.float8_e4m3fn, q.device)
+    out_weights = check.output("out weights", out_weights, shape, torch.float32, q.device)
+    out_q = check.output("out q", out_q, {**shape, "index_head_dim": d}, torch.float8_e4m3fn, q.device)
     outputs = out_q.view(torch.uint8), out_weights
     required = q, weights, hadamard, power_of_two, min_scale, *outputs
     call("quantise_index_q", QuantiseIndexQOp(*required, cos, sin, pairing), backend)
@@ -229,8 +222,8 @@ def _check_rope(cos, sin, pairing, columns: str, d: int, dims: dict[str, int], d
         raise ValueError("cos and sin: expected both or neither")
     if cos is None:
         return
-    check_tensor("cos", cos, f"tokens {columns}", dims, (torch.float32,), device)
-    check_tensor("sin", sin, f"tokens {columns}", dims, (torch.float32,), device)
+    check.tensor("cos", cos, f"tokens {columns}", dims, (torch.float32,), device)
+    check.tensor("sin", sin, f"tokens {columns}", dims, (torch.float32,), device)
     if 2 * cos.shape[1] > d:
         raise ValueError(f"cos: expected at most {d // 2} columns, got {cos.shape[1]}")
     if pairing not in PAIRINGS:

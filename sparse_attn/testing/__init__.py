@@ -7,6 +7,8 @@ entries of every kind, tensors may be non-contiguous. Comparisons take the fp64 
 :mod:`sparse_attn.testing.self_check` has one small check per op of this library.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from .. import reference
 from ..formats import dequantise
 from ..reference import compute_dtype
 
+INF, NAN = float("inf"), float("nan")
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 # Relative error of the arithmetic, which counts where rounding the output makes little or none.
 ARITHMETIC_ERROR = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -203,56 +206,39 @@ def gqa_inputs(
     }
 
 
-ADVERSARIAL_LOGITS = (
-    "gaussian",
-    "zeros",
-    "relu_plateau",
-    "signed_zeros",
-    "constant",
-    "one_bin",
-    "few_values",
-    "ascending",
-    "descending",
-    "nan_scattered",
-    "infinities",
-    "all_minus_inf",
-    "all_nan",
-    "boundary_ties",
-)
+def _every(value: float):
+    return lambda noise, coin, g: torch.full_like(noise, value)
+
+
+# What a kind makes of normal noise, uniform coins and the generator of both.
+_LOGITS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+    "gaussian": lambda noise, coin, g: noise,
+    "zeros": _every(0.0),
+    # what few index heads give: most scores exactly zero
+    "relu_plateau": lambda noise, coin, g: torch.where(coin < 0.8, 0.0, noise.relu()),
+    "signed_zeros": lambda noise, coin, g: torch.where(coin < 0.5, -0.0, 0.0),
+    "constant": _every(-3.5),
+    # neighbours in the last bits of the mantissa
+    "one_bin": lambda noise, coin, g: (
+        (torch.randint(0, 7, noise.shape, generator=g) + 0x3F800000).int().view(torch.float32)
+    ),
+    "few_values": lambda noise, coin, g: torch.randint(-2, 3, noise.shape, generator=g).float(),
+    "ascending": lambda noise, coin, g: torch.arange(noise.shape[1]).float().expand_as(noise).clone(),
+    "descending": lambda noise, coin, g: -torch.arange(noise.shape[1]).float().expand_as(noise),
+    "nan_scattered": lambda noise, coin, g: torch.where(coin < 0.3, NAN, noise),
+    "infinities": lambda noise, coin, g: torch.where(coin < 0.1, INF, torch.where(coin < 0.4, -INF, noise)),
+    "all_minus_inf": _every(-INF),
+    "all_nan": _every(NAN),
+    # the k-th value occurs many times
+    "boundary_ties": lambda noise, coin, g: torch.where(coin < 0.5, 1.0, noise),
+}
+ADVERSARIAL_LOGITS = tuple(_LOGITS)
 
 
 def adversarial_logits(kind: str, s_q: int, s_kv: int, seed: int = 0) -> Tensor:
     """``[s_q, s_kv]`` fp32 rows of one of the :data:`ADVERSARIAL_LOGITS` kinds."""
+    if kind not in _LOGITS:
+        raise ValueError(f"kind: expected one of {', '.join(ADVERSARIAL_LOGITS)}, got {kind!r}")
     g = torch.Generator().manual_seed(seed)
-    noise = torch.randn(s_q, s_kv, generator=g)
-    coin = torch.rand(s_q, s_kv, generator=g)
-    inf, nan = float("inf"), float("nan")
-    if kind == "gaussian":
-        return noise
-    if kind == "zeros":
-        return torch.zeros(s_q, s_kv)
-    if kind == "relu_plateau":  # what few index heads give: most scores exactly zero
-        return torch.where(coin < 0.8, 0.0, noise.relu())
-    if kind == "signed_zeros":
-        return torch.where(coin < 0.5, -0.0, 0.0)
-    if kind == "constant":
-        return torch.full((s_q, s_kv), -3.5)
-    if kind == "one_bin":  # neighbours in the last bits of the mantissa
-        return (torch.randint(0, 7, (s_q, s_kv), generator=g) + 0x3F800000).int().view(torch.float32)
-    if kind == "few_values":
-        return torch.randint(-2, 3, (s_q, s_kv), generator=g).float()
-    if kind == "ascending":
-        return torch.arange(s_kv).float().expand(s_q, -1).clone()
-    if kind == "descending":
-        return -torch.arange(s_kv).float().expand(s_q, -1).clone()
-    if kind == "nan_scattered":
-        return torch.where(coin < 0.3, nan, noise)
-    if kind == "infinities":
-        return torch.where(coin < 0.1, inf, torch.where(coin < 0.4, -inf, noise))
-    if kind == "all_minus_inf":
-        return torch.full((s_q, s_kv), -inf)
-    if kind == "all_nan":
-        return torch.full((s_q, s_kv), nan)
-    if kind == "boundary_ties":  # the k-th value occurs many times
-        return torch.where(coin < 0.5, 1.0, noise)
-    raise ValueError(f"kind: expected one of {', '.join(ADVERSARIAL_LOGITS)}, got {kind!r}")
+    noise, coin = torch.randn(s_q, s_kv, generator=g), torch.rand(s_q, s_kv, generator=g)
+    return _LOGITS[kind](noise, coin, g)

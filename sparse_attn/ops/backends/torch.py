@@ -65,29 +65,26 @@ def _score(a: "IndexLogitsOp", keys: slice) -> None:
 
 def select_topk(a: "SelectTopkOp") -> None:
     """What is above the k-th value, then ties from the left: a sort, as in the definition, takes longer."""
-    for part in in_chunks(a, SELECT_BYTES // (32 * max(1, a.logits.shape[1]))):
-        _select_topk(part)
-
-
-def _select_topk(a: "SelectTopkOp") -> None:
     a.out.fill_(-1)
-    n = min(a.topk, a.logits.shape[1])
-    if n == 0:
+    width = a.logits.shape[1]
+    if width == 0:
         return
-    position = torch.arange(a.logits.shape[1])
-    eligible = (position >= a.ks[:, None]) & (position < a.ke[:, None]) & (a.logits > -INF)  # not NaN
-    scores = torch.where(eligible, a.logits, -INF)
-    kth = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    chosen = scores > kth
-    ties = (scores == kth) & eligible  # a row with fewer than n has kth = -inf and no ties
-    room = n - chosen.sum(-1, keepdim=True)
-    if (ties.sum(-1, keepdim=True) > room).any():
-        ties &= ties.cumsum(-1) <= room
-    chosen |= ties
-    row, column = chosen.nonzero(as_tuple=True)  # ascending within each row
-    count = chosen.sum(-1)
-    slot = torch.arange(row.numel()) - (count.cumsum(0) - count)[row]
-    a.out[row, slot] = column.to(a.out.dtype)
+    n, position = min(a.topk, width), torch.arange(width)
+    for part in in_chunks(a, SELECT_BYTES // (32 * width)):
+        eligible = (position >= part.ks[:, None]) & (position < part.ke[:, None])
+        eligible &= part.logits > -INF  # NaN compares false
+        scores = torch.where(eligible, part.logits, -INF)
+        kth = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        chosen = scores > kth
+        ties = (scores == kth) & eligible  # a row with fewer than n has kth = -inf and no ties
+        room = n - chosen.sum(-1, keepdim=True)
+        if (ties.sum(-1, keepdim=True) > room).any():
+            ties &= ties.cumsum(-1) <= room
+        chosen |= ties
+        row, column = chosen.nonzero(as_tuple=True)  # ascending within each row
+        count = chosen.sum(-1)
+        slot = torch.arange(row.numel()) - (count.cumsum(0) - count)[row]
+        part.out[row, slot] = column.to(part.out.dtype)
 
 
 def sparse_mla(a: "SparseMLAOp") -> None:

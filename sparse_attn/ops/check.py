@@ -17,36 +17,41 @@ WRITER_FLOATS = FLOATS[:3]
 INT32 = (torch.int32,)
 
 
-def check_tensor(
+def tensor(
     name: str,
-    tensor: object,
+    x: object,
     spec: str,
     dims: dict[str, int],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> Tensor:
     """The tensor itself, of the axes that ``spec`` names: a number is a size, a name stands for one."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor [{named(spec, dims)}], got {type(tensor).__name__}")
-    axes, shape = spec.split(), tensor.shape
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{named(spec, dims)}], got {type(x).__name__}")
+    axes, shape = spec.split(), x.shape
     fits = len(axes) == len(shape)
     for axis, n in zip(axes, shape, strict=False):  # a generator would cost more than the rest of a check
         fits = fits and n == (int(axis) if axis.isdigit() else dims.get(axis, n))
     if not fits:
         raise ValueError(f"{name}: expected shape [{named(spec, dims)}], got {list(shape)}")
-    if tensor.dtype not in dtypes:
+    if x.dtype not in dtypes:
         expected = " or ".join(map(dtype_name, dtypes))
-        raise TypeError(f"{name}: expected dtype {expected}, got {dtype_name(tensor.dtype)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+        raise TypeError(f"{name}: expected dtype {expected}, got {dtype_name(x.dtype)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
     dims.update(zip(axes, shape, strict=True))
-    return tensor
+    return x
 
 
-def check_optional(name: str, tensor: object, *expected: Any) -> None:
-    """:func:`check_tensor` of an argument that may be None."""
-    if tensor is not None:
-        check_tensor(name, tensor, *expected)
+def optional(name: str, x: object, *expected: Any) -> None:
+    """:func:`tensor` of an argument that may be None."""
+    if x is not None:
+        tensor(name, x, *expected)
+
+
+def integer(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
 
 
 def named(spec: str, dims: dict[str, int]) -> str:
@@ -60,7 +65,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> None:
+def call(backend: str, device: torch.device, *tensors: Tensor | None) -> None:
     """The backend can run on the device, and no tensor wants a gradient."""
     check_backend(backend, device)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -70,14 +75,14 @@ def check_call(backend: str, device: torch.device, *tensors: Tensor | None) -> N
         )
 
 
-def check_block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
-    check_tensor("block_table", block_table, "n max_pages", dims, INT32, device)
+def block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
+    tensor("block_table", block_table, "n max_pages", dims, INT32, device)
     n = block_table.shape[0]
     if (n == 0 and s_q > 0) or (n > 0 and s_q % n):
         raise ValueError(f"block_table: expected a number of rows that divides s_q={s_q}, got {n}")
 
 
-def check_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: str) -> None:
+def in_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: str) -> None:
     """A quantised cache holds values of q's width, and its bytes lie where they can be read."""
     if width != fmt.width:
         raise ValueError(
@@ -86,20 +91,20 @@ def check_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: 
     fmt.check_in_place(name, cache)
 
 
-def check_quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) -> Tensor:
+def quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) -> Tensor:
     """A view ``[pages, page_size, bytes]`` of a latent cache in any of its shapes."""
     specs = {2: f"s_kv {fmt.bytes}", 3: f"pages page_size {fmt.bytes}", 4: f"pages page_size 1 {fmt.bytes}"}
     rank = kv.dim() if kv.dim() in specs and not (fmt.by_page and kv.dim() == 2) else 3
-    check_tensor(name, kv, specs[rank], {}, (torch.uint8,), device)
+    tensor(name, kv, specs[rank], {}, (torch.uint8,), device)
     if rank == 2:
         return kv[:, None]  # pages of one token
     return kv.squeeze(2) if rank == 4 else kv
 
 
-def check_output(
+def output(
     name: str, out: Tensor | None, dims: dict[str, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The caller's tensor of these sizes, or a new one."""
     if out is None:
         return torch.empty(tuple(dims.values()), dtype=dtype, device=device)
-    return check_tensor(name, out, " ".join(dims), dims, (dtype,), device)
+    return tensor(name, out, " ".join(dims), dims, (dtype,), device)

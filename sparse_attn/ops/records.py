@@ -1,0 +1,70 @@
+"""Records, the arguments of an op as a NamedTuple: their schema, parts of them, and the definition on one."""
+
+import functools
+from collections.abc import Iterator
+from typing import Annotated, Any, get_type_hints
+
+from torch import Tensor
+
+from .. import reference
+
+Output = Annotated[Tensor, "output"]  # the op fills all of it; the reference returns it
+Cache = Annotated[Tensor, "cache"]  # the op writes slots of it, and so does the reference
+
+SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str | None: "str?",
+}
+
+# The fields of all records whose first dimension is that of the queries.
+PER_QUERY = {"q", "weights", "ks", "ke", "q_scale", "logits", "out", "lse", "max_logits"}
+PER_QUERY |= {"indices", "topk_length", "extra_indices", "extra_topk_length"}
+
+
+def schema(record: Any) -> str:
+    """The ``torch.library`` schema of a record."""
+    aliases, arguments = iter("abcdefgh"), []
+    for field, hint in get_type_hints(record, include_extras=True).items():
+        kind = f"Tensor({next(aliases)}!)" if hint in (Output, Cache) else SCHEMA_TYPES[hint]
+        default = f"={record._field_defaults[field]}" if field in record._field_defaults else ""
+        arguments.append(f"{kind} {field}{default}")
+    return f"({', '.join(arguments)}) -> ()"
+
+
+@functools.cache
+def _outputs(record: Any) -> tuple[str, ...]:
+    hints = get_type_hints(record, include_extras=True)
+    return tuple(field for field, hint in hints.items() if hint == Output)
+
+
+def run_reference(name: str, a: Any) -> None:
+    """Run the definition, by keyword: the outputs that it returns are copied, caches it writes itself."""
+    outputs = _outputs(type(a))
+    results = getattr(reference, name)(**{f: x for f, x in a._asdict().items() if f not in outputs})
+    for field, result in zip(outputs, results if isinstance(results, tuple) else (results,), strict=False):
+        getattr(a, field).copy_(result)
+
+
+def of_queries(a: Any, t: slice) -> Any:
+    """The record of some of its queries; its block table stays whole."""
+    return a._replace(**{f: x[t] for f, x in a._asdict().items() if f in PER_QUERY and x is not None})
+
+
+def in_chunks(a: Any, queries: int) -> Iterator[Any]:
+    """Records of at most ``queries`` queries, one at least, each with its rows of the block table.
+
+    The first field of ``a`` has a row per query. A record has whole rows of the table, or a part of one.
+    """
+    s_q, table, queries = len(a[0]), getattr(a, "block_table", None), max(1, queries)
+    of_row = s_q if table is None else s_q // max(1, len(table))  # queries of each row of the table
+    group = max(1, queries // max(1, of_row)) * of_row
+    for first in range(0, s_q, max(1, group)):
+        for start in range(first, last := min(first + group, s_q), queries):
+            part = of_queries(a, slice(start, stop := min(start + queries, last)))
+            if table is not None:
+                part = part._replace(block_table=table[start // of_row : -(-stop // of_row)])
+            yield part
