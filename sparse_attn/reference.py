@@ -64,8 +64,8 @@ def index_logits(
 def _paged_index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table):
     pages, page_size, _ = k.shape
     queries_per_row = len(q) // max(len(block_table), 1)
-    logits = q.new_empty(len(q), block_table.shape[1] * page_size, dtype=compute_dtype(q.dtype))
-    for row, table in enumerate(block_table):
+    logits = q.new_full((len(q), block_table.shape[1] * page_size), -INF, dtype=compute_dtype(q.dtype))
+    for row, table in enumerate(block_table if pages else ()):
         t = slice(row * queries_per_row, (row + 1) * queries_per_row)
         exists = (table >= 0) & (table < pages)
         page = torch.where(exists, table, 0).long()

@@ -33,10 +33,13 @@ def pytest_configure() -> None:
 def _repair_types() -> None:
     dot, cast, convert = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp
 
+    def as_torch(x: TensorHandle) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x.data))
+
     def fp32(x: TensorHandle) -> np.ndarray:
         if x.dtype.scalar == tl.bfloat16:
             return (x.data.astype(np.uint32) << 16).view(np.float32)
-        return torch.from_numpy(np.ascontiguousarray(x.data)).view(torch.float8_e4m3fn).float().numpy()
+        return as_torch(x).view(torch.float8_e4m3fn).float().numpy()
 
     def create_dot(self, a, b, d, *args):
         if a.dtype.scalar not in (tl.bfloat16, tl.float8e4nv):
@@ -45,21 +48,17 @@ def _repair_types() -> None:
 
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float8e4nv:  # its NaN
-            values = (
-                torch.from_numpy(np.ascontiguousarray(src.data)).view(torch.float8_e4m3fn).float().numpy()
-            )
-            return cast(self, TensorHandle(values, tl.float32), dst_type)
+            return cast(self, TensorHandle(fp32(src), tl.float32), dst_type)
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
             return cast(self, src, dst_type)
-        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()  # to nearest, ties to even
+        rounded = as_torch(src).bfloat16()  # to nearest, ties to even
         bits = rounded.view(torch.int16).numpy().view(np.uint16)
         return TensorHandle(bits.reshape(src.data.shape), tl.bfloat16)
 
     def create_fp_to_fp(self, src, dst_type, *args):
         if src.dtype.scalar != tl.float8e4nv:
             return convert(self, src, dst_type, *args)
-        codes = torch.from_numpy(np.ascontiguousarray(src.data)).view(torch.float8_e4m3fn)
-        return cast_impl(self, TensorHandle(codes.float().numpy(), tl.float32), dst_type)
+        return cast_impl(self, TensorHandle(fp32(src), tl.float32), dst_type)
 
     Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
 

@@ -111,15 +111,14 @@ class Engine:
             self.kv[slot], self.index_k[slot] = self.normal(self.D), self.normal(self.INDEX_D)
             self.lengths[b] += 1
         running = [b for b in range(SEQUENCES) if self.lengths[b]]
-        table = torch.full((len(running), MAX_TOKENS // self.PAGE), -1, dtype=torch.int32)
+        n = len(running)
+        table = torch.full((n, MAX_TOKENS // self.PAGE), -1, dtype=torch.int32)
         for row, b in enumerate(running):
             table[row, : len(self.tables[b])] = torch.tensor(self.tables[b], dtype=torch.int32)
-        n = len(running)
         index_q, weights = self.normal(n, 4, self.INDEX_D), self.normal(n, 4)
         ke = torch.tensor([self.lengths[b] for b in running], dtype=torch.int32)
-        picked = sparse_attn.lightning_topk(
-            index_q, self.index_k, weights, TOPK, ke * 0, ke, block_table=table
-        )
+        index = index_q, self.index_k, weights, TOPK, ke * 0, ke
+        picked = sparse_attn.lightning_topk(*index, block_table=table)
         slots = sparse_attn.physical_slots(picked, table, self.PAGE)
         q = self.normal(n, self.HEADS, self.D)
         out = sparse_attn.sparse_mla(q, self.kv, slots, d_v=32)

@@ -54,8 +54,8 @@ def test_dense_prefill_forms_are_causal_attention(form):
     scores = q.double() @ k.double().mT * 0.2
     scores.masked_fill_(torch.ones(10, 50).triu(41).bool(), float("-inf"))
     in_bf16 = form is dense.mha_causal and dense.gemm_dtype() == torch.bfloat16  # where that is faster
-    bound = 1e-2 if in_bf16 else 1e-5
-    assert relative_error(form(q, k, v, 0.2), scores.softmax(-1) @ v.double()) < bound
+    error = relative_error(form(q, k, v, 0.2), scores.softmax(-1) @ v.double())
+    assert error < (1e-2 if in_bf16 else 1e-5)
 
 
 def test_timings_are_of_the_functions():
@@ -160,9 +160,8 @@ def test_a_wrong_result_is_named_and_not_timed_and_a_peer_may_fail(tmp_path):
     with open(tmp_path / "table.txt", "w") as file:
         case.show(Console(file=file, width=120), "top-k", [line, other, unbuilt])
     said = (tmp_path / "table.txt").read_text()
-    assert (
-        "not timed: wrong: another selection" in said and "64, gaussian, peer: RuntimeError: no such" in said
-    )
+    assert "not timed: wrong: another selection" in said
+    assert "64, gaussian, peer: RuntimeError: no such" in said
     assert "64, plateaus: not timed: RuntimeError: no such kernel" in said
 
 
@@ -219,9 +218,8 @@ def test_real_scores_are_those_of_the_model():
     seen = {}
 
     def observe(layer, q, k, indices, lse, scaling):
-        seen[layer] = index_logits(
-            *real_model.training_free_indexer(q[-1:], k), *torch.tensor([[0], [50]]).int()
-        )
+        ks, ke = torch.tensor([[0], [50]]).int()
+        seen[layer] = index_logits(*real_model.training_free_indexer(q[-1:], k), ks, ke)
 
     real_model.use_attention(model, 50)
     model.model(ids, observe=observe)
@@ -254,14 +252,11 @@ def test_the_part_of_the_readme_says_what_the_record_holds(tmp_path, monkeypatch
     record = tmp_path / "record.jsonl"
     record.write_text("\n".join(map(json.dumps, (decode, {**decode, "context": 1024}, prefill))))
     text = script.measured(record)
+    words = text.replace("\n", " ")
     assert "| 8,192 | 1.00 | 0.10 | 0.90 | **2.00** | 50% | 100 (50x) | 20.0 (10x) | 4.0 (2.0x) |" in text
-    assert "takes 40.0 ms at 8,192 tokens, 95% of it in projections" in text.replace("\n", " ")
+    assert "takes 40.0 ms at 8,192 tokens, 95% of it in projections" in words
     assert "| 1,024 |" not in text and "Prefill of 512 tokens at 32,768: 1.25 s" in text
-    assert (
-        "one thread of a machine with Chip" in text.replace("\n", " ")
-        and "200 GFLOP/s" in text
-        and "64 MiB" in text
-    )
+    assert "one thread of a machine with Chip" in words and "200 GFLOP/s" in text and "64 MiB" in text
     (tmp_path / "README.md").write_text(f"before\n{script.BEGIN.format('old')}\nold\n{script.END}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["readme.py", str(record), "--write"])
     script.main()

@@ -96,9 +96,8 @@ def test_fp8_blocks(block, tmp_path):
         else:
             state[name] = exact[name] = weight if "indexer" in name else weight.bfloat16()
         assert (exact[name].float() - weight).abs().max() <= 0.07 * weight.abs().max()
-    config = (
-        CONFIG if block == (128, 128) else {**CONFIG, "quantization_config": {"weight_block_size": block}}
-    )
+    named = {} if block == (128, 128) else {"quantization_config": {"weight_block_size": block}}
+    config = {**CONFIG, **named}
     loaded = SparseMLA.from_hf(state, config, 3)
     assert loaded.wq_a.weight.dtype == loaded.q_norm.weight.dtype == torch.bfloat16
     assert loaded.indexer.weights_proj.weight.dtype == loaded.indexer.k_norm.bias.dtype == torch.float32
@@ -121,10 +120,8 @@ def test_dequantize_blocks_is_its_formula():
     with pytest.raises(ValueError, match=r"scale_inv: expected shape \[3, 2\] .* got \[2, 3\]"):
         dequantize_blocks(weight, scale.T, (2, 4))
     powers = torch.tensor([[0.5, 2.0]]).to(torch.float8_e8m0fnu)
-    assert torch.equal(
-        dequantize_blocks(weight[:2], powers, (2, 4)),
-        weight[:2].float() * torch.tensor([0.5] * 4 + [2.0] * 3),
-    )
+    expected = weight[:2].float() * torch.tensor([0.5] * 4 + [2.0] * 3)
+    assert torch.equal(dequantize_blocks(weight[:2], powers, (2, 4)), expected)
 
 
 def test_files_are_read_a_tensor_at_a_time(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch import zeros
 
 from sparse_attn import formats, index_logits
 from sparse_attn.compat import deep_gemm
@@ -97,15 +98,15 @@ def test_paged_logits_have_the_bits_of_index_logits(paged):
 
 
 def test_no_keys_and_no_queries(contiguous, paged):
-    empty = {**contiguous, "kv": (torch.zeros(0, 64).to(FP8), torch.zeros(0))}
+    empty = {**contiguous, "kv": (zeros(0, 64).to(FP8), zeros(0))}
     assert deep_gemm.fp8_fp4_mqa_logits(**empty).shape == (5, 0)
     shifted = deep_gemm.fp8_fp4_mqa_logits(**empty, clean_logits=False, max_seqlen_k=4)
     assert shifted.shape == (5, 4) and torch.isneginf(shifted).all()
     nobody = {
-        "q": (torch.zeros(0, 2, 3, 128).to(FP8), None),
-        "weights": torch.zeros(0, 3),
-        "context_lens": torch.zeros(0).int(),
-        "block_table": torch.zeros(0, 3).int(),
+        "q": (zeros(0, 2, 3, 128).to(FP8), None),
+        "weights": zeros(0, 3),
+        "context_lens": zeros(0).int(),
+        "block_table": zeros(0, 3).int(),
     }
     for dtype in (torch.float32, torch.bfloat16):
         logits = deep_gemm.fp8_fp4_paged_mqa_logits(**{**paged, **nobody}, logits_dtype=dtype)
@@ -120,7 +121,7 @@ def test_paged_keys_of_another_width(d):
     parts = [part.view(torch.uint8).flatten(1) for part in (keys, scales)]
     cache = torch.cat(parts, 1).view(2, 4, 1, d + 4)
     q, weights, lengths = torch.randn(1, 2, 3, d).to(FP8), torch.randn(2, 3), int32(5, 8)[None]
-    where = lengths, int32(1, 0)[None], torch.zeros(2, 2).int(), 8
+    where = lengths, int32(1, 0)[None], zeros(2, 2).int(), 8
     logits = deep_gemm.fp8_paged_mqa_logits(q, cache, weights, *where)
     contiguous = keys.flip(0).flatten(0, 1), scales.flip(0).flatten()
     expected = deep_gemm.fp8_mqa_logits(q[0], contiguous, weights, 0 * lengths[0], lengths[0])
@@ -133,36 +134,23 @@ def test_pages_may_have_any_distance(paged):
     view = apart[:, 4 : 4 + 4 * 132].view(9, 4, 1, 132)
     view.copy_(paged["kv_cache"])
     assert torch.equal(deep_gemm.fp8_fp4_paged_mqa_logits(**{**paged, "kv_cache": view}), logits)
-    odd = torch.zeros(9, 4 * 132 + 1, dtype=torch.uint8)[:, : 4 * 132].view(9, 4, 1, 132)
-    with pytest.raises(
-        ValueError, match="kv_cache: expected pages of adjoining bytes at multiples of 4 bytes"
-    ):
+    odd = zeros(9, 4 * 132 + 1, dtype=torch.uint8)[:, : 4 * 132].view(9, 4, 1, 132)
+    message = "kv_cache: expected pages of adjoining bytes at multiples of 4 bytes"
+    with pytest.raises(ValueError, match=message):
         deep_gemm.fp8_fp4_paged_mqa_logits(**{**paged, "kv_cache": odd})
 
 
 CONTIGUOUS_ERRORS = [
-    ({"q": torch.zeros(5, 3, 64).to(FP8)}, TypeError, r"q: expected the pair \(values, scales\), got Tensor"),
-    ({"q": (torch.zeros(5, 3, 64), None)}, TypeError, "q: expected dtype float8_e4m3fn, got float32"),
-    ({"q": (torch.zeros(5, 3, 64).char(), torch.zeros(5, 3))}, TypeError, r"q\[1\]: expected dtype int32"),
-    (
-        {"q": (torch.zeros(5, 3, 32).char(), torch.zeros(5, 3).int())},
-        ValueError,
-        r"q\[0\]: expected shape .* 64\]",
-    ),
-    (
-        {"kv": (torch.zeros(40, 32).to(FP8), torch.zeros(40))},
-        ValueError,
-        r"kv\[0\]: expected shape \[s_kv, d=64\]",
-    ),
-    (
-        {"kv": (torch.zeros(40, 64).to(FP8), torch.zeros(4, 10))},
-        ValueError,
-        r"kv\[1\]: expected shape \[s_kv=40\]",
-    ),
-    ({"weights": torch.zeros(5, 4)}, ValueError, r"weights: expected shape \[s_q=5, heads=3\]"),
-    ({"weights": torch.zeros(5, 3).bfloat16()}, TypeError, "weights: expected dtype float32, got bfloat16"),
+    ({"q": zeros(5, 3, 64).to(FP8)}, TypeError, r"q: expected the pair \(values, scales\), got Tensor"),
+    ({"q": (zeros(5, 3, 64), None)}, TypeError, "q: expected dtype float8_e4m3fn, got float32"),
+    ({"q": (zeros(5, 3, 64).char(), zeros(5, 3))}, TypeError, r"q\[1\]: expected dtype int32"),
+    ({"q": (zeros(5, 3, 32).char(), zeros(5, 3).int())}, ValueError, r"q\[0\]: expected shape .* 64\]"),
+    ({"kv": (zeros(40, 32).to(FP8), zeros(40))}, ValueError, r"kv\[0\]: expected shape \[s_kv, d=64\]"),
+    ({"kv": (zeros(40, 64).to(FP8), zeros(4, 10))}, ValueError, r"kv\[1\]: expected shape \[s_kv=40\]"),
+    ({"weights": zeros(5, 4)}, ValueError, r"weights: expected shape \[s_q=5, heads=3\]"),
+    ({"weights": zeros(5, 3).bfloat16()}, TypeError, "weights: expected dtype float32, got bfloat16"),
     ({"cu_seq_len_k_start": int32(0)}, ValueError, r"cu_seq_len_k_start: expected shape \[s_q=5\]"),
-    ({"cu_seq_len_k_end": torch.zeros(5).long()}, TypeError, "cu_seq_len_k_end: expected dtype int32"),
+    ({"cu_seq_len_k_end": zeros(5).long()}, TypeError, "cu_seq_len_k_end: expected dtype int32"),
     ({"max_seqlen_k": 9}, ValueError, "clean_logits: expected False with max_seqlen_k"),
     ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k: expected an int of at least 0, got -1"),
     ({"logits_dtype": torch.float16}, TypeError, "logits_dtype: expected float32 or bfloat16"),
@@ -176,20 +164,12 @@ def test_what_is_wrong_is_named(contiguous, changes, error, message):
 
 
 PAGED_ERRORS = [
-    ({"kv_cache": torch.zeros(9, 4, 132).byte()}, ValueError, r"kv_cache: expected shape .* 1, 132\]"),
-    ({"weights": torch.zeros(3, 2, 3)}, ValueError, r"weights: expected shape \[tokens=6, heads=3\]"),
+    ({"kv_cache": zeros(9, 4, 132).byte()}, ValueError, r"kv_cache: expected shape .* 1, 132\]"),
+    ({"weights": zeros(3, 2, 3)}, ValueError, r"weights: expected shape \[tokens=6, heads=3\]"),
     ({"context_lens": int32(1, 2)}, ValueError, r"context_lens: expected shape \[batch=3\]"),
-    (
-        {"context_lens": torch.zeros(3, 1).int()},
-        ValueError,
-        r"context_lens: expected shape \[batch=3, next_n=2\]",
-    ),
-    (
-        {"block_table": torch.zeros(2, 3).int()},
-        ValueError,
-        r"block_table: expected shape \[batch=3, max_pages\]",
-    ),
-    ({"schedule_meta": torch.zeros(3).int()}, ValueError, r"schedule_meta: expected shape \[num_sms\+1, 2\]"),
+    ({"context_lens": zeros(3, 1).int()}, ValueError, r"context_lens: expected shape \[batch=3, next_n=2\]"),
+    ({"block_table": zeros(2, 3).int()}, ValueError, r"block_table: expected shape \[batch=3, max_pages\]"),
+    ({"schedule_meta": zeros(3).int()}, ValueError, r"schedule_meta: expected shape \[num_sms\+1, 2\]"),
     ({"max_context_len": 2.5}, ValueError, "max_context_len: expected an int of at least 0, got 2.5"),
     ({"indices": int32(0, 1, 2)}, ValueError, "indices: expected None with next_n=2"),
 ]

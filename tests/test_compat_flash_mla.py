@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import zeros
 
 from sparse_attn import formats, sparse_mla
 from sparse_attn.compat import flash_mla
@@ -45,12 +46,11 @@ def decode():
 def dense():
     """Keyword arguments of a dense decode that is right; the last page of each table row is garbage."""
     g = torch.Generator().manual_seed(0)
+    pages = torch.randperm(6, generator=g).view(3, 2).int()
     return {
         "q": torch.randn(3, 2, 4, 40, generator=g),
         "k_cache": torch.randn(7, 5, 1, 40, generator=g),
-        "block_table": torch.cat(
-            [torch.randperm(6, generator=g).view(3, 2).int(), int32(INT_MAX, INT_MIN, 7)[:, None]], 1
-        ),
+        "block_table": torch.cat([pages, int32(INT_MAX, INT_MIN, 7)[:, None]], 1),
         "cache_seqlens": int32(10, 3, 1),
         "head_dim_v": 32,
         "tile_scheduler_metadata": flash_mla.FlashMLASchedMeta(),
@@ -109,21 +109,16 @@ def test_dense_decode_in_parts_gives_the_same_bits(dense, monkeypatch):
 
 def test_dense_decode_of_hostile_lengths(dense):
     """A length of 0, a negative one, one beyond the table: the query attends to the tokens that exist."""
-    out, lse = flash_mla.flash_mla_with_kvcache(
-        **{**dense, "cache_seqlens": int32(0, INT_MAX, -5), "causal": False}
-    )
+    dense["causal"] = False
+    out, lse = flash_mla.flash_mla_with_kvcache(**{**dense, "cache_seqlens": int32(0, INT_MAX, -5)})
     assert not out[[0, 2]].any() and torch.isposinf(lse[[0, 2]]).all()
-    everything, all_lse = flash_mla.flash_mla_with_kvcache(
-        **{**dense, "cache_seqlens": int32(0, 10, 0), "causal": False}
-    )
+    everything, all_lse = flash_mla.flash_mla_with_kvcache(**{**dense, "cache_seqlens": int32(0, 10, 0)})
     assert torch.equal(out[1], everything[1]) and torch.equal(lse[1], all_lse[1])
 
 
 def test_no_sequences():
-    cache, metadata = torch.randn(2, 4, 1, 40), flash_mla.FlashMLASchedMeta()
-    call = {"head_dim_v": 32, "tile_scheduler_metadata": metadata}
-    q, table = torch.randn(0, 2, 4, 40), torch.zeros(0, 2).int()
-    out, lse = flash_mla.flash_mla_with_kvcache(q, cache, table, torch.zeros(0).int(), **call)
+    inputs = zeros(0, 2, 4, 40), torch.randn(2, 4, 1, 40), zeros(0, 2).int(), zeros(0).int()
+    out, lse = flash_mla.flash_mla_with_kvcache(*inputs, 32, flash_mla.FlashMLASchedMeta())
     assert out.shape == (0, 2, 4, 32) and lse.shape == (0, 4, 2)
 
 
@@ -131,35 +126,25 @@ def test_metadata_belongs_to_one_configuration(decode):
     with pytest.raises(ValueError, match="causal"):
         flash_mla.flash_mla_with_kvcache(**{**decode, "causal": True})
     flash_mla.flash_mla_with_kvcache(**decode)  # the refused call changed nothing
-    flash_mla.flash_mla_with_kvcache(
-        **decode, topk_length=int32(1, 2)
-    )  # other lengths are the same configuration
+    flash_mla.flash_mla_with_kvcache(**decode, topk_length=int32(1, 2))  # lengths are no part of it
     with pytest.raises(ValueError, match=r"tile_scheduler_metadata: expected calls of one configuration"):
         flash_mla.flash_mla_with_kvcache(**{**decode, "indices": decode["indices"][..., :5]})
     assert flash_mla.get_mla_metadata(int32(1), 2, 1, num_heads_q=64, topk=2048)[1] is None
 
 
 ERRORS = [
-    ({"q": torch.zeros(4, 4, 576)}, ValueError, r"q: expected shape \[batch, s_q, h_q, d_qk\]"),
-    (
-        {"k_cache": torch.zeros(3, 8, 2, 656).byte()},
-        ValueError,
-        r"k_cache: expected shape .*, got \[3, 8, 2, 656\]",
-    ),
-    (
-        {"k_cache": torch.zeros(3, 8, 1, 576)},
-        TypeError,
-        "k_cache: expected dtype uint8 or int8 or float8_e4m3fn",
-    ),
+    ({"q": zeros(4, 4, 576)}, ValueError, r"q: expected shape \[batch, s_q, h_q, d_qk\]"),
+    ({"k_cache": zeros(3, 8, 2, 656).byte()}, ValueError, r"k_cache: expected shape .* got \[3, 8, 2, 656\]"),
+    ({"k_cache": zeros(3, 8, 1, 576)}, TypeError, "k_cache: expected dtype uint8 or int8 or float8_e4m3fn"),
     ({"is_fp8_kvcache": False}, ValueError, r"k_cache: expected shape \[pages, page_size, 1, d_qk=576\]"),
-    ({"indices": torch.zeros(2, 9).int()}, ValueError, r"indices: expected shape \[batch=2, s_q=2, topk\]"),
-    ({"indices": torch.zeros(2, 2, 9)}, TypeError, "indices: expected dtype int32"),
+    ({"indices": zeros(2, 9).int()}, ValueError, r"indices: expected shape \[batch=2, s_q=2, topk\]"),
+    ({"indices": zeros(2, 2, 9)}, TypeError, "indices: expected dtype int32"),
     ({"topk_length": int32(1, 2, 3, 4)}, ValueError, r"topk_length: expected shape \[batch=2\]"),
     ({"num_splits": int32(1)}, ValueError, "num_splits: expected None"),
     ({"tile_scheduler_metadata": None}, TypeError, "tile_scheduler_metadata: expected what get_mla_metadata"),
     ({"causal": True}, ValueError, "causal: expected False with indices"),
     ({"indices": None}, TypeError, "block_table: expected a tensor"),
-    ({"indices": None, "attn_sink": torch.zeros(4)}, ValueError, "attn_sink: expected None without indices"),
+    ({"indices": None, "attn_sink": zeros(4)}, ValueError, "attn_sink: expected None without indices"),
     ({"extra_topk_length": int32(1, 1)}, ValueError, "extra_topk_length: expected None"),
     ({"head_dim_v": 128}, ValueError, "d_v: expected 512"),
 ]
@@ -172,7 +157,7 @@ def test_what_is_wrong_is_named(decode, changes, error, message):
 
 
 def test_prefill_wants_one_kv_head():
-    q, kv, indices = torch.zeros(3, 4, 40), torch.zeros(20, 2, 40), torch.zeros(3, 1, 6).int()
+    q, kv, indices = zeros(3, 4, 40), zeros(20, 2, 40), zeros(3, 1, 6).int()
     with pytest.raises(ValueError, match=r"kv: expected shape \[s_kv, 1, d_qk=40\], got \[20, 2, 40\]"):
         flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.1)
     with pytest.raises(ValueError, match=r"indices: expected shape \[s_q=3, 1, topk\], got \[3, 6\]"):

@@ -19,11 +19,8 @@ VARIANTS = [(library, variant) for library in MODULES for variant in conformance
 @pytest.fixture
 def on_backend(backend, monkeypatch):
     """The facades choose by device; within a test they run on one backend."""
-    for module, name in (
-        (flash_mla, "sparse_mla"),
-        (flash_mla, "physical_slots"),
-        (deep_gemm, "index_logits"),
-    ):
+    called = (flash_mla, "sparse_mla"), (flash_mla, "physical_slots"), (deep_gemm, "index_logits")
+    for module, name in called:
         function = getattr(module, name)
         monkeypatch.setattr(module, name, functools.partial(function, backend=backend))
     if os.environ.get("TRITON_INTERPRET") == "1":  # slow, and small sizes test the same
@@ -62,9 +59,8 @@ def test_upstream_is_asked_for_less():
 
 
 def test_the_command_says_what_fails(monkeypatch, capsys):
-    assert (
-        conformance.main(["--deep-gemm", "sparse_attn.compat.deep_gemm", "--device", "cpu", "--prove"]) == 0
-    )
+    ours = ["--deep-gemm", "sparse_attn.compat.deep_gemm"]
+    assert conformance.main([*ours, "--device", "cpu", "--prove"]) == 0
     said = capsys.readouterr().out
     assert "FAIL" not in said and "MISSED" not in said and said.endswith("all passed\n")
 

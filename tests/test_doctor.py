@@ -13,11 +13,16 @@ from sparse_attn.ops.backends import native
 from sparse_attn.testing import self_check
 
 
-def test_every_op_is_listed_and_right(capsys):
+def doctor_says(capsys, *options):
+    """The command's exit status and what it prints."""
     with pytest.raises(SystemExit) as end:
-        cli.main(["doctor"])
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and "No problems found." in said and "WRONG" not in said
+        cli.main(["doctor", *options])
+    return end.value.code, capsys.readouterr().out
+
+
+def test_every_op_is_listed_and_right(capsys):
+    status, said = doctor_says(capsys)
+    assert status == 0 and "No problems found." in said and "WRONG" not in said
     for name in set(ops.RECORDS) - set(doctor.OPT_IN):
         line = next(line for line in said.splitlines() if line.startswith(name + " "))
         assert line.endswith(" right")
@@ -26,9 +31,7 @@ def test_every_op_is_listed_and_right(capsys):
 
 
 def test_json(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["doctor", "--json"])
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(doctor_says(capsys, "--json")[1])
     assert found["instruction_set"] == native.instruction_set()
     assert found["ops"]["sparse_mla"]["cpu"]["right"] is True
 
@@ -42,11 +45,8 @@ def test_a_wrong_op_is_reported(name, monkeypatch, capsys):
 
     for family in (attention, index, writers):
         monkeypatch.setattr(family, "call", wrong)
-    with pytest.raises(SystemExit) as end:
-        cli.main(["doctor"])
-    said = capsys.readouterr().out
-    assert end.value.code == 1
-    assert f"Problem: {name} on cpu is wrong: AssertionError" in said
+    status, said = doctor_says(capsys)
+    assert status == 1 and f"Problem: {name} on cpu is wrong: AssertionError" in said
 
 
 def test_a_missing_library_is_a_problem_and_torch_is_named(monkeypatch, tmp_path, capsys):
@@ -68,14 +68,11 @@ def test_a_library_of_other_sources_is_a_problem_in_one_line(monkeypatch, capsys
     monkeypatch.setitem(native._STRUCTURES, "Segment", native._SelectArgs)
     native._library.cache_clear()
     try:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["doctor"])
+        said, printed = doctor_says(capsys)  # Python prints this status before it exits with 1
     finally:
         native._library.cache_clear()
-    said = str(end.value.code)  # which Python prints before it exits with 1
     assert said.startswith("Problem: sparse_attn: _native.so was built from other sources (Segment: ")
-    assert "Install a C++17 compiler" in said and "\n" not in said
-    assert capsys.readouterr().out == ""
+    assert "Install a C++17 compiler" in said and "\n" not in said and printed == ""
 
 
 def test_an_op_that_raises_does_not_run(monkeypatch):
@@ -113,9 +110,7 @@ def test_kernel_configurations_are_those_that_are_launched(capsys):
         with mock.patch.object(configs, "architecture", lambda device, arch=architecture: arch):
             launched = configs.for_device(configs.SPARSE_MLA, torch.device("cuda"))
         assert table == {str(heads): config._asdict() for heads, config in launched.items()}
-    with pytest.raises(SystemExit):
-        cli.main(["doctor", "--arch", "90"])
-    said = capsys.readouterr().out
+    said = doctor_says(capsys, "--arch", "90")[1]
     assert "Triton kernels on sm_90" in said and "has never run on a GPU" in said
 
 

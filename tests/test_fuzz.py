@@ -102,9 +102,7 @@ def quantised(values: torch.Tensor, size: int, page_size: int) -> torch.Tensor:
     cache = formats.FORMATS[size].pack(padded.nan_to_num().float().unflatten(0, (pages, page_size)))
     unused = padded.isnan().any(-1).view(pages, page_size)
     for part in formats.views(cache):
-        nan = part.new_full(
-            part.shape, 255 if part.dtype == torch.uint8 else float("nan"), dtype=torch.float32
-        )
+        nan = torch.full(part.shape, 255.0 if part.dtype == torch.uint8 else float("nan"))
         part[unused] = nan.to(part.dtype)[unused]
     return cache
 
@@ -253,14 +251,10 @@ def prefill_arguments(draw) -> Arguments:
 def decode_arguments(draw) -> Arguments:
     drawn = draw(mla_arguments(sizes=(None, 656, 584, 528, 288), extra=False))
     kv, batch = drawn["kv"], draw(st.sampled_from([n for n in (1, 2, 3) if len(drawn["q"]) % n == 0]))
+    pages = kv if kv.dim() == 3 else kv.clone(memory_format=torch.contiguous_format)[:, None]
     return {
         **{"q": drawn["q"].unflatten(0, (batch, -1)), "indices": drawn["indices"].unflatten(0, (batch, -1))},
-        **{
-            "k_cache": (kv if kv.dim() == 3 else kv.clone(memory_format=torch.contiguous_format)[:, None])[
-                :, :, None
-            ],
-            "head_dim_v": drawn["d_v"],
-        },
+        **{"k_cache": pages[:, :, None], "head_dim_v": drawn["d_v"]},
         **{"is_fp8_kvcache": kv.dtype == torch.uint8, "attn_sink": drawn["attn_sink"]},
         **{"topk_length": hostile_lengths(draw, batch, 40), "softmax_scale": 0.1},
         **{"block_table": None, "cache_seqlens": None, "tile_scheduler_metadata": None},
@@ -268,7 +262,7 @@ def decode_arguments(draw) -> Arguments:
 
 
 @st.composite
-def paged_logits_arguments(draw) -> Arguments:
+def paged_arguments(draw) -> Arguments:
     batch, next_n, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 64]))
     page_size, pages = draw(st.sampled_from([8, 64])), draw(st.integers(1, 4))
     g = torch.Generator().manual_seed(draw(SEEDS))
@@ -450,10 +444,9 @@ def check_contiguous_logits(backend: str, arguments: Arguments, logits: torch.Te
         scales = scales[..., None].view(torch.uint8) if scales.dtype == torch.int32 else scales
         return formats.dequantise(stored, scales, dtype=torch.float64)
 
+    q, k, weights = values(arguments["q"]), values(arguments["kv"]), arguments["weights"]
     where = {"ks": arguments["cu_seq_len_k_start"], "ke": arguments["cu_seq_len_k_end"]}
-    assert_logits_close(
-        logits, values(arguments["q"]), values(arguments["kv"]), arguments["weights"], **where
-    )
+    assert_logits_close(logits, q, k, weights, **where)
 
 
 def into_a_copy(writer: Callable[..., None]) -> Callable[..., torch.Tensor]:
@@ -465,6 +458,9 @@ def into_a_copy(writer: Callable[..., None]) -> Callable[..., torch.Tensor]:
         return arguments["cache"]
 
     return write
+
+
+write_kv, write_index_k = into_a_copy(sparse_attn.write_kv), into_a_copy(sparse_attn.write_index_k)
 
 
 @functools.wraps(flash_mla.flash_mla_with_kvcache)
@@ -486,17 +482,11 @@ SUBJECTS = {
     "sparse_mla": Subject(sparse_attn.sparse_mla, with_lse(mla_arguments()), check_attention("sparse_mla")),
     "sparse_gqa": Subject(sparse_attn.sparse_gqa, with_lse(gqa_arguments()), check_attention("sparse_gqa")),
     "merge_attention": Subject(sparse_attn.merge_attention, merge_arguments(), check_merge),
-    "write_kv": Subject(
-        into_a_copy(sparse_attn.write_kv), writer_arguments("kv", (656, 584)), check_written("kv")
-    ),
-    "write_index_k": Subject(
-        into_a_copy(sparse_attn.write_index_k), writer_arguments("k", (132,)), check_written("k")
-    ),
+    "write_kv": Subject(write_kv, writer_arguments("kv", (656, 584)), check_written("kv")),
+    "write_index_k": Subject(write_index_k, writer_arguments("k", (132,)), check_written("k")),
     "quantise_index_q": Subject(sparse_attn.quantise_index_q, index_q_arguments(), check_index_q),
     "flash_mla_sparse_fwd": Subject(flash_mla.flash_mla_sparse_fwd, prefill_arguments(), check_prefill),
-    "fp8_paged_mqa_logits": Subject(
-        deep_gemm.fp8_paged_mqa_logits, paged_logits_arguments(), check_paged_logits
-    ),
+    "fp8_paged_mqa_logits": Subject(deep_gemm.fp8_paged_mqa_logits, paged_arguments(), check_paged_logits),
     "fp8_fp4_mqa_logits": Subject(deep_gemm.fp8_fp4_mqa_logits, logits_arguments(), check_contiguous_logits),
     "flash_mla_with_kvcache": Subject(decode, decode_arguments(), check_decode),
 }
@@ -542,10 +532,8 @@ def test_a_callers_buffer_is_filled_and_nothing_beside_it(name, data):
     subject = SUBJECTS[name]
     arguments = data.draw(subject.arguments)
     expected = as_tuple(subject.function(**arguments))
-    guarded = [
-        torch.full((*x.shape[:-1], x.shape[-1] + 2), 77.0).to(x.dtype)  # torch.full makes no fp8
-        for x in expected
-    ]
+    # torch.full makes no fp8.
+    guarded = [torch.full((*x.shape[:-1], x.shape[-1] + 2), 77.0).to(x.dtype) for x in expected]
     inside = tuple(whole[..., 1:-1] for whole in guarded)
     subject.function(**arguments, out=inside if len(inside) > 1 else inside[0])
     for whole, out, one in zip(guarded, inside, expected, strict=True):
@@ -641,9 +629,8 @@ def test_layers_in_any_chunks_equal_one_prefill(data):
                 cache.truncate(length, b)
         new = [h[at : at + n] for h, at, n in zip(hidden, done, counts, strict=True)]
         cu_seqlens = torch.tensor([0, counts[0], sum(counts)])
-        for mine, out in zip(
-            outs, layer(torch.cat(new), cache=cache, cu_seqlens_q=cu_seqlens).split(list(counts)), strict=True
-        ):
+        together = layer(torch.cat(new), cache=cache, cu_seqlens_q=cu_seqlens)
+        for mine, out in zip(outs, together.split(list(counts)), strict=True):
             mine.append(out)
         done = [at + n for at, n in zip(done, counts, strict=True)]
     for mine, one in zip(outs, hidden, strict=True):

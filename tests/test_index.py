@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sparse_attn
 from sparse_attn import formats, reference
@@ -34,10 +35,7 @@ def test_logits_of_a_definition_by_hand(backend, device):
     q = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]], device=device)
     k = torch.tensor([[3.0, -1.0], [-5.0, 4.0], [1.0, 1.0]], device=device)
     weights = torch.tensor([[0.5, -1.0]], device=device)
-    ks, ke = (
-        torch.tensor([0], dtype=torch.int32, device=device),
-        torch.tensor([2], dtype=torch.int32, device=device),
-    )
+    ks, ke = torch.tensor([[0], [2]], dtype=torch.int32, device=device)
     logits = sparse_attn.index_logits(q, k, weights, ks, ke, backend=backend)
     # heads give relu(3), relu(-2) for key 0 and relu(-5), relu(8) for key 1; key 2 is outside
     assert logits.tolist() == [[1.5, -8.0, float("-inf")]]
@@ -68,6 +66,12 @@ def test_without_ranges_a_query_sees_all_keys(backend, device, paged):
         assert torch.equal(selected, sparse_attn.select_topk(expected, 7, **one, backend=backend))
 
 
+def test_a_table_of_a_cache_without_pages_names_nothing(backend, device):
+    inputs = index_inputs(3, 8, device=device)
+    inputs["k"], table = inputs["k"].new_zeros(0, 8, 32), torch.zeros(1, 2, dtype=torch.int32, device=device)
+    assert sparse_attn.index_logits(**inputs, block_table=table, backend=backend).isneginf().all()
+
+
 @pytest.mark.parametrize("s_q, s_kv", [(0, 7), (3, 0), (0, 0)])
 def test_nothing_to_score(backend, device, s_q, s_kv):
     inputs = index_inputs(s_q, s_kv, device=device)
@@ -93,10 +97,9 @@ def test_paged_logits_equal_contiguous_ones(backend, device, page_size):
     pages, table = to_pages(inputs.pop("k"), page_size)
     paged = sparse_attn.index_logits(**inputs, k=pages, block_table=table, backend=backend)
     assert paged.shape == (4, table.shape[1] * page_size)
-    wide = torch.full_like(paged, float("-inf"))
-    wide[:, :50] = contiguous
-    visible = torch.arange(wide.shape[1], device=device) < inputs["ke"][:, None].clamp(max=50)
-    assert_close(torch.where(visible, paged, float("-inf")).cpu(), wide.cpu())
+    visible = torch.arange(paged.shape[1], device=device) < inputs["ke"][:, None].clamp(max=50)
+    expected = F.pad(contiguous, (0, paged.shape[1] - 50), value=float("-inf"))
+    assert_close(torch.where(visible, paged, float("-inf")).cpu(), expected.cpu())
 
 
 def test_a_block_table_row_serves_consecutive_queries(backend, device):
@@ -192,9 +195,8 @@ def paged_keys(k, scales, order, page_size):
     slot = torch.arange(len(k), device=k.device)
     where = order[slot // page_size], slot % page_size
     for part, source in zip(parts, (k, scales), strict=True):
-        part.view(torch.uint8 if part.element_size() == 1 else part.dtype)[where] = source.view(
-            torch.uint8 if source.element_size() == 1 else source.dtype
-        )
+        in_words = torch.uint8 if part.element_size() == 1 else part.dtype  # torch does not index fp8
+        part.view(in_words)[where] = source.view(in_words)
     values, scales = (part.contiguous() for part in parts)
     return (values, scales if size == 132 else scales.view(torch.int32)[..., 0]), packed
 
@@ -205,29 +207,27 @@ def test_e4m3_of_every_head_dim(backend, device, d):
     assert_logits_close(sparse_attn.index_logits(**inputs, backend=backend), **straight)
 
 
-def test_every_code_of_quantised_operands(backend, device):
+@pytest.mark.parametrize("form, width", [("e4m3", 128), ("e2m1", 64)])
+def test_every_code_of_quantised_operands(backend, device, form, width):
     """Each key has one value, and q has 1 or -1 there: the logit is relu of plus or minus the value."""
-    for codes in (torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn), None):
-        k = torch.zeros(256, 128, dtype=torch.uint8)
-        scale = torch.linspace(0.5, 2, 256)
-        if codes is None:  # pairs of e2m1 with ue8m0 scales of many sizes
-            k = k[:, :64].contiguous()
-            k[:, 0] = torch.arange(256, dtype=torch.uint8)
-            scale = torch.tensor([100, 127, 150, 1], dtype=torch.uint8).repeat(64).view(256, 1)
-            straight = torch.cat([scale, torch.full((256, 3), 127, dtype=torch.uint8)], 1)
-            scale = straight.view(torch.int32)[:, 0]
-        else:
-            k[:, 0] = codes.view(torch.uint8)
-            k, straight = k.view(torch.float8_e4m3fn), scale
-        values = formats.dequantise(k, straight)
-        for sign, q_dtype in ((1, torch.float32), (-1, torch.bfloat16)):
-            q = torch.zeros(1, 1, 128, dtype=q_dtype)
-            q[0, 0, 0] = sign
-            expected = (sign * values[:, 0]).relu()[None]
-            ks, ke = torch.zeros(1, dtype=torch.int32), torch.full((1,), 256, dtype=torch.int32)
-            arguments = [x.to(device) for x in (q, k, torch.ones(1, 1), ks, ke)]
-            logits = sparse_attn.index_logits(*arguments, k_scale=scale.to(device), backend=backend).cpu()
-            torch.testing.assert_close(logits, expected, rtol=1e-7, atol=0, equal_nan=True)
+    k = torch.zeros(256, width, dtype=torch.uint8)
+    k[:, 0] = torch.arange(256)
+    if form == "e4m3":
+        k, scale = k.view(torch.float8_e4m3fn), torch.linspace(0.5, 2, 256)
+        straight = scale
+    else:  # pairs of e2m1 with ue8m0 scales of many sizes
+        straight = torch.full((256, 4), 127, dtype=torch.uint8)
+        straight[:, 0] = torch.tensor([100, 127, 150, 1]).repeat(64)
+        scale = straight.view(torch.int32)[:, 0]
+    values = formats.dequantise(k, straight)
+    ks, ke = torch.tensor([[0], [256]], dtype=torch.int32)
+    for sign, q_dtype in ((1, torch.float32), (-1, torch.bfloat16)):
+        q = torch.zeros(1, 1, 128, dtype=q_dtype)
+        q[0, 0, 0] = sign
+        arguments = [x.to(device) for x in (q, k, torch.ones(1, 1), ks, ke)]
+        logits = sparse_attn.index_logits(*arguments, k_scale=scale.to(device), backend=backend).cpu()
+        expected = (sign * values[:, 0]).relu()[None]
+        torch.testing.assert_close(logits, expected, rtol=1e-7, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOGITS)
@@ -252,9 +252,7 @@ def brute_force_topk(row, topk, start, stop):
 @pytest.mark.parametrize("seed", range(40))
 def test_selection_on_random_shapes(backend, device, seed):
     g = torch.Generator().manual_seed(seed)
-    s_q, s_kv, topk = (
-        int(torch.randint(low, high, (), generator=g)) for low, high in ((1, 9), (1, 3000), (1, 600))
-    )
+    s_q, s_kv, topk = (int(torch.randint(1, high, (), generator=g)) for high in (9, 3000, 600))
     kind = ADVERSARIAL_LOGITS[seed % len(ADVERSARIAL_LOGITS)]
     logits = adversarial_logits(kind, s_q, s_kv, seed).to(device)
     ks = torch.randint(-5, s_kv, (s_q,), generator=g, dtype=torch.int32).to(device)
@@ -267,18 +265,16 @@ def test_selection_on_random_shapes(backend, device, seed):
 @pytest.mark.parametrize("paged", [False, True])
 def test_the_workspace_never_changes_the_selection(backend, device, workspace_bytes, paged):
     inputs = index_inputs(11, 300, device=device)
-    inputs["q"].round_()  # small integers: every way to sum gives the same logits
-    inputs["k"].round_()
-    inputs["weights"].round_()
+    for name in ("q", "k", "weights"):  # small integers: every way to sum gives the same logits
+        inputs[name].round_()
     expected = reference.lightning_topk(**inputs, topk=20)
     if paged:
         pages, table = to_pages(inputs.pop("k"), 16)
         inputs.update(k=pages, block_table=table.repeat(11, 1))
         inputs["ke"].clamp_(max=300)
-    indices = sparse_attn.lightning_topk(**inputs, topk=20, workspace_bytes=workspace_bytes, backend=backend)
-    assert torch.equal(indices, expected)
-    again = sparse_attn.lightning_topk(**inputs, topk=20, workspace_bytes=workspace_bytes, backend=backend)
-    assert torch.equal(again, indices)
+    options = {"topk": 20, "workspace_bytes": workspace_bytes, "backend": backend}
+    for _ in range(2):
+        assert torch.equal(sparse_attn.lightning_topk(**inputs, **options), expected)
 
 
 def test_every_way_to_the_same_logits_selects_the_same(backend, device):
@@ -293,14 +289,8 @@ def test_every_way_to_the_same_logits_selects_the_same(backend, device):
     logits = reference.index_logits(q, k, weights, ks, ke)
     assert (logits.sort().values.diff() == 0).any(1)[[0, 1, 2, 4]].all()
 
-    scales = torch.ones(90)
-    e2m1 = torch.empty(5, 3, 64, dtype=torch.uint8), torch.empty(90, 64, dtype=torch.uint8)
-    for packed, x in zip(e2m1, (q, k), strict=True):
-        packed.copy_(formats.to_e2m1(x))
-    units = (
-        torch.full((5, 3), 0x7F7F7F7F, dtype=torch.int32),
-        torch.full((90,), 0x7F7F7F7F, dtype=torch.int32),
-    )
+    scales, e2m1 = torch.ones(90), (formats.to_e2m1(q), formats.to_e2m1(k))
+    units = [torch.full(shape, 0x7F7F7F7F, dtype=torch.int32) for shape in ((5, 3), (90,))]
     e4m3 = formats.to_e4m3(q), formats.to_e4m3(k)
     operands = [
         *((q.to(dtype), k.to(dtype), {}) for dtype in FLOATS),
@@ -321,11 +311,8 @@ def test_every_way_to_the_same_logits_selects_the_same(backend, device):
             whole = sparse_attn.lightning_topk(**arguments, topk=12, backend=backend)
             assert torch.equal(whole.cpu(), expected)
             for t in (1, 3):
-                one = {
-                    n: arguments[n][t, None]
-                    for n in ("q", "weights", "ks", "ke", "q_scale")
-                    if n in arguments
-                }
+                of_queries = [n for n in ("q", "weights", "ks", "ke", "q_scale") if n in arguments]
+                one = {n: arguments[n][t, None] for n in of_queries}
                 decoded = sparse_attn.lightning_topk(**{**arguments, **one}, topk=12, backend=backend)
                 assert torch.equal(decoded.cpu(), expected[t, None])
 

@@ -78,22 +78,22 @@ def waits(row):
     return "fp32" in row.case or wgmma
 
 
-def test_no_kernel_is_worse_than_its_budget(rows):
+@pytest.fixture
+def budget():
     path = report.budget_file(BUDGETS)
     if not path.exists():
         pytest.skip(f"there is no budget for Triton {report.version()}")
-    budget = report.read_budget(path)
-    lines = [
-        f"{row.key}: {line}" for part in rows.values() for row in part for line in report.worse(row, budget)
-    ]
+    return report.read_budget(path)
+
+
+def test_no_kernel_is_worse_than_its_budget(rows, budget):
+    every_row = [row for part in rows.values() for row in part]
+    lines = [f"{row.key}: {line}" for row in every_row for line in report.worse(row, budget)]
     assert not lines, "make kernels-report ARGS=--update-budget if this is meant\n" + "\n".join(lines)
 
 
-def test_the_budget_holds_every_case():
-    path = report.budget_file(BUDGETS)
-    if not path.exists():
-        pytest.skip(f"there is no budget for Triton {report.version()}")
-    held = {key.rpartition(" | ")[0] for key in report.read_budget(path)}
+def test_the_budget_holds_every_case(budget):
+    held = {key.rpartition(" | ")[0] for key in budget}
     assert held == {f"{case.op} | {case.label} | sm_{arch}" for case in CASES for arch in case.archs}
 
 
@@ -119,10 +119,7 @@ def different_sizes():
     yield "sparse_gqa", [cases.gqa(24, 2, 128, per_head=True, **size) for size in sizes + topks]
     yield "index_logits", [cases.index(64, **size) for size in sizes]
     pages = [{"s_kv": 64}, {"s_kv": 6400}, {"s_q": 3, "s_kv": 64 * 333}]
-    yield (
-        "index_logits",
-        [cases.index(64, **size, paged_rows=n) for size, n in zip(pages, (1, 2, 3), strict=True)],
-    )
+    yield "index_logits", [cases.index(64, **size, paged_rows=n) for n, size in enumerate(pages, 1)]
     yield "select_topk", [cases.select(*size) for size in ((512, 1 << 17), (65, 3200), (200, 160, 1))]
     yield "merge_attention", [cases.merge(n, s_q) for n, s_q in ((1, 64), (4, 1), (7, 33))]
 
@@ -208,14 +205,13 @@ def test_a_launcher_that_looks_at_data_is_noticed(launched, monkeypatch, wrong):
 
 
 def test_every_kernel_of_a_launcher_is_caught(monkeypatch):
+    right = ops.implementation("merge_attention", "triton")
+
     def twice(a):
         for _ in range(2):
-            ops.implementation("merge_attention", "triton")(a)
+            right(a)
 
-    implementation = ops.implementation
-    monkeypatch.setattr(
-        ops, "implementation", lambda op, backend: twice if op == "twice" else implementation(op, backend)
-    )
+    monkeypatch.setattr(ops, "implementation", lambda op, backend: twice)
     launches = compile_launches("twice", 80, cases.merge(2))
     assert [launch.name for launch in launches] == ["_merge_attention_kernel"] * 2
     assert launches[0].constants["BLOCK_V"] == 512 and launches[0].warps == 4
@@ -223,10 +219,8 @@ def test_every_kernel_of_a_launcher_is_caught(monkeypatch):
 
 def sass_of(*lines):
     """Numbered as nvdisasm does, labels aside."""
-    numbered = [
-        line if line.endswith(":") else f"        /*{16 * n:04x}*/ {line} ;" for n, line in enumerate(lines)
-    ]
-    return sass.parse("\n".join(numbered))
+    code = (line if line[-1] == ":" else f"        /*{16 * n:04x}*/ {line} ;" for n, line in enumerate(lines))
+    return sass.parse("\n".join(code))
 
 
 NESTED = (
@@ -288,23 +282,16 @@ def test_bounds_of_a_known_loop():
 
 def test_multiply_adds_of_an_instruction():
     expected = {
-        **{
-            ("HMMA.16816.F32.BF16", 4): 4 * 2048,
-            ("HMMA.1688.F32.TF32", 1): 1024,
-            ("QMMA.16832.F32", 2): 8192,
-        },
-        **{("QGMMA.64x32x32.F32.E4M3.E4M3", 4): 65536, ("UTCHMMA", 8): 64 * 512 * 64 / 8},
-        **{("FFMA", 1): 32, ("FFMA2", 1): 64},
+        **{("HMMA.16816.F32.BF16", 4): 4 * 2048, ("HMMA.1688.F32.TF32", 1): 1024, ("FFMA", 1): 32},
+        **{("QMMA.16832.F32", 2): 8192, ("QGMMA.64x32x32.F32.E4M3.E4M3", 4): 65536, ("FFMA2", 1): 64},
+        ("UTCHMMA", 8): 64 * 512 * 64 / 8,
     }
     for (opcode, warps), macs in expected.items():
         one = [(sass.Instruction(None, opcode, ""), warps)]
         assert bounds.multiply_adds(one, [Product(64, 512, 64)]) == macs, opcode
     scores, values = Product(32, 64, 576), Product(64, 512, 32)
-    mixed = [
-        *[(sass.Instruction(None, "HMMA.16816", ""), 8)] * 72,
-        *[(sass.Instruction(None, "UTCHMMA", ""), 8)] * 4,
-        (sass.Instruction(None, "UTCBAR", ""), 8),
-    ]
+    opcodes = ["HMMA.16816"] * 72 + ["UTCHMMA"] * 4 + ["UTCBAR"]
+    mixed = [(sass.Instruction(None, opcode, ""), 8) for opcode in opcodes]
     assert bounds.multiply_adds(mixed, [scores, values]) == 64 * 32 * (576 + 512)
     with pytest.raises(ValueError, match=r"HMMA\.99: unknown shape"):
         bounds.multiply_adds([(sass.Instruction(None, "HMMA.99", ""), 1)], [Product(16, 8, 16)])

@@ -1,25 +1,26 @@
 """SparseMLA, SparseGQA and their cache: dense equivalence, prefill, chunks, decode, batches."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, formats, layers
+from sparse_attn.reference import index_logits
 from sparse_attn.rope import apply_rope, rope_cos_sin
 from sparse_attn.testing import relative_error
 
 COMMON = {
-    "hidden_size": 96,
-    "num_attention_heads": 4,
-    "index_n_heads": 16,
-    "index_head_dim": 32,
-    "index_topk": 12,
-    "indexer_rope": "half",
+    **{"hidden_size": 96, "num_attention_heads": 4},
+    **{"index_n_heads": 16, "index_head_dim": 32, "index_topk": 12, "indexer_rope": "half"},
 }
-MLA = DSAConfig(
-    **COMMON, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20
-)
+MLA_SIZES = {
+    **{"q_lora_rank": 48, "kv_lora_rank": 32},
+    **{"qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 20},
+}
+MLA = DSAConfig(**COMMON, **MLA_SIZES)
 GQA = DSAConfig(**COMMON, num_key_value_heads=2, head_dim=32)
 V32 = DSAConfig.deepseek_v32(  # with the sizes that fp8 caches have
     **{"hidden_size": 96, "num_attention_heads": 4, "q_lora_rank": 48, "index_n_heads": 4, "index_topk": 12},
@@ -139,9 +140,8 @@ def dense_mla(layer, hidden):
     q = torch.cat([q[..., :nope], apply_rope(q[..., nope:], cos, sin, "interleaved")], -1)
     latent, k_rope = layer.wkv_a(hidden).split([config.kv_lora_rank, rope], -1)
     k_rope = apply_rope(k_rope[:, None], cos, sin, "interleaved").expand(-1, heads, -1)
-    k_nope, v = (
-        layer.wkv_b(layer.kv_norm(latent)).unflatten(-1, (heads, -1)).split([nope, config.v_head_dim], -1)
-    )
+    expanded = layer.wkv_b(layer.kv_norm(latent)).unflatten(-1, (heads, -1))
+    k_nope, v = expanded.split([nope, config.v_head_dim], -1)
     q, k, v = (rearrange(x, "t h d -> 1 h t d") for x in (q, torch.cat([k_nope, k_rope], -1), v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.softmax_scale)
     return layer.wo(rearrange(out, "1 h t d -> t (h d)"))
@@ -150,9 +150,8 @@ def dense_mla(layer, hidden):
 def dense_gqa(layer, hidden):
     cos, sin = rope_cos_sin(torch.arange(len(hidden)), layer.config.head_dim, layer.config)
     q, k, v = (p(hidden).unflatten(-1, (-1, 32)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
-    q, k, v = (
-        x.transpose(0, 1)[None] for x in (apply_rope(q, cos, sin, "half"), apply_rope(k, cos, sin, "half"), v)
-    )
+    q, k = (apply_rope(x, cos, sin, "half") for x in (q, k))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return layer.o_proj(rearrange(out, "1 h t d -> t (h d)"))
 
@@ -160,11 +159,9 @@ def dense_gqa(layer, hidden):
 @pytest.mark.parametrize("topk", [50, 64, 2048])
 @pytest.mark.parametrize("dtype", BUDGET)
 def test_enough_topk_equals_dense_attention(config, device, dtype, topk):
-    import dataclasses
-
-    layer = make(dataclasses.replace(config, index_topk=topk), dtype)
-    takes_fp64 = "reference" if device == "cuda" else "auto"
-    exact = make(dataclasses.replace(config, index_topk=topk), torch.float64, backend=takes_fp64)
+    config = dataclasses.replace(config, index_topk=topk)
+    layer = make(config, dtype)
+    exact = make(config, torch.float64, backend="reference" if device == "cuda" else "auto")
     exact.load_state_dict({name: w.double() for name, w in layer.state_dict().items()})
     hidden = torch.randn(50, 96, dtype=dtype)
     dense = dense_mla if config.is_mla else dense_gqa
@@ -176,13 +173,10 @@ def test_enough_topk_equals_dense_attention(config, device, dtype, topk):
 
 def test_selecting_by_the_indexer_equals_selecting_all(config):
     """The path through scoring and the one that skips it agree where both see everything."""
-    import dataclasses
-
     layer = make(dataclasses.replace(config, index_topk=20))
     hidden = torch.randn(25, 96)
     scored = layer(hidden)[:20]  # the longest query sees more than topk, so all are scored
-    skipped = layer(hidden[:20])
-    assert relative_error(scored, skipped) < 5e-6
+    assert relative_error(scored, layer(hidden[:20])) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["reference", "the device's"])
@@ -217,11 +211,7 @@ def test_presets_have_the_models_shapes():
 def test_from_dict_reads_both_spellings_of_rope():
     base = {
         **{k: v for k, v in COMMON.items() if k != "indexer_rope"},
-        "model_type": "deepseek_v32",
-        **{"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16},
-        "v_head_dim": 20,
-        "vocab_size": 1000,
-        "num_key_value_heads": 4,
+        **{"model_type": "deepseek_v32", "vocab_size": 1000, "num_key_value_heads": 4, **MLA_SIZES},
     }
     yarn = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
     old = DSAConfig.from_dict({**base, "rope_theta": 5e4, "rope_scaling": {"type": "yarn", **yarn}})
@@ -269,22 +259,16 @@ def test_head_weights_stay_fp32_in_a_bf16_layer():
 
 
 def test_fp8_indexer_keeps_scores_close():
-    import dataclasses
-
-    from sparse_attn.reference import index_logits
-
     hidden, q_lora = torch.randn(40, 96), torch.randn(40, 48)
     positions, zero = torch.arange(40), torch.zeros(40, dtype=torch.int32)
     torch.manual_seed(0)
     plain = LightningIndexer(MLA)
     rounded = LightningIndexer(dataclasses.replace(MLA, indexer_fp8=True))
     rounded.load_state_dict(plain.state_dict())
-    a, b = (
-        index_logits(*indexer(hidden, q_lora, positions), zero, zero + 40) for indexer in (plain, rounded)
-    )
+    inputs = hidden, q_lora, positions
+    a, b = (index_logits(*indexer(*inputs), zero, zero + 40) for indexer in (plain, rounded))
     assert 1e-4 < relative_error(b, a) < 0.1  # rounded, but the rotation of both sides cancels
-    q, k, _ = rounded(hidden, q_lora, positions)
-    for x in (q, k):  # at most 8 significant bits survive
+    for x in rounded(*inputs)[:2]:  # at most 8 significant bits survive, of q and of k
         assert torch.equal(x, x.bfloat16().float())
 
 
@@ -303,8 +287,7 @@ def test_an_fp8_cache_is_read_as_what_its_bytes_mean(selections, dtype, chunks):
         meant["index_k"].copy_(formats.unpack(cache["index_k"]))
         assert relative_error(out, layer(part, cache=meant)) < BUDGET[dtype]
     assert cache.lengths == meant.lengths == (60,) and len(selections) >= 2
-    for selected, expected in zip(selections[::2], selections[1::2], strict=True):
-        assert torch.equal(selected, expected)
+    assert all(torch.equal(*pair) for pair in zip(selections[::2], selections[1::2], strict=True))
 
 
 def test_an_fp8_cache_rounds_and_selects_as_the_fp8_indexer_does(selections):

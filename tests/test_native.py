@@ -61,15 +61,28 @@ def only_cpp(monkeypatch):
     ops.implementation.cache_clear()
 
 
-def exact(function, inputs, **options):
-    wide = {n: t.double() if t.is_floating_point() and n != "attn_sink" else t for n, t in inputs.items()}
-    return function(**wide, **options, return_lse=True, backend="reference")
+def wide(inputs):
+    """The same in fp64, but for the sink, which is fp32 always."""
+    return {n: t.double() if t.is_floating_point() and n != "attn_sink" else t for n, t in inputs.items()}
+
+
+def assert_attention(function, inputs, factor=1.2, exact_kv=None, **options):
+    """Output, lse and so on are those of the definition in fp64, which reads ``exact_kv`` if given."""
+    exact = wide(inputs if exact_kv is None else {**inputs, "kv": exact_kv})
+    out, *logits = function(**inputs, **options, return_lse=True)
+    expected, *expected_logits = function(**exact, **options, return_lse=True, backend="reference")
+    assert_close(out, expected, factor)
+    torch.testing.assert_close([x.double() for x in logits], expected_logits, rtol=1e-5, atol=1e-5)
+
+
+def assert_selected(logits, topk, ks, ke, case=None):
+    expected = reference.select_topk(logits, topk, ks, ke)
+    assert torch.equal(sparse_attn.select_topk(logits, topk, ks, ke), expected), case
 
 
 def test_the_fastest_instruction_set_is_in_use():
-    assert (
-        native.instruction_set() in native.instruction_sets()[:2]
-    )  # Intel without AMX skips its slow bf16 dots
+    # The second on Intel without AMX, which skips its slow bf16 dots.
+    assert native.instruction_set() in native.instruction_sets()[:2]
     assert native.instruction_sets()[-1] == "portable"
     with native.use("portable"):
         assert native.instruction_set() == "portable"
@@ -97,14 +110,9 @@ def test_mla_at_model_shapes(isa, h_q, d_qk, spread):
     inputs["q"] *= spread
     inputs["kv"] = torch.randn(3000, d_qk).bfloat16()
     inputs["indices"] = torch.stack([torch.randperm(3000)[:2048] for _ in range(2)]).int()
-    options = {"d_v": 512, "return_max_logits": True}
-    expected, *expected_logits = exact(sparse_attn.sparse_mla, inputs, **options)
-    out, *logits = sparse_attn.sparse_mla(**inputs, **options, return_lse=True)
     # avx512bf16 rounds the probabilities of long rows to bf16: an error as large as rounding the output.
     factor = 1.45 if isa == "avx512bf16" and spread < 1 else 1.2
-    assert_close(out, expected, factor)
-    for actual, right in zip(logits, expected_logits, strict=True):  # lse, max_logits
-        torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-5)
+    assert_attention(sparse_attn.sparse_mla, inputs, factor, d_v=512, return_max_logits=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -114,10 +122,7 @@ def test_mla_at_model_shapes(isa, h_q, d_qk, spread):
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gqa_at_model_shapes(isa, dtype, h_q, h_kv, d, per_head):
     inputs = gqa_inputs(2, 900, h_q, h_kv, 500, d, d, dtype=dtype, per_head=per_head)
-    expected, expected_lse = exact(sparse_attn.sparse_gqa, inputs)
-    out, lse = sparse_attn.sparse_gqa(**inputs, return_lse=True)
-    assert_close(out, expected)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert_attention(sparse_attn.sparse_gqa, inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -131,15 +136,12 @@ def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, only_cpp)
     indices[:, ::7] = 10**9
     inputs = {
         "q": (torch.randn(3, h_q, 576) / 10).to(dtype),
+        "kv": packed.view(7, 100, 1, 656),
         "indices": indices.masked_fill((indices == 0x7F) | (indices == 0xFF), -1),  # NaN
         "topk_length": torch.tensor([300, 0, 77], dtype=torch.int32),
         "attn_sink": torch.randn(h_q),
     }
-    out, lse = sparse_attn.sparse_mla(**inputs, kv=packed.view(7, 100, 1, 656), return_lse=True)
-    unpacked = formats.unpack(packed, torch.float64)
-    expected, expected_lse = exact(sparse_attn.sparse_mla, {**inputs, "kv": unpacked})
-    assert_close(out, expected)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert_attention(sparse_attn.sparse_mla, inputs, exact_kv=formats.unpack(packed, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -156,9 +158,7 @@ def test_quantised_index_keys_read_in_place(isa, dtype, page_size, heads, only_c
         "block_table": torch.randperm(pages)[None].int(),
     }
     logits = sparse_attn.index_logits(**inputs, k=packed)
-    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-    expected = reference.index_logits(**wide, k=formats.unpack(packed, torch.float64))
-    assert_close(logits, expected)
+    assert_close(logits, reference.index_logits(**wide(inputs), k=formats.unpack(packed, torch.float64)))
     picked = sparse_attn.lightning_topk(**inputs, k=packed, topk=50)
     assert torch.equal(picked, sparse_attn.select_topk(logits, 50, inputs["ks"], inputs["ke"]))
 
@@ -167,8 +167,7 @@ def test_quantised_index_keys_read_in_place(isa, dtype, page_size, heads, only_c
 @pytest.mark.parametrize("heads, d", [(64, 128), (32, 128), (70, 33)])
 def test_logits_at_model_shapes(isa, dtype, heads, d):
     inputs = index_inputs(3, 2000, heads, d, dtype=dtype)
-    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-    assert_close(sparse_attn.index_logits(**inputs), reference.index_logits(**wide))
+    assert_close(sparse_attn.index_logits(**inputs), reference.index_logits(**wide(inputs)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -215,34 +214,26 @@ def selection_cases(count):
 
 
 def test_a_thousand_selections_equal_the_reference(isa):
-    for case, (logits, topk, ks, ke) in enumerate(selection_cases(1000)):
-        expected = reference.select_topk(logits, topk, ks, ke)
-        assert torch.equal(sparse_attn.select_topk(logits, topk, ks, ke), expected), f"case {case}"
+    for number, case in enumerate(selection_cases(1000)):
+        assert_selected(*case, f"case {number}")
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOGITS)
 def test_selections_from_a_million(isa, kind):
     logits = adversarial_logits(kind, 1, 1 << 20)
     ks, ke = torch.tensor([[3], [(1 << 20) - 2]], dtype=torch.int32)
-    expected = reference.select_topk(logits, 2048, ks, ke)
-    assert torch.equal(sparse_attn.select_topk(logits, 2048, ks, ke), expected)
-
-
-def clustered_logits(s_kv):
-    """Large values are adjacent or at a fixed stride, so that a threshold from sampled runs is wrong."""
-    logits = torch.randn(3, s_kv)
-    logits[0, 1000:3000] += 50
-    logits[1, 5000 : 5000 + s_kv // 3] += 50
-    logits[2, ::17] = 60
-    return logits
+    assert_selected(logits, 2048, ks, ke)
 
 
 def test_a_misleading_sample_changes_nothing(isa):
-    logits = clustered_logits(30000)
+    """Large values are adjacent or at a fixed stride, so that a threshold from sampled runs is wrong."""
+    logits = torch.randn(3, 30000)
+    logits[0, 1000:3000] += 50
+    logits[1, 5000:15000] += 50
+    logits[2, ::17] = 60
     ks, ke = torch.zeros(3, dtype=torch.int32), torch.full((3,), 30000, dtype=torch.int32)
     for topk in (1, 100, 2048, 7400):
-        expected = reference.select_topk(logits, topk, ks, ke)
-        assert torch.equal(sparse_attn.select_topk(logits, topk, ks, ke), expected)
+        assert_selected(logits, topk, ks, ke)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -365,7 +356,7 @@ def test_what_torch_must_do():
 # Memory
 
 
-def build_driver(driver, options):
+def run_driver(driver, options):
     """tests/native_driver.cpp with every kernel; CalledProcessError with what the compiler said."""
     spec = importlib.util.spec_from_file_location("setup_of_sparse_attn", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
@@ -373,28 +364,23 @@ def build_driver(driver, options):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         setup.build_library(driver, options, link=(), more_sources=["tests/native_driver.cpp"])
+    done = subprocess.run([driver], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == native.instruction_sets()
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
-    driver = tmp_path / "driver"
     options = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     try:
-        build_driver(driver, options)
+        run_driver(tmp_path / "driver", options)
     except subprocess.CalledProcessError as error:
         if "sanitize" in error.stderr or "asan" in error.stderr:
             pytest.skip("this compiler has no sanitizers")
         raise AssertionError(error.stderr) from None
-    done = subprocess.run([driver], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == native.instruction_sets()
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
 def test_clang_builds_every_kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "clang++")
-    driver = tmp_path / "driver"
-    build_driver(driver, ["-O1"])
-    done = subprocess.run([driver], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == native.instruction_sets()
+    run_driver(tmp_path / "driver", ["-O1"])

@@ -14,6 +14,10 @@ LATENT, KEYS = [656, 584, 528, 288], [132, 68]
 D_QK = {656: 576, 584: 512, 528: 512, 288: 512}
 
 
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.uint8)
+
+
 @pytest.fixture
 def backend(backend):
     if backend == "triton":
@@ -43,16 +47,16 @@ def values_of(cache):
     return formats.dequantise(*formats.views(cache), dtype=torch.float64)
 
 
-def attend(backend, q, kv, indices, **options):
-    """(out, lse) on quantised caches, compared with those of the fp64 reference on their values."""
+def attend(backend, inputs, kv, **options):
+    """The output on quantised caches; it and lse are compared with the fp64 reference on their values."""
+    q, indices = inputs["q"], inputs["indices"]
     out, lse = sparse_attn.sparse_mla(q, kv, indices, **options, return_lse=True, backend=backend)
     for name, cache in (("kv", kv), ("extra_kv", options.get("extra_kv"))):
         if cache is not None:
             quantised = cache.dtype == torch.uint8
             options[name] = values_of(cache).flatten(0, 1) if quantised else cache.double()
-    expected, expected_lse = sparse_attn.sparse_mla(
-        q.double(), indices=indices, **options, return_lse=True, backend="reference"
-    )
+    options |= {"indices": indices, "return_lse": True, "backend": "reference"}
+    expected, expected_lse = sparse_attn.sparse_mla(q.double(), **options)
     assert_close(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
     return out
@@ -66,25 +70,22 @@ def latent_inputs(size, s_kv, seed=0, dtype=torch.bfloat16):
 @pytest.mark.parametrize("size", LATENT)
 def test_attention_over_a_quantised_cache(backend, size, page_size, pages):
     inputs = latent_inputs(size, page_size * pages)
-    cache = hostile_cache(size, inputs["kv"], page_size)
-    attend(backend, inputs["q"], cache, inputs["indices"])
+    attend(backend, inputs, hostile_cache(size, inputs["kv"], page_size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size, options", [(656, {"power_of_two": False}), (584, {}), (528, {}), (288, {})])
 def test_queries_of_every_dtype(backend, dtype, size, options):
     inputs = latent_inputs(size, 40, dtype=dtype)
-    cache = hostile_cache(size, inputs["kv"], 8, **options)
-    attend(backend, inputs["q"], cache, inputs["indices"])
+    attend(backend, inputs, hostile_cache(size, inputs["kv"], 8, **options))
 
 
 @pytest.mark.parametrize("size", LATENT)
 def test_pages_apart_and_the_shapes_of_a_cache(backend, size):
     inputs = latent_inputs(size, 40)
-    sink, length = torch.randn(5), torch.tensor([16, 3, 0], dtype=torch.int32)
-    options = {"attn_sink": sink, "topk_length": length}
+    options = {"attn_sink": torch.randn(5), "topk_length": torch.tensor([16, 3, 0], dtype=torch.int32)}
     cache = hostile_cache(size, inputs["kv"], 8)
-    out = attend(backend, inputs["q"], cache, inputs["indices"], **options)
+    out = attend(backend, inputs, cache, **options)
     call = {**options, "indices": inputs["indices"], "backend": backend}
     apart = hostile_cache(size, inputs["kv"], 8, gap=44)
     assert apart.stride(0) == cache.stride(0) + 44
@@ -107,7 +108,7 @@ def test_the_bytes_reach_an_op_in_place(size, monkeypatch):
         assert kv.data_ptr() == cache.data_ptr()
         assert (kv.shape, kv.stride()) == (cache.shape, cache.stride())
     if size != 584:
-        rows = torch.zeros(40, size + 4, dtype=torch.uint8)[:, :size]
+        rows = zeros(40, size + 4)[:, :size]
         sparse_attn.sparse_mla(inputs["q"], rows, inputs["indices"])
         assert seen[2].data_ptr() == rows.data_ptr()
         assert (seen[2].shape, seen[2].stride(0)) == ((40, 1, size), size + 4)  # pages of one token
@@ -121,7 +122,7 @@ def test_hostile_indices(backend, size):
     cache = hostile_cache(size, inputs["kv"], 8)
     indices = torch.tensor([[INT_MIN, 38, -1, 1, 40, 1, INT_MAX, 41]] * 3, dtype=torch.int32)
     indices[1] = torch.tensor([INT_MIN, INT_MAX, -1, 40] * 2)
-    out = attend(backend, inputs["q"], cache, indices)
+    out = attend(backend, {**inputs, "indices": indices}, cache)
     assert (out[1] == 0).all() and out[0].isfinite().all()
 
 
@@ -136,14 +137,9 @@ def test_two_segments_of_any_two_formats(backend, first, second):
         part["kv"] if form is None else hostile_cache(form, part["kv"], 8, gap=44)
         for form, part in ((first, one), (second, two))
     ]
-    attend(
-        backend,
-        *(one["q"], caches[0], one["indices"]),
-        extra_kv=caches[1],
-        extra_indices=two["indices"],
-        extra_topk_length=torch.tensor([9, 0, 16], dtype=torch.int32),
-        attn_sink=torch.randn(5),
-    )
+    length = torch.tensor([9, 0, 16], dtype=torch.int32)
+    extra = {"extra_kv": caches[1], "extra_indices": two["indices"], "extra_topk_length": length}
+    attend(backend, one, caches[0], **extra, attn_sink=torch.randn(5))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0), (0,)])
@@ -151,7 +147,7 @@ def test_two_segments_of_any_two_formats(backend, first, second):
 def test_caches_without_a_slot(backend, size, shape):
     if size == 584 and len(shape) == 1:
         pytest.skip("by page")
-    cache = torch.zeros(*shape, size, dtype=torch.uint8)
+    cache = zeros(*shape, size)
     for s_q in (0, 2):
         q, indices = torch.randn(s_q, 3, D_QK[size]), torch.zeros(s_q, 4, dtype=torch.int32)
         out, lse = sparse_attn.sparse_mla(q, cache, indices, return_lse=True, backend=backend)
@@ -159,28 +155,38 @@ def test_caches_without_a_slot(backend, size, shape):
         assert (out == 0).all() and torch.isneginf(lse).all()
 
 
-@pytest.mark.parametrize("size", LATENT)
-def test_torch_dequantises_selected_rows_in_bounded_chunks(size, monkeypatch):
-    s_q, topk, pages = 12, 512, 400
-    cache = torch.zeros(pages, 64, size, dtype=torch.uint8)
-    monkeypatch.setattr(torch_backend, "GATHER_BYTES", 3 * topk * D_QK[size] * 4)
-    counts, dequantise = [], formats.dequantise
+@pytest.fixture
+def dequantised(monkeypatch):
+    """(values, scales and so on) of every call of dequantise, in a test whose work torch does."""
+    calls, dequantise = [], formats.dequantise
 
-    def counted(*parts, dtype):
-        counts.append(parts[0].shape[:-1].numel())
+    def recording(*parts, dtype):
+        calls.append(parts)
         return dequantise(*parts, dtype=dtype)
 
-    monkeypatch.setattr(reference, "dequantise", counted)
-    indices = torch.randint(0, pages * 64, (s_q, topk), dtype=torch.int32)
+    monkeypatch.setattr(reference, "dequantise", recording)
     with native.use(None):
-        sparse_attn.sparse_mla(torch.randn(s_q, 2, D_QK[size]), cache, indices)
+        yield calls
+
+
+@pytest.mark.parametrize("size", LATENT)
+def test_torch_dequantises_selected_rows_in_bounded_chunks(size, monkeypatch, dequantised):
+    s_q, topk, pages = 12, 512, 400
+    monkeypatch.setattr(torch_backend, "GATHER_BYTES", 3 * topk * D_QK[size] * 4)
+    indices = torch.randint(0, pages * 64, (s_q, topk), dtype=torch.int32)
+    sparse_attn.sparse_mla(torch.randn(s_q, 2, D_QK[size]), zeros(pages, 64, size), indices)
+    counts = [values.shape[:-1].numel() for values, *_ in dequantised]
     assert counts == [3 * topk] * 4
     assert sum(counts) < pages * 64
 
 
-def scored(backend, inputs, k, table, dtype=torch.bfloat16):
-    """Logits of quantised keys, compared with those of the fp64 reference on their values."""
-    logits = sparse_attn.index_logits(**inputs, k=k, block_table=table, backend=backend)
+def scored(backend, inputs, k, table):
+    """Logits of quantised keys, compared with the fp64 reference on their values; selections are theirs."""
+    options = {"k": k, "block_table": table, "backend": backend}
+    logits = sparse_attn.index_logits(**inputs, **options)
+    for topk, memory in ((5, {}), (7, {"workspace_bytes": 1})):
+        indices = sparse_attn.lightning_topk(**inputs, **options, topk=topk, **memory)
+        assert torch.equal(indices, sparse_attn.select_topk(logits, topk, inputs["ks"], inputs["ke"]))
     if table is None:
         table = torch.arange(len(k), dtype=torch.int32)[None]
     assert_logits_close(logits, **inputs, k=values_of(k), block_table=table)
@@ -203,16 +209,10 @@ def test_scores_of_quantised_index_keys(backend, size, page_size):
     shuffled = torch.full((n, cache.stride(0)), 0xFF, dtype=torch.uint8)
     shuffled[order] = cache.as_strided(shuffled.shape, (cache.stride(0), 1))
     shuffled = shuffled[:, : page_size * size].unflatten(1, (page_size, size))
-    garbage = torch.tensor([INT_MIN, -1, n, INT_MAX])
-    table = torch.cat([order, garbage])[None].int()
+    table = torch.cat([order, torch.tensor([INT_MIN, -1, n, INT_MAX])])[None].int()
     logits = scored(backend, inputs, shuffled, table)
     in_order = scored(backend, inputs, cache, None)
     assert torch.equal(in_order, logits[:, : n * page_size])
-    for keys, block_table in ((shuffled, table), (cache, None)):
-        indices = sparse_attn.lightning_topk(
-            **inputs, k=keys, topk=5, block_table=block_table, backend=backend
-        )
-        assert torch.equal(indices, sparse_attn.select_topk(logits, 5, inputs["ks"], inputs["ke"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -227,17 +227,13 @@ def test_a_block_table_row_serves_consecutive_queries(backend, size):
     inputs, k = key_inputs(6)
     cache = hostile_cache(size, k.nan_to_num(), 8)
     table = torch.tensor([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [-1, 0, 9, 0, 1, 1]], dtype=torch.int32)
-    logits = scored(backend, inputs, cache, table)
-    indices = sparse_attn.lightning_topk(
-        **inputs, k=cache, topk=7, block_table=table, workspace_bytes=1, backend=backend
-    )
-    assert torch.equal(indices, sparse_attn.select_topk(logits, 7, inputs["ks"], inputs["ke"]))
+    scored(backend, inputs, cache, table)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
 @pytest.mark.parametrize("size", KEYS)
 def test_no_keys(backend, size, shape):
-    cache = torch.zeros(*shape, size, dtype=torch.uint8)
+    cache = zeros(*shape, size)
     for s_q in (0, 2):
         bounds = torch.full((2, s_q), 5, dtype=torch.int32).unbind()
         inputs = torch.randn(s_q, 3, 128), cache, torch.randn(s_q, 3)
@@ -245,20 +241,11 @@ def test_no_keys(backend, size, shape):
         assert sparse_attn.lightning_topk(*inputs, 2, *bounds, backend=backend).tolist() == [[-1, -1]] * s_q
 
 
-def test_torch_dequantises_a_block_of_keys_at_a_time(monkeypatch):
-    counts, dequantise = [], formats.dequantise
-
-    def counted(values, scales, dtype):
-        if scales is not None:  # a call for keys
-            counts.append(values.shape[0])
-        return dequantise(values, scales, dtype=dtype)
-
-    monkeypatch.setattr(reference, "dequantise", counted)
-    k = torch.zeros(100, 64, 68, dtype=torch.uint8)
-    ks, ke = torch.tensor([64], dtype=torch.int32), torch.tensor([64 + 2500], dtype=torch.int32)
-    with native.use(None):
-        sparse_attn.index_logits(torch.randn(1, 2, 128), k, torch.randn(1, 2), ks, ke)
-    assert counts == [2048, 452]
+def test_torch_dequantises_a_block_of_keys_at_a_time(dequantised):
+    ks, ke = torch.tensor([[64], [64 + 2500]], dtype=torch.int32)
+    sparse_attn.index_logits(torch.randn(1, 2, 128), zeros(100, 64, 68), torch.randn(1, 2), ks, ke)
+    of_keys = [len(values) for values, scales in dequantised if scales is not None]
+    assert of_keys == [2048, 452]
 
 
 def compiled(q, kv, indices, index_q, k, weights, ks, ke):
@@ -278,88 +265,59 @@ def test_compiled_functions_give_the_same_results():
             assert torch.equal(actual, expected)
 
 
-def zeros(*shape):
-    return torch.zeros(*shape, dtype=torch.uint8)
-
-
 Q512, Q576 = torch.zeros(1, 2, 512), torch.zeros(1, 2, 576)
 INDICES = torch.zeros(1, 3, dtype=torch.int32)
+V32, V4 = zeros(4, 8, 656), zeros(4, 8, 584)
+
+
+def extra(cache):
+    return {"extra_kv": cache, "extra_indices": INDICES}
 
 
 @pytest.mark.parametrize(
-    "q, kv, options, error, words",
+    "q, kv, options, words",
     [
-        (Q576, zeros(4, 8, 655), {}, ValueError, r"kv: expected 656, 584, 528 or 288 bytes .* \[4, 8, 655\]"),
-        (Q576, zeros(4, 8, 132), {}, ValueError, "kv: expected 656, 584, 528 or 288 bytes"),
-        (Q576, zeros(4, 8, 2, 656), {}, ValueError, r"kv: expected shape \[pages, page_size, 1, 656\], got"),
+        (Q576, zeros(4, 8, 655), {}, r"kv: expected 656, 584, 528 or 288 bytes .* \[4, 8, 655\]"),
+        (Q576, zeros(4, 8, 132), {}, "kv: expected 656, 584, 528 or 288 bytes"),
+        (Q576, zeros(4, 8, 2, 656), {}, r"kv: expected shape \[pages, page_size, 1, 656\], got"),
+        (Q512, zeros(8, 584), {}, r"kv: expected shape \[pages, page_size, 584\], got \[8, 584\]"),
+        (Q576[..., :64], V32, {"d_v": 64}, "q: expected d_qk=576, as kv has 656 .* 64"),
+        (Q576, V4, {}, "q: expected d_qk=512, as kv has 584 bytes per token, got 576"),
+        (Q512, V32, {}, "q: expected d_qk=576, as kv has 656 bytes per token, got 512"),
+        (Q512, zeros(4, 8, 288), {"d_v": 448}, "d_v: expected 512, as kv is quantised, got 448"),
+        (Q576, V32, {"d_v": 576}, "d_v: expected 512, as kv is quantised, got 576"),
+        (Q512, zeros(4, 16, 584)[:, ::2], {}, "kv: expected pages of adjoining bytes.* strides"),
+        (Q512, zeros(4, 8, 600)[..., :584], {}, "kv: expected pages of adjoining bytes"),
+        (Q512, zeros(4, 584, 8).mT, {}, "kv: expected pages of adjoining bytes"),
+        (Q512, zeros(4, 8, 1056)[..., ::2], {}, "kv: expected tokens of adjoining bytes"),
+        (Q576, zeros(4, 8, 657)[..., :656], {}, "kv: .*at multiples of 4 bytes"),
+        (Q512, zeros(4 * 8 * 584 + 1)[1:].view(4, 8, 584), {}, "at multiples of 2 .* offset 1"),
+        (Q512, V4.to("meta"), {}, "kv: expected device cpu, got meta"),
+        (Q512, V4.char(), {}, r"kv: expected shape .*d_qk=512\], got \[4, 8, 584\]"),
         (
             Q512,
-            zeros(8, 584),
-            {},
-            ValueError,
-            r"kv: expected shape \[pages, page_size, 584\], got \[8, 584\]",
+            V4,
+            extra(V32),
+            "q: expected d_qk=576, as extra_kv has 656 bytes per token, got 512",
         ),
-        (
-            Q576[..., :64],
-            zeros(4, 8, 656),
-            {"d_v": 64},
-            ValueError,
-            "q: expected d_qk=576, as kv has 656 .* 64",
-        ),
-        (
-            Q576,
-            zeros(4, 8, 584),
-            {},
-            ValueError,
-            "q: expected d_qk=512, as kv has 584 bytes per token, got 576",
-        ),
-        (
-            Q512,
-            zeros(4, 8, 656),
-            {},
-            ValueError,
-            "q: expected d_qk=576, as kv has 656 bytes per token, got 512",
-        ),
-        (Q512, zeros(4, 8, 288), {"d_v": 448}, ValueError, "d_v: expected 512, as kv is quantised, got 448"),
-        (Q576, zeros(4, 8, 656), {"d_v": 576}, ValueError, "d_v: expected 512, as kv is quantised, got 576"),
-        (Q512, zeros(4, 16, 584)[:, ::2], {}, ValueError, "kv: expected pages of adjoining bytes.* strides"),
-        (Q512, zeros(4, 8, 600)[..., :584], {}, ValueError, "kv: expected pages of adjoining bytes"),
-        (Q512, zeros(4, 584, 8).mT, {}, ValueError, "kv: expected pages of adjoining bytes"),
-        (Q512, zeros(4, 8, 1056)[..., ::2], {}, ValueError, "kv: expected tokens of adjoining bytes"),
-        (Q576, zeros(4, 8, 657)[..., :656], {}, ValueError, "kv: .*at multiples of 4 bytes"),
-        (Q512, zeros(4 * 8 * 584 + 1)[1:].view(4, 8, 584), {}, ValueError, "at multiples of 2 .* offset 1"),
-        (Q512, zeros(4, 8, 584).to("meta"), {}, ValueError, "kv: expected device cpu, got meta"),
-        (
-            Q512,
-            zeros(4, 8, 584).char(),
-            {},
-            ValueError,
-            r"kv: expected shape .*d_qk=512\], got \[4, 8, 584\]",
-        ),
-        (
-            *(Q512, zeros(4, 8, 584), {"extra_kv": zeros(4, 8, 656), "extra_indices": INDICES}),
-            *(ValueError, "q: expected d_qk=576, as extra_kv has 656 bytes per token, got 512"),
-        ),
-        (
-            *(Q512, zeros(4, 8, 584), {"extra_kv": zeros(8, 576), "extra_indices": INDICES}),
-            *(ValueError, "extra_kv: expected 656, 584, 528 or 288 bytes"),
-        ),
-        (
-            *(Q512, zeros(4, 8, 584), {"extra_kv": torch.zeros(8, 512).bfloat16(), "extra_indices": INDICES}),
-            *(TypeError, "extra_kv: expected dtype float32, got bfloat16"),
-        ),
+        (Q512, V4, extra(zeros(8, 576)), "extra_kv: expected 656, 584, 528 or 288 bytes"),
     ],
 )
-def test_wrong_latent_caches(q, kv, options, error, words):
-    with pytest.raises(error, match=words):
+def test_wrong_latent_caches(q, kv, options, words):
+    with pytest.raises(ValueError, match=words):
         sparse_attn.sparse_mla(q, kv, INDICES, **options)
+
+
+def test_an_extra_cache_of_another_dtype():
+    with pytest.raises(TypeError, match="extra_kv: expected dtype float32, got bfloat16"):
+        sparse_attn.sparse_mla(Q512, V4, INDICES, **extra(torch.zeros(8, 512).bfloat16()))
 
 
 @pytest.mark.parametrize(
     "d, k, words",
     [
         (128, zeros(4, 8, 131), r"k: expected 132 or 68 bytes per token .* got shape \[4, 8, 131\]"),
-        (128, zeros(4, 8, 656), "k: expected 132 or 68 bytes per token"),
+        (128, V32, "k: expected 132 or 68 bytes per token"),
         (128, zeros(8, 68), r"k: expected shape \[pages, page_size, 68\], got \[8, 68\]"),
         (64, zeros(4, 8, 68), "q: expected index_head_dim=128, as k has 68 bytes per token, got 64"),
         (128, zeros(4, 16, 68)[:, ::2], "k: expected pages of adjoining bytes"),

@@ -177,8 +177,7 @@ def test_python_threads_at_once(torch_threads):
         cache, results = DSACache(layer.config, 64), []
         with torch.no_grad():
             for count in (40, 1, 3, 1):
-                hidden = torch.randn(count, 64, generator=generator)
-                results.append(layer(hidden, cache=cache))
+                results.append(layer(torch.randn(count, 64, generator=generator), cache=cache))
             results.append(sparse_attn.index_logits(**index))
             results.append(sparse_attn.select_topk(results[-1], 20, index["ks"], index["ke"]))
             results.append(sparse_attn.lightning_topk(**index, topk=20))
@@ -196,8 +195,7 @@ def test_python_threads_at_once(torch_threads):
     finally:
         torch.set_num_threads(before)
     for n, results in enumerate(expected):
-        for actual, one in zip(found[n], results, strict=True):
-            torch.testing.assert_close(actual, one, rtol=0, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(found[n], results, rtol=0, atol=1e-5, equal_nan=True)
 
 
 FORK = """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sparse_attn
 from sparse_attn import reference
@@ -26,13 +27,11 @@ def run(function, backend, inputs, **options):
     name = function.__name__
     returns = {"return_lse": True} | ({"return_max_logits": True} if name == "sparse_mla" else {})
     actual = function(**inputs, **options, **returns, backend=backend)
-    wide = {}
-    for key, value in {**inputs, **options}.items():
+    wide = {**inputs, **options}
+    for key, value in wide.items():
         if isinstance(value, torch.Tensor):
             value = value.cpu()
-            if value.is_floating_point() and key != "attn_sink":
-                value = value.double()
-        wide[key] = value
+            wide[key] = value.double() if value.is_floating_point() and key != "attn_sink" else value
     expected = getattr(sparse_attn, name)(**wide, **returns, backend="reference")
     return [t.cpu() for t in actual], expected
 
@@ -40,10 +39,10 @@ def run(function, backend, inputs, **options):
 def check(backend, actual, expected):
     (out, *logits), (expected_out, *expected_logits) = actual, expected
     assert_close(out, expected_out, FACTOR[backend])
+    assert {tensor.dtype for tensor in logits} == {torch.float32}  # lse, max_logits
     tolerance = 1e-5 if backend != "triton" else 1e-4
-    for tensor, right in zip(logits, expected_logits, strict=True):  # lse, max_logits
-        assert tensor.dtype == torch.float32
-        torch.testing.assert_close(tensor.double(), right, rtol=tolerance, atol=tolerance)
+    logits = [tensor.double() for tensor in logits]
+    torch.testing.assert_close(logits, expected_logits, rtol=tolerance, atol=tolerance)
 
 
 def mla(backend, inputs, d_v=32, **options):
@@ -77,9 +76,8 @@ def test_mla_of_a_definition_by_hand(backend, device):
     q = torch.tensor([[[1.0, 0.0, 1.0]]], device=device)
     kv = torch.tensor([[2.0, 5.0, 0.0], [0.0, 1.0, 0.0], [9.0, 9.0, 9.0]], device=device)
     indices = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
-    out, lse = sparse_attn.sparse_mla(
-        q, kv, indices, d_v=2, softmax_scale=0.5, return_lse=True, backend=backend
-    )
+    options = {"softmax_scale": 0.5, "return_lse": True, "backend": backend}
+    out, lse = sparse_attn.sparse_mla(q, kv, indices, d_v=2, **options)
     p = torch.tensor([1.0, 0.0]).softmax(0)  # scores 2 * 0.5 and 0
     expected = p[0] * torch.tensor([2.0, 5.0]) + p[1] * torch.tensor([0.0, 1.0])
     torch.testing.assert_close(out[0, 0].cpu(), expected)
@@ -120,19 +118,16 @@ def test_topk_length_cuts_the_row(backend, device, lengths):
     cut[torch.arange(16, device=device) >= length[:, None]] = -1
     inputs["kv"] = poison_unused(inputs["kv"].nan_to_num(), cut)
     mla(backend, inputs, topk_length=length)
-    grouped = gqa_inputs(3, 50, device=device, per_head=True)
-    gqa(backend, grouped, topk_length=length)
+    gqa(backend, gqa_inputs(3, 50, device=device, per_head=True), topk_length=length)
 
 
 def test_sinks_enter_the_denominator_only(backend, device):
     sink = torch.tensor([0.5, -INF, INF, 30.0], device=device)
-    mla(backend, mla_inputs(3, 50, device=device), attn_sink=sink)
+    inputs, options = mla_inputs(3, 50, device=device), {"return_lse": True, "backend": backend}
+    mla(backend, inputs, attn_sink=sink)
     gqa(backend, gqa_inputs(3, 50, device=device), attn_sink=sink)
-    inputs = mla_inputs(3, 50, device=device)
-    plain, lse = sparse_attn.sparse_mla(**inputs, d_v=32, return_lse=True, backend=backend)
-    with_sink, same_lse = sparse_attn.sparse_mla(
-        **inputs, d_v=32, attn_sink=sink, return_lse=True, backend=backend
-    )
+    plain, lse = sparse_attn.sparse_mla(**inputs, d_v=32, **options)
+    with_sink, same_lse = sparse_attn.sparse_mla(**inputs, d_v=32, attn_sink=sink, **options)
     assert torch.equal(lse, same_lse)
     assert torch.equal(with_sink[:, 1], plain[:, 1])  # -inf is no sink
     assert (with_sink[:, 2] == 0).all()  # +inf takes everything
@@ -148,24 +143,12 @@ def test_two_segments_share_one_softmax(backend, device):
     mla(backend, first, **extra, attn_sink=torch.randn(4, device=device))
     cut = second["indices"].clone()
     cut[torch.arange(9, device=device) >= length[:, None]] = -1
-    joined = {
-        "q": first["q"],
-        "kv": torch.cat([first["kv"], second["kv"]]),
-        "indices": torch.cat(
-            [
-                torch.where((first["indices"] >= 0) & (first["indices"] < 50), first["indices"], -1),
-                torch.where((cut >= 0) & (cut < 30), cut + 50, -1),
-            ],
-            1,
-        ),
-    }
+    indices = first["indices"].where((first["indices"] >= 0) & (first["indices"] < 50), -1)
+    indices = torch.cat([indices, torch.where((cut >= 0) & (cut < 30), cut + 50, -1)], 1)
+    joined = {"q": first["q"], "kv": torch.cat([first["kv"], second["kv"]]), "indices": indices}
     options = {"d_v": 32, "return_lse": True, "backend": backend}
-    for two, one in zip(
-        sparse_attn.sparse_mla(**first, **extra, **options),
-        sparse_attn.sparse_mla(**joined, **options),
-        strict=True,
-    ):
-        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    one = sparse_attn.sparse_mla(**joined, **options)
+    torch.testing.assert_close(sparse_attn.sparse_mla(**first, **extra, **options), one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("s_q, s_kv, topk", [(0, 9, 4), (2, 0, 4), (2, 9, 0)])
@@ -176,9 +159,8 @@ def test_nothing_to_attend_to(backend, device, s_q, s_kv, topk):
 
 def test_strided_inputs_and_outputs(backend, device):
     inputs = mla_inputs(3, 40, h_q=4, device=device)
-    expected = reference.sparse_mla(
-        **{**inputs, "q": inputs["q"].double(), "kv": inputs["kv"].double()}, d_v=32, softmax_scale=40**-0.5
-    )
+    wide = {**inputs, "q": inputs["q"].double(), "kv": inputs["kv"].double()}
+    expected = reference.sparse_mla(**wide, d_v=32, softmax_scale=40**-0.5)
     for name in ("q", "kv"):
         spread = torch.full((*inputs[name].shape[:-1], 2 * 40 + 3), float("nan"), device=device)
         spread[..., 1:81:2] = inputs[name]
@@ -190,19 +172,15 @@ def test_strided_inputs_and_outputs(backend, device):
     result = sparse_attn.sparse_mla(**inputs, d_v=32, **returns, backend=backend)
     assert all(tensor is given for tensor, given in zip(result, returns["out"], strict=True))
     assert_close(out.cpu(), expected[0].cpu(), FACTOR[backend])
-    torch.testing.assert_close(lse.double(), expected[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(max_logits.double(), expected[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((lse.double(), max_logits.double()), expected[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_returned_is_what_was_asked_for(backend, device):
-    inputs = mla_inputs(3, 40, device=device)
-    returns = {"return_lse": True, "return_max_logits": True}
-    everything = sparse_attn.sparse_mla(**inputs, d_v=32, **returns, backend=backend)
-    out = sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend)
+    inputs = {**mla_inputs(3, 40, device=device), "d_v": 32, "backend": backend}
+    everything = sparse_attn.sparse_mla(**inputs, return_lse=True, return_max_logits=True)
+    out = sparse_attn.sparse_mla(**inputs)
     highest = torch.full((3, 8), float("nan"), device=device)[:, 4:]  # another row stride than lse's
-    pair = sparse_attn.sparse_mla(
-        **inputs, d_v=32, return_max_logits=True, out=(out, highest), backend=backend
-    )
+    pair = sparse_attn.sparse_mla(**inputs, return_max_logits=True, out=(out, highest))
     assert pair[0] is out and pair[1] is highest
     assert torch.equal(out, everything[0]) and torch.equal(highest, everything[2])
     assert torch.isneginf(highest[-1]).all()  # of a query without a valid index
@@ -236,9 +214,8 @@ def test_pages_of_one_token_may_lie_apart(backend, device):
 
 def test_results_repeat_bit_for_bit(backend, device):
     inputs = mla_inputs(5, 200, topk=64, dtype=torch.bfloat16, device=device)
-    first, again = (
-        sparse_attn.sparse_mla(**inputs, d_v=32, return_lse=True, backend=backend) for _ in range(2)
-    )
+    options = {"d_v": 32, "return_lse": True, "backend": backend}
+    first, again = (sparse_attn.sparse_mla(**inputs, **options) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
@@ -247,28 +224,20 @@ def test_all_tokens_selected_equals_dense_attention(backend, device):
     position = torch.arange(6, dtype=torch.int32, device=device)
     causal = torch.where(position <= position[:, None], position, -1)
     out = sparse_attn.sparse_gqa(q, k, v, causal, backend=backend)
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        is_causal=True,
-        enable_gqa=True,
-    )[0].transpose(0, 1)
-    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    dense = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, dense[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_merging_parts_gives_the_whole(backend, device, dtype):
     inputs = mla_inputs(4, 60, topk=48, dtype=dtype, device=device)
-    indices = inputs.pop("indices")
-    parts = [
-        sparse_attn.sparse_mla(**inputs, indices=i, d_v=32, return_lse=True, backend=backend)
-        for i in indices.split([16, 30, 2], 1)
-    ]
+    indices, options = inputs.pop("indices"), {"d_v": 32, "return_lse": True, "backend": backend}
+    split = indices.split([16, 30, 2], 1)
+    parts = [sparse_attn.sparse_mla(**inputs, indices=part, **options) for part in split]
     out, lse = sparse_attn.merge_attention(*zip(*parts, strict=True), backend=backend)
-    whole, whole_lse, _ = reference.sparse_mla(
-        inputs["q"].double(), inputs["kv"].double(), indices, d_v=32, softmax_scale=40**-0.5
-    )
+    wide = inputs["q"].double(), inputs["kv"].double()
+    whole, whole_lse, _ = reference.sparse_mla(*wide, indices, d_v=32, softmax_scale=40**-0.5)
     assert out.dtype == dtype
     assert_close(out.cpu(), whole.cpu(), factor=3.0)  # parts were rounded, then the sum
     torch.testing.assert_close(lse.double(), whole_lse, rtol=1e-4, atol=1e-4)
@@ -277,8 +246,7 @@ def test_merging_parts_gives_the_whole(backend, device, dtype):
 def test_merge_ignores_empty_parts(backend, device):
     outs = torch.randn(3, 2, 4, 8, device=device)
     lses = torch.randn(3, 2, 4, device=device)
-    lses[1] = -INF
-    outs[1] = float("nan")
+    lses[1], outs[1] = -INF, float("nan")
     lses[:, 1, 2] = -INF
     out, lse = sparse_attn.merge_attention(outs, lses, backend=backend)
     assert (out[1, 2] == 0).all() and lse[1, 2] == -INF

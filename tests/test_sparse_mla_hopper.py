@@ -16,7 +16,7 @@ import torch
 
 from sparse_attn import reference, sparse_mla
 from sparse_attn.ops.attention import SparseMLAOp
-from sparse_attn.testing import assert_close, mla_inputs
+from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, mla_inputs
 
 HERE = Path(__file__).parent
 SOURCE = (HERE.parent / "kernels" / "sparse_mla_hopper.py").read_text()
@@ -38,8 +38,6 @@ def one_thread():
 
 # What it computes.
 
-OPTIONS = ("topk_length", "attn_sink", "extra_kv", "extra_indices", "extra_topk_length")
-
 
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
@@ -53,21 +51,24 @@ def expected(inputs, scale=0.05):
 def run(inputs, seed=0, scale=0.05, module=None, results=None):
     """Launch in the emulator, into outputs of NaN, and compare with the fp64 reference."""
     module = module or emulator.load_module(SOURCE)
-    q = inputs["q"]
-    out = torch.full((*q.shape[:2], 512), NAN, dtype=BF16)
-    logits = [torch.full(q.shape[:2], NAN) for _ in range(2)]  # lse, max_logits
-    options = [inputs.get(name) for name in OPTIONS]
+    rows = inputs["q"].shape[:2]
+    out, lse, max_logits = torch.full((*rows, 512), NAN, dtype=BF16), *torch.full((2, *rows), NAN)
+    outputs = {"out": out, "lse": lse, "max_logits": max_logits}
     with emulator.seed(seed):
-        a = SparseMLAOp(q, inputs["kv"], inputs["indices"], 512, scale, out, *logits, *options)
-        module["sparse_mla_hopper"](a)
+        module["sparse_mla_hopper"](SparseMLAOp(**inputs, d_v=512, softmax_scale=scale, **outputs))
     expected_out, *expected_logits = results or expected(inputs, scale)
     assert_close(out, expected_out, factor=2.5)  # probabilities are rounded to bf16 too
-    for actual, right in zip(logits, expected_logits, strict=True):
+    for actual, right in zip((lse, max_logits), expected_logits, strict=True):
         torch.testing.assert_close(actual.double(), right, rtol=1e-3, atol=1e-3)
 
 
 def inputs_of(topk, s_q=2, h_q=64, s_kv=500, seed=0, **more):
     return {**mla_inputs(s_q, s_kv, h_q, topk, d_qk=576, dtype=BF16, seed=seed), **more}
+
+
+def extra_segment(topk):
+    extra = mla_inputs(2, 90, 64, topk, d_qk=576, dtype=BF16, seed=1)
+    return {"extra_kv": extra["kv"], "extra_indices": extra["indices"]}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -85,16 +86,13 @@ def test_two_blocks_of_heads():
 
 
 def test_topk_length():
-    limit = torch.iinfo(torch.int32)
-    lengths = int32(0, 1, 128, 150, limit.max, limit.min)
+    lengths = int32(0, 1, 128, 150, INT_MAX, INT_MIN)
     run(inputs_of(200, s_q=6, topk_length=lengths, attn_sink=torch.randn(64)))
 
 
 @pytest.mark.parametrize("extra_length", [None, int32(130, 0), int32(-5, 7)])
 def test_second_segment(extra_length):
-    extra = mla_inputs(2, 90, 64, 140, d_qk=576, dtype=BF16, seed=1)
-    inputs = inputs_of(70, topk_length=int32(0, 65), attn_sink=torch.randn(64))
-    inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"])
+    inputs = inputs_of(70, topk_length=int32(0, 65), attn_sink=torch.randn(64), **extra_segment(140))
     if extra_length is not None:
         inputs["extra_topk_length"] = extra_length
     run(inputs)
@@ -134,15 +132,12 @@ def test_scores_of_minus_infinity_are_not_an_empty_row():
 
 def test_strides():
     def strided(tensor, last):
-        buffer = torch.full((*(2 * n for n in tensor.shape[:-1]), tensor.shape[-1] * last), 7).to(
-            tensor.dtype
-        )
-        view = buffer[tuple([slice(1, None, 2)] * (tensor.dim() - 1))][..., ::last]
-        return view.copy_(tensor)
+        shape = [*(2 * n for n in tensor.shape[:-1]), tensor.shape[-1] * last]
+        buffer = torch.full(shape, 7, dtype=tensor.dtype)
+        return buffer[(slice(1, None, 2),) * (tensor.dim() - 1)][..., ::last].copy_(tensor)
 
     inputs = inputs_of(150, s_q=3, topk_length=int32(150, 3, 129), attn_sink=torch.randn(64))
-    inputs = {n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()}
-    run(inputs)
+    run({n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()})
 
 
 # Broken on purpose: waits, arrivals, fences and commits removed or moved past a neighbouring access, phases
@@ -173,10 +168,8 @@ def edited(*edits) -> str:
         starts.append(starts[-1] + len(line))
     source = SOURCE.encode()
     for node, text in sorted(edits, key=lambda edit: -edit[0].lineno):
-        begin, end = (
-            starts[row - 1] + column
-            for row, column in ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
-        )
+        begin = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
         source = source[:begin] + text.encode() + source[end:]
     return source.decode()
 
@@ -201,10 +194,8 @@ def mutants_of_block(block):
             if name in names and other:
                 pair = text, ast.get_source_segment(SOURCE, other)
                 swapped = ("\n" + " " * other.col_offset).join(pair if earlier else pair[::-1])
-                yield (
-                    f"{text} {'before' if earlier else 'after'} {ast.unparse(other)}",
-                    edited((statement, "pass"), (other, swapped)),
-                )
+                what = f"{text} {'before' if earlier else 'after'} {ast.unparse(other)}"
+                yield what, edited((statement, "pass"), (other, swapped))
 
 
 def mutants_of_expression(node):
@@ -234,9 +225,7 @@ def mutants_of_expression(node):
 
 
 def test_every_mutant_is_killed():
-    inputs = inputs_of(300, seed=1, attn_sink=torch.randn(64))
-    extra = mla_inputs(2, 90, 64, 100, d_qk=576, dtype=BF16, seed=1)
-    inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"])
+    inputs = inputs_of(300, seed=1, attn_sink=torch.randn(64), **extra_segment(100))
     one = {name: t[:1] if name in ("q", "indices", "extra_indices") else t for name, t in inputs.items()}
     cases = [(case, expected(case)) for case in (one, inputs_of(130, s_q=1, topk_length=int32(0)))]
     found, alive = set(), set()
@@ -290,7 +279,7 @@ def compiled():
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def launch(s_q=64, h_q=128, s_kv=100_000, topk=2048, every_option=False):
-        options = [None] * 5
+        options = []
         if every_option:
             extra = meta(999, 576), meta(s_q, topk // 2, dtype=torch.int32)
             lengths = [meta(s_q, dtype=torch.int32) for _ in range(2)]
@@ -415,11 +404,10 @@ def test_rows_must_be_aligned(on_hopper, name):
     inputs["out"] = torch.empty(3, 64, 512, dtype=BF16, device="cuda")
     inputs["extra_kv"], inputs["extra_indices"] = inputs["kv"], inputs["indices"]
     *strides, last = inputs[name].stride()
+    message = "expected contiguous rows that begin at multiples of 32"
     for stride in ([*(n + 8 for n in strides), last], [*(2 * n for n in strides), 2]):
         inputs[name] = torch.empty_strided(inputs[name].shape, stride, dtype=BF16, device="cuda")
-        with pytest.raises(
-            ValueError, match=f"^{name}: expected contiguous rows that begin at multiples of 32"
-        ):
+        with pytest.raises(ValueError, match=f"^{name}: {message}"):
             sparse_mla(**inputs, variant="warp_specialized")
 
 
@@ -428,8 +416,6 @@ def test_other_devices_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="needs backend 'triton' and cuda tensors, got 'auto' and cpu"):
         sparse_mla(**inputs, variant="warp_specialized")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    with (
-        torch._subclasses.FakeTensorMode(),
-        pytest.raises(ValueError, match="needs sm_90, cuda:0 is sm_100"),
-    ):
+    needs = pytest.raises(ValueError, match="needs sm_90, cuda:0 is sm_100")
+    with torch._subclasses.FakeTensorMode(), needs:
         sparse_mla(**fake_inputs(), variant="warp_specialized")

@@ -5,6 +5,7 @@ Weights are random and made larger than usual, so that attention is far from uni
 """
 
 import copy
+import functools
 import json
 import runpy
 import sys
@@ -22,6 +23,7 @@ try:
     import sparse_attn.integrations.transformers as sa
 except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
+v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
 TOPK, VOCABULARY, TOLERANCE = 24, 256, 1e-5
 SIZES = {
@@ -43,20 +45,20 @@ V4 = {  # windows of 16 tokens; entries of 4 tokens, of which 6 are selected, an
     **{"o_groups": 2, "o_lora_rank": 24, "hc_mult": 2, "num_key_value_heads": 1},
     "layer_types": [f"{name}_attention" for name in ("heavily_compressed", "compressed_sparse", "sliding")],
 }
+SHARED = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]}
 KINDS = {
     "v32": (transformers.DeepseekV32Config, {}),
     "v32-yarn": (transformers.DeepseekV32Config, {"rope_parameters": YARN, "attention_bias": True}),
     "glm": (transformers.GlmMoeDsaConfig, {}),
-    "glm-shared": (
-        transformers.GlmMoeDsaConfig,
-        {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]},
-    ),
+    "glm-shared": (transformers.GlmMoeDsaConfig, SHARED),
     "v4": (transformers.DeepseekV4Config, V4),
 }
 CACHES = [(kind, static) for kind in KINDS for static in (False, True) if (kind, static) != ("v4", True)]
 
 
+@torch.no_grad()
 def make(kind, **changes):
+    """A model with transformers' attention."""
     config_class, sizes = KINDS[kind]
     torch.manual_seed(0)
     config = config_class(**{**SIZES, **sizes, **changes})
@@ -72,20 +74,18 @@ def make(kind, **changes):
     return model
 
 
+def make_pair(kind, **changes):
+    """A model with transformers' attention and a copy with ours."""
+    dense = make(kind, **changes)
+    sparse = copy.deepcopy(dense)
+    sa.enable(sparse)
+    return dense, sparse
+
+
 @pytest.fixture(scope="module")
 def models():
-    """Each kind, made once: the model with transformers' attention and a copy for ours."""
-    made = {}
-
-    def get(kind):
-        if kind not in made:
-            with torch.no_grad():
-                dense = make(kind)
-            made[kind] = dense, copy.deepcopy(dense)
-            sa.enable(made[kind][1])
-        return made[kind]
-
-    return get
+    """The pair of each kind, made once."""
+    return functools.cache(make_pair)
 
 
 @pytest.fixture(params=KINDS)
@@ -114,17 +114,13 @@ def generate(model, ids, **options):
     return model.generate(ids, **{**settings, **options})[:, ids.shape[1] :]
 
 
-def logits(model, ids, chunks, cache, **options):
+def logits(model, ids, chunks, cache, mask=None):
     """Of every position, from chunks that are fed one after the other."""
     outs, seen = [], 0
     for part in ids.split(chunks, 1):
         seen += part.shape[1]
-        if "attention_mask" in options:
-            outs.append(
-                model(part, past_key_values=cache, attention_mask=options["attention_mask"][:, :seen]).logits
-            )
-        else:
-            outs.append(model(part, past_key_values=cache).logits)
+        seen_mask = None if mask is None else mask[:, :seen]
+        outs.append(model(part, past_key_values=cache, attention_mask=seen_mask).logits)
     return torch.cat(outs, 1)
 
 
@@ -133,7 +129,7 @@ def assert_same(ours, theirs):
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-def empty_cache(model, static):
+def empty_cache(model, static=False):
     if static:
         return transformers.StaticCache(model.config, 80)
     return transformers.DynamicCache(config=model.config)
@@ -152,7 +148,7 @@ def test_logits_of_prefill_chunks_and_decode(models, ids, kind, chunks, static):
 def test_greedy_tokens_of_manual_decode(pair, ids):
     tokens = []
     for model in pair:
-        cache, new = transformers.DynamicCache(config=model.config), [ids[:, :40]]
+        cache, new = empty_cache(model), [ids[:, :40]]
         for _ in range(16):
             new.append(model(new[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
         tokens.append(torch.cat(new, 1))
@@ -170,15 +166,10 @@ GENERATION = {
 }
 
 
-LEFT_PADDED = [
-    (kind, name, (70, 31))
-    for kind in KINDS
-    for name in GENERATION
-    if name != "lookup" and (kind, name) != ("v4", "static")
-]
-OTHERS = [(kind, "greedy", (70, 70)) for kind in KINDS] + [
-    (kind, "lookup", (90,)) for kind in KINDS if kind != "v4"
-]
+LEFT_PADDED = [(kind, name, (70, 31)) for kind in KINDS for name in GENERATION if name != "lookup"]
+LEFT_PADDED.remove(("v4", "static", (70, 31)))
+OTHERS = [(kind, "greedy", (70, 70)) for kind in KINDS]
+OTHERS += [(kind, "lookup", (90,)) for kind in KINDS if kind != "v4"]
 
 
 @pytest.mark.parametrize(("kind", "name", "lengths"), LEFT_PADDED + OTHERS)
@@ -208,16 +199,15 @@ def test_padding_on_the_right_and_in_between(models, ids, kind, static):
     batch, mask = padded(ids, (60, 37), "right")
     batch = torch.cat([batch, ids[:, -8:]], 1)
     mask = torch.cat([mask, torch.ones(2, 8).long()], 1)
-    dense, sparse = (
-        logits(m, batch, [60, 5, 1, 1, 1], empty_cache(m, static), attention_mask=mask) for m in models(kind)
-    )
+    chunks = [60, 5, 1, 1, 1]
+    dense, sparse = (logits(m, batch, chunks, empty_cache(m, static), mask) for m in models(kind))
     assert_same(sparse[mask.bool()], dense[mask.bool()])
 
 
 @pytest.mark.parametrize("to_sparse", [True, False])
 def test_either_side_goes_on_from_the_others_cache(pair, ids, to_sparse):
     first, then = pair if to_sparse else reversed(pair)
-    cache = transformers.DynamicCache(config=first.config)
+    cache = empty_cache(first)
     first(ids[:, :50], past_key_values=cache)
     assert_same(logits(then, ids[:, 50:], 4, cache), pair[0](ids).logits[:, 50:])
 
@@ -226,7 +216,7 @@ def test_dynamic_caches_grow_in_place_and_branch(models, ids, monkeypatch):
     """A new token copies no row of the cache, and two continuations of one cache do not change each other."""
     monkeypatch.setattr(sa.deepseek_v32.growth, "SPARE", 1)
     model = models("v32")[1]
-    cache, branch = (transformers.DynamicCache(config=model.config) for _ in range(2))
+    cache, branch = empty_cache(model), empty_cache(model)
     with torch.inference_mode():
         logits(model, ids[:, :40], [39, 1], cache)
     logits(model, ids[:, 40:44], 1, cache)  # what inference mode made cannot be written outside of it
@@ -255,9 +245,7 @@ def test_queries_in_chunks_are_the_same(pair, ids, monkeypatch):
 
 def test_enough_topk_is_dense_attention(ids):
     """With index_topk above the context every visible token is read, and the indexer does not run."""
-    dense = make("v32", index_topk=128)
-    sparse = copy.deepcopy(dense)
-    sa.enable(sparse)
+    dense, sparse = make_pair("v32", index_topk=128)
     batch, mask = padded(ids, (70, 41), "left")
     for changes in ({}, {"attention_mask": mask}, {"attention_mask": mask.flip(1)}):
         keep = changes.get("attention_mask", torch.ones_like(mask)).bool()
@@ -320,45 +308,105 @@ def test_half_precision_layers_are_as_exact(models, ids, kind, dtype):
     assert ours <= 1.5 * theirs
 
 
-def test_no_mask_and_no_expanded_latent(models, ids):
-    """No tensor has both the rows of the cache and the new tokens, or the heads, among its dimensions."""
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are made."""
 
-    class Shapes(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen = set()
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
 
-        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.seen.add(tuple(tensor.shape))
-            return out
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.seen.add(tuple(tensor.shape))
+        return out
 
-    ids = ids.flatten()[None, :131]
+
+@pytest.mark.parametrize(
+    "kind, past, new, size, others",
+    [
+        ("v32", 100, 31, 131, {31, 4}),  # the rows of the cache with the new tokens, or with the heads
+        ("v4", 133, 63, 63, {15 + 63, 49}),  # the new tokens with the rows of the window, or with all entries
+    ],
+)
+def test_no_mask_and_no_expanded_latent(models, kind, past, new, size, others):
+    """No tensor has both the size and one of the others among its dimensions."""
+    ids = torch.randint(3, VOCABULARY, (1, past + new))
     found = []
-    for model in models("v32"):
-        cache = transformers.DynamicCache(config=model.config)
-        model(ids[:, :100], past_key_values=cache)
+    for model in models(kind):
+        cache = empty_cache(model)
+        model(ids[:, :past], past_key_values=cache)
         with Shapes() as shapes:
-            model(ids[:, 100:], past_key_values=cache)  # 31 new tokens, 131 rows
-        found.append({s for s in shapes.seen if 131 in s and (31 in s or 4 in s)})
+            model(ids[:, past:], past_key_values=cache)
+        found.append({shape for shape in shapes.seen if size in shape and others.intersection(shape)})
     dense, sparse = found
     assert dense and not sparse
 
 
+def attend(model, layer, hidden, dtype, chunks=None):
+    """What one attention layer of a V4 model makes of hidden states ``[B, S, hidden_size]``."""
+    model = model.model
+    attention = copy.deepcopy(model.layers[layer].self_attn).to(dtype)
+    for name, parameter in attention.named_parameters():  # as from_pretrained leaves them
+        if "norm" in name or name.endswith(("sinks", "position_bias")):
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    hidden, window = hidden.to(dtype), model.config.sliding_window
+    cache = None if chunks is None else empty_cache(model)
+    outs, past = [], 0
+    for part in hidden.split(chunks or hidden.shape[1], 1):
+        positions = torch.arange(past, past + part.shape[1])[None]
+        rope = {name: model.rotary_emb(part, positions, layer_type=name) for name in ("main", "compress")}
+        mask = None
+        if type(attention) is v4.DeepseekV4Attention:
+            rows = torch.arange(0 if cache is None else max(0, past - window + 1), past + part.shape[1])
+            seen = (rows <= positions[0, :, None]) & (rows > positions[0, :, None] - window)
+            mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype).expand(len(part), 1, -1, -1)
+        outs.append(attention(part, rope, positions, mask, past_key_values=cache)[0])
+        past += part.shape[1]
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("layer", range(3), ids=V4["layer_types"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_layers_of_v4_are_as_exact(models, layer, dtype):
+    """One layer in 16 bits against itself in fp32: our error is not above that of transformers' eager."""
+    torch.manual_seed(1)
+    hidden = torch.randn(2, 70, 96).to(dtype).float()  # selections depend on them: no rounding there
+    dense, sparse = models("v4")
+    truth = attend(sparse, layer, hidden, torch.float32)
+    scale = truth.abs().max()
+    assert (attend(dense, layer, hidden, torch.float32) - truth).abs().max() / scale < 1e-5
+    theirs, ours = (
+        (attend(model, layer, hidden, dtype).float() - truth).pow(2).mean().sqrt() / scale
+        for model in (dense, sparse)
+    )
+    assert ours <= 1.2 * theirs
+
+
+@pytest.mark.parametrize("yarn", [False, True], ids=["default", "yarn"])
+def test_the_sizes_of_the_real_v4_model(yarn):
+    """A window of 128, entries of 4 and of 128 tokens; chunks that end inside an entry."""
+    rope = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64}
+    changes = {"rope_parameters": {**rope, "beta_fast": 32, "beta_slow": 1} if yarn else None}
+    changes |= {"sliding_window": 128, "compress_rate_csa": 4, "compress_rate_hca": 128, "index_topk": 24}
+    dense, sparse = make_pair("v4", **changes)
+    torch.manual_seed(1)
+    hidden = torch.randn(1, 400, 96)
+    for layer in range(3):
+        expected = attend(dense, layer, hidden, torch.float32)
+        for chunks in (None, [301, 1, 1, 97]):
+            out = attend(sparse, layer, hidden, torch.float32, chunks)
+            assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_the_decode_step_compiles_in_one_graph(ids):
     torch._dynamo.reset()
-    dense = make("glm-shared", num_hidden_layers=2, indexer_types=["full", "shared"])
-    sparse = copy.deepcopy(dense)
-    sa.enable(sparse)
+    dense, sparse = make_pair("glm-shared", num_hidden_layers=2, indexer_types=["full", "shared"])
     batch, mask = padded(ids, (60, 25), "left")
-    models_and_steps = (
-        (dense, dense.forward),
-        (sparse, torch.compile(sparse.forward, fullgraph=True, backend="aot_eager")),
-    )
+    compiled = torch.compile(sparse.forward, fullgraph=True, backend="aot_eager")
     results = []
-    for model, step in models_and_steps:
+    for model, step in ((dense, dense.forward), (sparse, compiled)):
         model.set_experts_implementation("batched_mm")  # the loop over experts does not compile
         cache, outs = transformers.StaticCache(model.config, 70), []
         model(batch, past_key_values=cache, attention_mask=mask)
@@ -413,8 +461,7 @@ def test_accelerates_hooks_stay(ids):
 
 def test_kv_b_proj_in_block_fp8(ids):
     """Other fp8 projections need a GPU; this one is read directly, so it is tested here."""
-    model = make("v32")
-    sa.enable(model)
+    _, model = make_pair("v32")
     expected = copy.deepcopy(model)
     for ours, exact in zip(model.model.layers, expected.model.layers, strict=True):
         linear = ours.self_attn.kv_b_proj
@@ -430,12 +477,9 @@ def test_kv_b_proj_in_block_fp8(ids):
 
 
 def test_other_models_are_refused():
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32},
-            **{"num_hidden_layers": 1, "num_attention_heads": 2},
-        )
-    ).eval()
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    llama = transformers.LlamaForCausalLM(config).eval()
     message = (
         r"DeepseekV32Attention or GlmMoeDsaAttention or DeepseekV4Attention \(transformers 5.*, tested with "
         r"5\.20\.x to 5\.23\.x\), got LlamaForCausalLM with LlamaAttention"
@@ -456,33 +500,37 @@ def test_other_kv_b_projections_are_refused():
 
     model = make("v32")
     layer = model.model.layers[1].self_attn
-    plain = layer.kv_b_proj
-    layer.kv_b_proj = Adapter(40, 176, bias=False)
-    with pytest.raises(TypeError, match=r"kv_b_proj: expected torch.nn.Linear .* got Adapter"):
-        sa.enable(model)
-    layer.kv_b_proj = torch.nn.Identity()
-    with pytest.raises(TypeError, match=r"kv_b_proj: .* got Identity with no weight"):
-        sa.enable(model)
-    layer.kv_b_proj = plain.to("meta")
-    with pytest.raises(TypeError, match=r"kv_b_proj: .*meta device"):
-        sa.enable(model)
+    for projection, message in (
+        (Adapter(40, 176, bias=False), r"kv_b_proj: expected torch.nn.Linear .* got Adapter"),
+        (torch.nn.Identity(), r"kv_b_proj: .* got Identity with no weight"),
+        (layer.kv_b_proj.to("meta"), r"kv_b_proj: .*meta device"),
+    ):
+        layer.kv_b_proj = projection
+        with pytest.raises(TypeError, match=message):
+            sa.enable(model)
     assert not any(type(module) in sa.DENSE for module in model.modules())
 
 
-def test_what_cannot_be_right_is_refused(models, ids):
-    model = models("glm-shared")[1]
-    with pytest.raises(ValueError, match=r"attention_mask: .* none, got .2, 1, 70, 70."):
-        model(ids, attention_mask=torch.ones(2, 1, 70, 70))
-    with pytest.raises(ValueError, match="packed in a row"):
-        model(ids, position_ids=torch.arange(35).repeat(2)[None], use_cache=False)
-    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[2, 70\], got \[2, 80\]"):
-        model(ids, attention_mask=torch.ones(2, 80).triu(1).long(), use_cache=False)
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(ids, output_attentions=True)
+@pytest.mark.parametrize(
+    "kind, name, restarts",
+    [("glm-shared", "GlmMoeDsa", "attention_mask"), ("v4", "DeepseekV4", "position_ids")],
+)
+def test_what_cannot_be_right_is_refused(models, ids, kind, name, restarts):
+    model = models(kind)[1]
+    packed, longer = torch.arange(35).repeat(2)[None], torch.ones(2, 80).triu(1).long()
+    shapes = r"attention_mask: expected shape \[2, 70\], got \[2, 80\]"
+    for changes, message in (
+        ({"attention_mask": torch.ones(2, 1, 70, 70)}, r"attention_mask: .* none, got .2, 1, 70, 70."),
+        ({"attention_mask": longer, "use_cache": False}, shapes),
+        ({"position_ids": packed, "use_cache": False}, f"{restarts}: .* packed in a row"),
+        ({"output_attentions": True}, "output_attentions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **changes)
     with torch.enable_grad(), pytest.raises(ValueError, match=r"gradients: .*no_grad"):
         model(ids)
     model = copy.deepcopy(model).train()
-    with pytest.raises(ValueError, match="training mode in SparseGlmMoeDsaAttention"):
+    with pytest.raises(ValueError, match=f"training mode in Sparse{name}Attention"):
         model(ids)
     model.gradient_checkpointing_enable()
     with torch.enable_grad(), pytest.raises(ValueError, match="no gradient checkpointing"):
@@ -491,10 +539,25 @@ def test_what_cannot_be_right_is_refused(models, ids):
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="under attn_implementation 'eager'"):
         model(ids)
-    layer = model.set_attn_implementation("sparse_attn") or model.model.layers[1].self_attn
+
+
+def test_a_layer_without_an_indexer_wants_a_selection(models):
+    model = models("glm-shared")[1]
     x = torch.randn(1, 3, SIZES["hidden_size"])
+    layer = model.model.layers[1].self_attn
     with pytest.raises(ValueError, match=r"prev_topk_indices: .*layer 1 has no indexer"):
         layer(x, model.model.rotary_emb(x, torch.arange(3)[None]), None)
+
+
+def test_other_caches_of_v4_are_refused(models, ids):
+    static = [transformers.cache_utils.StaticSlidingWindowLayer(32, 16) for _ in range(3)]
+    expected = r"expected .*DynamicCache\(config=model.config\), whose layer 0 is a DeepseekV4HCACache"
+    for cache, message in (
+        (transformers.DynamicCache(), f"past_key_values: {expected}, got"),
+        (transformers.Cache(layers=static), "got Cache with StaticSlidingWindowLayer; static caches cannot"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models("v4")[1](ids, past_key_values=cache)
 
 
 @pytest.mark.parametrize("version", ["5.19.0", "5.24.0.dev0", "4.57.1", "6.0"])

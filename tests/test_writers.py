@@ -14,10 +14,9 @@ from sparse_attn.testing import INT_MAX, INT_MIN
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 NAN, INF = float("nan"), float("inf")
 CONVENTIONS = [
-    {"power_of_two": True},
-    {"power_of_two": False},
-    {"power_of_two": True, "min_scale": formats.FLASH_MLA_MIN_SCALE},
-    {"power_of_two": False, "min_scale": formats.FLASH_MLA_MIN_SCALE},
+    {"power_of_two": power_of_two, **options}
+    for options in ({}, {"min_scale": formats.FLASH_MLA_MIN_SCALE})
+    for power_of_two in (True, False)
 ]
 FORMS = [
     (size, options)
@@ -26,8 +25,6 @@ FORMS = [
     if size != 584 or options["power_of_two"]
 ]
 WIDTH = {656: 576, 584: 512, 132: 128}
-
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -56,9 +53,8 @@ def new_cache(size, pages, page_size, gap=0):
 
 def rotation(tokens, columns, exact=False):
     if exact:  # no angles, but products are exact in fp32
-        return torch.tensor([1.0, 0.5, 0.0, -1.0]).repeat(tokens, columns)[:, :columns], torch.tensor(
-            [0.0, 2.0, 1.0, -0.5]
-        ).repeat(tokens, columns)[:, :columns]
+        pair = torch.tensor([[1.0, 0.5, 0.0, -1.0], [0.0, 2.0, 1.0, -0.5]])
+        return pair[:, None].repeat(1, tokens, columns)[..., :columns]
     angles = torch.rand(tokens, columns) * 6
     return angles.cos(), angles.sin()
 
@@ -84,6 +80,11 @@ def write(size, rows, cache, slots, device, backend, **options):
         cache.copy_(there)
 
 
+def quantised_q(q, weights, device, backend, **options):
+    result = sparse_attn.quantise_index_q(q.to(device), weights.to(device), **options, backend=backend)
+    return [x.cpu() for x in result]
+
+
 @pytest.mark.parametrize("size, convention", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bytes_are_those_of_the_packers(backend, device, size, dtype, convention):
@@ -93,9 +94,7 @@ def test_bytes_are_those_of_the_packers(backend, device, size, dtype, convention
     cache, _ = new_cache(size, pages, page_size, gap=44)
     before = cache.clone()
     write(size, rows, cache, slots, device, backend, **convention)
-    options = dict(convention)
-    if size == 584:
-        del options["power_of_two"]
+    options = {n: x for n, x in convention.items() if size != 584 or n != "power_of_two"}
     expected = formats.views(formats.FORMATS[size].pack(rows[:, None], **options))
     written = torch.zeros(pages * page_size, dtype=torch.bool)
     written[slots] = True
@@ -122,12 +121,9 @@ def test_rotated_bytes_are_those_of_the_packers(backend, device, size, pairing):
     options = {"hadamard": True} if size == 132 else {}
     slots = torch.arange(tokens, dtype=torch.int32)
     write(size, rows, cache, slots, device, backend, cos=cos, sin=sin, pairing=pairing, **options)
-    for part, source in zip(
-        formats.views(cache), formats.views(formats.FORMATS[size].pack(expected)), strict=True
-    ):
-        assert torch.equal(
-            part[0].contiguous().view(torch.uint8), source[:, 0].contiguous().view(torch.uint8)
-        )
+    packed = formats.FORMATS[size].pack(expected)
+    for part, source in zip(formats.views(cache), formats.views(packed), strict=True):
+        assert torch.equal(token_bytes(part), token_bytes(source))
 
 
 def assert_quantised(actual, expected):
@@ -142,16 +138,14 @@ def assert_quantised(actual, expected):
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
 def test_latents_are_normalised_and_rotated(backend, device, size, dtype, pairing):
     tokens, d = 7, WIDTH[size]
-    rows, weight = (
-        (torch.randn(tokens, d) * torch.logspace(-2, 2, tokens)[:, None]).to(dtype),
-        torch.rand(512) + 0.5,
-    )
+    rows = (torch.randn(tokens, d) * torch.logspace(-2, 2, tokens)[:, None]).to(dtype)
+    weight = (torch.rand(512) + 0.5).to(dtype)
     cos, sin = rotation(tokens, 32)
     cache, _ = new_cache(size, 1, tokens)
-    options = {"norm_weight": weight.to(dtype), "eps": 1e-5, "cos": cos, "sin": sin, "pairing": pairing}
+    options = {"norm_weight": weight, "eps": 1e-5, "cos": cos, "sin": sin, "pairing": pairing}
     write(size, rows, cache, torch.arange(tokens), device, backend, **options)
-    x, weight = rows.double(), weight.to(dtype).double()
-    x = torch.cat([F.rms_norm(x[:, :512], (512,), weight, 1e-5), x[:, 512:]], 1)
+    x = rows.double()
+    x = torch.cat([F.rms_norm(x[:, :512], (512,), weight.double(), 1e-5), x[:, 512:]], 1)
     turned = apply_rope(x[:, None, -64:], cos.double(), sin.double(), pairing)[:, 0]
     values = formats.dequantise(*formats.views(cache), dtype=torch.float64)[0]
     torch.testing.assert_close(values[:, -64:], turned, rtol=2.0**-8, atol=1e-5)  # bf16
@@ -171,8 +165,8 @@ def test_index_keys_and_queries_keep_their_scores(backend, device, dtype, pairin
     turn = {"cos": cos, "sin": sin, "pairing": pairing}
     options = {"norm_weight": norm, "norm_bias": bias, "hadamard": True, **turn}
     write(132, k, cache, torch.arange(tokens), device, backend, **options)
-    turn = {"pairing": pairing, "cos": cos.to(device), "sin": sin.to(device)}
-    codes, folded = sparse_attn.quantise_index_q(q.to(device), weights.to(device), **turn, backend=backend)
+    turn.update(cos=cos.to(device), sin=sin.to(device))
+    codes, folded = quantised_q(q, weights, device, backend, **turn)
     assert codes.dtype == torch.float8_e4m3fn and codes.shape == q.shape
     assert folded.dtype == torch.float32 and folded.shape == weights.shape
 
@@ -182,10 +176,10 @@ def test_index_keys_and_queries_keep_their_scores(backend, device, dtype, pairin
     exact_q = apply_rope(q.double(), cos, sin, pairing)
     stored = formats.unpack(cache, torch.float64).flatten(0, 1)[:tokens]
     assert_quantised(stored, hadamard_transform(exact_k))
-    scale = (folded.cpu() / weights)[..., None].double()
-    assert_quantised(codes.cpu().double() * scale, hadamard_transform(exact_q))
+    scale = (folded / weights)[..., None].double()
+    assert_quantised(codes.double() * scale, hadamard_transform(exact_q))
     ranges = torch.zeros(tokens, dtype=torch.int32), torch.full((tokens,), tokens, dtype=torch.int32)
-    logits = sparse_attn.index_logits(codes.cpu(), cache, folded.cpu(), *ranges)[:, :tokens]
+    logits = sparse_attn.index_logits(codes, cache, folded, *ranges)[:, :tokens]
     exact = sparse_attn.index_logits(exact_q, exact_k, weights.double(), *ranges)
     assert (logits - exact).norm() < 0.1 * exact.norm()
 
@@ -195,32 +189,27 @@ def test_index_keys_and_queries_keep_their_scores(backend, device, dtype, pairin
 def test_query_bytes(backend, device, d, convention):
     q = hostile_rows(21, d, torch.bfloat16).view(3, 7, d)
     weights = torch.randn(3, 7)
-    codes, folded = sparse_attn.quantise_index_q(
-        q.to(device), weights.to(device), hadamard=False, **convention, backend=backend
-    )
+    codes, folded = quantised_q(q, weights, device, backend, hadamard=False, **convention)
     scale = formats.fp8_scale(q.float().abs().amax(-1), **convention)
     expected = formats.to_e4m3(q.float() / scale[..., None])
-    assert same_bytes(codes.cpu().view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(folded.cpu().nan_to_num(9.0), (weights * scale).nan_to_num(9.0))
+    assert same_bytes(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(folded.nan_to_num(9.0), (weights * scale).nan_to_num(9.0))
 
 
 def test_every_rounding_to_e4m3(backend, device):
     """Every value, the midpoint of each two, and numbers just beside it, at a scale of one."""
     values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (values[1:] + values[:-1]) / 2
-    x = torch.cat(
-        [values, middles, middles * (1 + 2.0**-20), middles * (1 - 2.0**-20), torch.tensor([2.0**-30])]
-    )
+    beside = middles * (1 + 2.0**-20), middles * (1 - 2.0**-20)
+    x = torch.cat([values, middles, *beside, torch.tensor([2.0**-30])])
     x = torch.cat([x, -x])
     rows = torch.zeros(-(-len(x) // 127), 1, 128)
     padded = F.pad(x, (0, rows.shape[0] * 127 - len(x))).view(-1, 1, 127)
     rows[..., 1:], rows[..., 0] = padded, 448.0
     ones = torch.ones(rows.shape[:2])
-    codes, folded = sparse_attn.quantise_index_q(
-        rows.to(device), ones.to(device), hadamard=False, power_of_two=False, backend=backend
-    )
+    codes, folded = quantised_q(rows, ones, device, backend, hadamard=False, power_of_two=False)
     assert (folded == 1).all()
-    assert torch.equal(codes.cpu().view(torch.uint8), formats.to_e4m3(rows).view(torch.uint8))
+    assert torch.equal(codes.view(torch.uint8), formats.to_e4m3(rows).view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [656, 584, 132])
@@ -244,12 +233,8 @@ def test_strided_rows_and_shapes_of_a_cache(backend, device, size):
     d = WIDTH[size]
     spread = torch.randn(5, d, 2)
     cos, sin = rotation(5, 32)
-    options = {
-        "cos": cos,
-        "sin": sin,
-        "pairing": "half",
-        "norm_weight": torch.randn(512 if size == 656 else d),
-    }
+    weight = torch.randn(512 if size == 656 else d)
+    options = {"cos": cos, "sin": sin, "pairing": "half", "norm_weight": weight}
     if size == 132:
         options["norm_bias"] = torch.randn(d)
     slots = torch.tensor([7, 0, 3, 4, 1])
@@ -278,10 +263,8 @@ def test_what_is_written_is_what_attention_reads(backend, device):
 
 def test_queries_into_the_callers_buffers(backend, device):
     q, weights = torch.randn(3, 5, 64, device=device), torch.randn(3, 5, device=device)
-    out = (
-        torch.zeros(3, 64, 5, dtype=torch.float8_e4m3fn, device=device).mT,
-        torch.zeros(5, 3, device=device).T,
-    )
+    code_buffer = torch.zeros(3, 64, 5, dtype=torch.float8_e4m3fn, device=device).mT
+    out = code_buffer, torch.zeros(5, 3, device=device).T
     result = sparse_attn.quantise_index_q(q, weights, out=out, backend=backend)
     assert result[0] is out[0] and result[1] is out[1]
     codes, folded = sparse_attn.quantise_index_q(q, weights, backend=backend)
@@ -290,7 +273,8 @@ def test_queries_into_the_callers_buffers(backend, device):
     assert empty[0].shape == (0, 5, 64) and empty[1].shape == (0, 5)
 
 
-KV, K, COS = torch.zeros(3, 576), torch.zeros(3, 128), torch.zeros(3, 32)
+KV, K, COS = (torch.zeros(3, width) for width in (576, 128, 32))
+TURN, WIDE_TURN = {"cos": COS, "sin": COS}, {"cos": K[:, :65], "sin": K[:, :65], "pairing": "half"}
 SLOTS = torch.zeros(3, dtype=torch.int64)
 LATENTS, KEYS = (torch.zeros(2, 4, size, dtype=torch.uint8) for size in (656, 132))
 
@@ -308,11 +292,7 @@ LATENTS, KEYS = (torch.zeros(2, 4, size, dtype=torch.uint8) for size in (656, 13
         ({"slots": SLOTS.short()}, TypeError, "slots: expected dtype int32 or int64, got int16"),
         ({"norm_weight": torch.ones(576)}, ValueError, r"norm_weight: expected shape \[512\], got \[576\]"),
         ({"cos": COS}, ValueError, "cos and sin: expected both or neither"),
-        (
-            {"cos": COS, "sin": COS},
-            ValueError,
-            "pairing: expected 'half' or 'interleaved' with cos, got None",
-        ),
+        (TURN, ValueError, "pairing: expected 'half' or 'interleaved' with cos, got None"),
         ({"cos": COS[:, 1:], "sin": COS}, ValueError, r"cos: expected shape \[tokens=3, 32\], got \[3, 31\]"),
         ({"min_scale": 0.0}, ValueError, "min_scale: expected a positive number, got 0.0"),
         (
@@ -335,10 +315,7 @@ def test_wrong_latents_are_refused(monkeypatch, change, error, words):
         ({"cache": KEYS[0]}, ValueError, r"cache: expected shape \[pages, page_size, 132\], got \[4, 132\]"),
         ({"cache": KEYS[:, ::2]}, ValueError, "cache: expected pages of adjoining bytes"),
         ({"norm_weight": torch.ones(128)}, ValueError, "norm_weight and norm_bias: expected both or neither"),
-        (
-            {"cos": torch.zeros(3, 65), "sin": torch.zeros(3, 65), "pairing": "half"},
-            *(ValueError, "cos: expected at most 64 columns, got 65"),
-        ),
+        (WIDE_TURN, ValueError, "cos: expected at most 64 columns, got 65"),
     ],
 )
 def test_wrong_index_keys_are_refused(change, error, words):

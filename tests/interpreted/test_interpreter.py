@@ -34,11 +34,8 @@ def neighbour_kernel(out_ptr):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dot_and_rounding(dtype):
-    a, b, out = (
-        torch.randn(16, 16, dtype=dtype),
-        torch.randn(16, 16, dtype=dtype),
-        torch.empty(16, 16, dtype=dtype),
-    )
+    a, b = torch.randn(2, 16, 16, dtype=dtype)
+    out = torch.empty(16, 16, dtype=dtype)
     a[0, 0], a[1, 1] = float("inf"), float("nan")
     dot_kernel[(1,)](a, b, out, 16)
     expected = (a.double() @ b.double()).to(dtype)

@@ -4,6 +4,7 @@ The meaning of the operations at large is tested by tests/test_index.py and test
 which run in the interpreter too.
 """
 
+import contextlib
 import mmap
 
 import pytest
@@ -53,20 +54,15 @@ def check(actual, expected):
         torch.testing.assert_close(tensor.double(), right, rtol=tolerance, atol=tolerance)
 
 
-MLA_OPTIONS = ("topk_length", "attn_sink", "extra_kv", "extra_indices", "extra_topk_length")
-
-
 def run_mla(inputs, d_v, out=None, lse=None, unpacked=None):
     """Launch into poisoned outputs and compare with the fp64 reference, over ``unpacked`` caches if given."""
     q, scale = inputs["q"], inputs["q"].shape[-1] ** -0.5
     out = q.new_full((*q.shape[:2], d_v), NAN) if out is None else out
     lse = torch.full(q.shape[:2], NAN) if lse is None else lse
-    max_logits = torch.full_like(lse, NAN)
-    options = [inputs.get(name) for name in MLA_OPTIONS]
-    required = q, inputs["kv"], inputs["indices"], d_v, scale
-    sparse_mla(SparseMLAOp(*required, out, lse, max_logits, *options))
+    outputs = {"out": out, "lse": lse, "max_logits": torch.full_like(lse, NAN)}
+    sparse_mla(SparseMLAOp(**inputs, d_v=d_v, softmax_scale=scale, **outputs))
     expected = wide({**inputs, **(unpacked or {})})
-    check((out, lse, max_logits), reference.sparse_mla(**expected, d_v=d_v, softmax_scale=scale))
+    check(outputs.values(), reference.sparse_mla(**expected, d_v=d_v, softmax_scale=scale))
     return out, lse
 
 
@@ -74,8 +70,7 @@ def run_gqa(inputs, out=None, lse=None):
     q, scale = inputs["q"], inputs["q"].shape[-1] ** -0.5
     out = q.new_full((*q.shape[:2], inputs["v"].shape[-1]), NAN) if out is None else out
     lse = torch.full(q.shape[:2], NAN) if lse is None else lse
-    options = [inputs.get(name) for name in ("topk_length", "attn_sink")]
-    sparse_gqa(SparseGQAOp(q, inputs["k"], inputs["v"], inputs["indices"], scale, out, lse, *options))
+    sparse_gqa(SparseGQAOp(**inputs, softmax_scale=scale, out=out, lse=lse))
     check((out, lse), reference.sparse_gqa(**wide(inputs), softmax_scale=scale))
     return out, lse
 
@@ -178,9 +173,7 @@ def quantised_segment(size, s_q, topk, slots=21):
 
 
 def run_quantised(inputs):
-    rows = {
-        n: unpacked(inputs[n]) for n in ("kv", "extra_kv") if n in inputs and inputs[n].dtype == torch.uint8
-    }
+    rows = {n: unpacked(x) for n, x in inputs.items() if x.dtype == torch.uint8}
     return run_mla(inputs, 512, unpacked=rows)
 
 
@@ -305,9 +298,8 @@ def test_number_of_splits():
         for tiles in range(40):
             n = splits(programs, tiles, 108)
             share = -(-tiles // n)
-            assert n == 1 or (
-                share * 64 >= configs.MIN_KEYS and (n - 1) * share < tiles and programs * n <= 108
-            )
+            full = share * 64 >= configs.MIN_KEYS
+            assert n == 1 or (full and (n - 1) * share < tiles and programs * n <= 108)
 
 
 @pytest.fixture(params=[1, 6, 24, 1000])
@@ -315,6 +307,7 @@ def multiprocessors(request, monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: request.param)
 
 
+SINKS = torch.tensor([0.5, -INF, INF, 30.0, -3.0, 0.0])
 LENGTHS = [[513, 130, 0], [1, 64, 65], [INT_MAX, INT_MIN, 400]]
 
 
@@ -325,7 +318,7 @@ def test_mla_in_splits(multiprocessors, lengths):
     extra = mla_inputs(3, 40, 5, topk=200, dtype=torch.bfloat16, seed=1)
     inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"])
     inputs.update(topk_length=int32(*lengths), extra_topk_length=int32(*lengths[::-1]))
-    inputs["attn_sink"] = torch.tensor([0.5, -INF, INF, 30.0, -3.0])
+    inputs["attn_sink"] = SINKS[:5]
     first = run_mla(inputs, d_v=24)
     again = run_mla(inputs, d_v=24)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
@@ -335,31 +328,19 @@ def test_mla_in_splits(multiprocessors, lengths):
 def test_gqa_in_splits(multiprocessors, lengths):
     inputs = gqa_inputs(3, 90, 6, 2, topk=513, d=40, d_v=24, per_head=True, dtype=torch.bfloat16)
     inputs["indices"][0, :, 64:320] = -1
-    inputs.update(topk_length=int32(*lengths), attn_sink=torch.tensor([0.5, -INF, INF, 30.0, -3.0, 0.0]))
+    inputs.update(topk_length=int32(*lengths), attn_sink=SINKS)
     run_gqa(inputs)
 
 
 def test_splits_of_strided_outputs(multiprocessors):
     inputs = mla_inputs(2, 90, 5, topk=300)
-    outputs, buffers = strided_outputs((2, 5, 32), (2, 5))
-    run_mla(inputs, 32, *outputs)
-    for buffer in buffers:
-        assert_gaps_untouched(buffer)
+    with strided_outputs((2, 5, 32), (2, 5)) as outputs:
+        run_mla(inputs, 32, *outputs)
 
 
 # Ranges that meet the edges of a program's share of the keys.
 
-EDGES = [
-    0,
-    1,
-    63,
-    64,
-    65,
-    KEYS_PER_PROGRAM - 1,
-    KEYS_PER_PROGRAM,
-    KEYS_PER_PROGRAM + 1,
-    2 * KEYS_PER_PROGRAM + 5,
-]
+EDGES = [0, 1, 63, 64, 65, *(KEYS_PER_PROGRAM + i for i in (-1, 0, 1)), 2 * KEYS_PER_PROGRAM + 5]
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -379,10 +360,7 @@ def test_ranges_at_the_edges(paged):
 def test_extreme_ranges():
     inputs = index_inputs(4, 70)
     inputs["k"].nan_to_num_()
-    limit = torch.iinfo(torch.int32)
-    inputs.update(
-        ks=int32(limit.min, limit.min, limit.max, 3), ke=int32(limit.max, limit.min, limit.min, limit.max)
-    )
+    inputs.update(ks=int32(INT_MIN, INT_MIN, INT_MAX, 3), ke=int32(INT_MAX, INT_MIN, INT_MIN, INT_MAX))
     run_index(inputs)
 
 
@@ -451,11 +429,7 @@ def test_merge(dtype):
 
 
 def test_merge_with_sinks():
-    outs, lses, sink = (
-        torch.randn(3, 2, 5, 24),
-        torch.randn(3, 2, 5),
-        torch.tensor([0.5, -INF, INF, 30.0, -3.0]),
-    )
+    outs, lses, sink = torch.randn(3, 2, 5, 24), torch.randn(3, 2, 5), SINKS[:5]
     lses[1, :, 0], lses[:, 1, 4] = -INF, -INF
     out, lse = torch.full((2, 5, 24), NAN), torch.full((2, 5), NAN)
     merge_parts(outs, lses, out, lse, sink)
@@ -479,16 +453,16 @@ def strided(tensor):
     """The same values with gaps between the elements of the last dimension, and dimensions reversed."""
     order = range(tensor.dim() - 1, -1, -1)
     buffer = torch.full((*tensor.permute(*order).shape, 3), 7).to(tensor.dtype)
-    view = buffer[..., 1].permute(*order)
-    return view.copy_(tensor), buffer
+    return buffer[..., 1].permute(*order).copy_(tensor), buffer
 
 
-def assert_gaps_untouched(buffer):
-    assert (buffer[..., 0] == 7).all() and (buffer[..., 2] == 7).all()
-
-
+@contextlib.contextmanager
 def strided_outputs(*shapes):
-    return zip(*(strided(torch.full(shape, NAN)) for shape in shapes), strict=True)
+    """Strided outputs of NaN; in the end nothing may have been written between their elements."""
+    outputs, buffers = zip(*(strided(torch.full(shape, NAN)) for shape in shapes), strict=True)
+    yield outputs
+    for buffer in buffers:
+        assert (buffer[..., 0] == 7).all() and (buffer[..., 2] == 7).all()
 
 
 def test_strided_mla():
@@ -497,20 +471,16 @@ def test_strided_mla():
     inputs.update(extra_kv=extra["kv"], extra_indices=extra["indices"], attn_sink=torch.randn(17))
     inputs.update(topk_length=int32(7, 20, 3), extra_topk_length=int32(9, 2, 5))
     inputs = {name: strided(t)[0] for name, t in inputs.items()}
-    outputs, buffers = strided_outputs((3, 17, 32), (3, 17))
-    run_mla(inputs, 32, *outputs)
-    for buffer in buffers:
-        assert_gaps_untouched(buffer)
+    with strided_outputs((3, 17, 32), (3, 17)) as outputs:
+        run_mla(inputs, 32, *outputs)
 
 
 def test_strided_gqa():
     inputs = gqa_inputs(3, 40, h_q=6, h_kv=2, d=40, d_v=24, per_head=True)
     inputs.update(topk_length=int32(7, 16, 3), attn_sink=torch.randn(6))
     inputs = {name: strided(t)[0] for name, t in inputs.items()}
-    outputs, buffers = strided_outputs((3, 6, 24), (3, 6))
-    run_gqa(inputs, *outputs)
-    for buffer in buffers:
-        assert_gaps_untouched(buffer)
+    with strided_outputs((3, 6, 24), (3, 6)) as outputs:
+        run_gqa(inputs, *outputs)
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -522,18 +492,15 @@ def test_strided_index_logits(paged):
         table = strided(table.repeat(2, 1))[0]
     width = table.shape[1] * 16 if paged else 40
     inputs = {name: strided(t)[0] for name, t in inputs.items()}
-    out, buffer = strided(torch.full((4, width), NAN))
-    run_index(inputs, table, out)
-    assert_gaps_untouched(buffer)
+    with strided_outputs((4, width)) as (out,):
+        run_index(inputs, table, out)
 
 
 def test_strided_merge():
     outs, lses = torch.randn(2, 3, 9, 24), torch.randn(2, 3, 9)
-    (out, lse), buffers = strided_outputs((3, 9, 24), (3, 9))
-    merge_attention(MergeAttentionOp(strided(outs)[0], strided(lses)[0], out, lse))
-    check((out, lse), reference.merge_attention(outs.double(), lses))
-    for buffer in buffers:
-        assert_gaps_untouched(buffer)
+    with strided_outputs((3, 9, 24), (3, 9)) as outputs:
+        merge_attention(MergeAttentionOp(strided(outs)[0], strided(lses)[0], *outputs))
+    check(outputs, reference.merge_attention(outs.double(), lses))
 
 
 def test_expanded_inputs():
@@ -544,10 +511,8 @@ def test_expanded_inputs():
     mla["q"] = mla["q"].expand(3, 4, 40)
     run_mla({**mla, "topk_length": int32(7).expand(3), "attn_sink": torch.randn(1).expand(4)}, 32)
     index = index_inputs(1, 40, heads=1)
-    index = {
-        n: t.expand(3, *t.shape[1:]) if n != "k" else t[:1].nan_to_num().expand(40, -1)
-        for n, t in index.items()
-    }
+    key = index.pop("k")[:1].nan_to_num()
+    index = {"k": key.expand(40, -1), **{n: t.expand(3, *t.shape[1:]) for n, t in index.items()}}
     run_index({**index, "weights": index["weights"].expand(3, 4), "q": index["q"].expand(3, 4, -1)})
 
 
@@ -561,25 +526,24 @@ def far(tensor, dim):
     return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
 
-@pytest.mark.parametrize(
-    "name, dim", [("q", 0), ("q", 1), ("q", 2), ("kv", 0), ("kv", 1), ("indices", 0), ("indices", 1)]
-)
+def dims(**sizes):
+    """Every dimension of every tensor: pairs of a name and a number."""
+    return pytest.mark.parametrize("name, dim", [(name, d) for name, n in sizes.items() for d in range(n)])
+
+
+@dims(q=3, kv=2, indices=2)
 def test_far_mla_inputs(name, dim):
     inputs = mla_inputs(3, 12, h_q=3, topk=5, d_qk=24, dtype=torch.float16)
     run_mla({**inputs, name: far(inputs[name], dim)}, 16)
 
 
-@pytest.mark.parametrize(
-    "name, dim", [("q", 0), ("q", 1), ("q", 2), *((n, d) for n in "kv" for d in range(3)), ("indices", 1)]
-)
+@dims(q=3, k=3, v=3, indices=3)
 def test_far_gqa_inputs(name, dim):
     inputs = gqa_inputs(3, 12, topk=5, d=16, d_v=24, per_head=True, dtype=torch.float16)
     run_gqa({**inputs, name: far(inputs[name], dim)})
 
 
-@pytest.mark.parametrize(
-    "name, dim", [("q", 0), ("q", 1), ("q", 2), ("k", 0), ("k", 1), ("weights", 0), ("weights", 1)]
-)
+@dims(q=3, k=2, weights=2)
 def test_far_index_inputs(name, dim):
     inputs = index_inputs(3, 12, heads=3, d=16, dtype=torch.float16)
     run_index({**inputs, name: far(inputs[name], dim)})
@@ -596,15 +560,10 @@ def test_far_pages(dim):
 
 @pytest.mark.parametrize("dim", range(3))
 def test_far_outputs(dim):
-    mla = mla_inputs(3, 12, h_q=3, topk=5, d_qk=24, dtype=torch.float16)
-    out = far(torch.full((3, 3, 16), NAN, dtype=torch.float16), dim)
-    run_mla(mla, 16, out, far(torch.full((3, 3), NAN), min(dim, 1)))
-    gqa = gqa_inputs(3, 12, topk=5, d=16, d_v=16, dtype=torch.float16)
-    run_gqa(
-        gqa,
-        far(torch.full((3, 4, 16), NAN, dtype=torch.float16), dim),
-        far(torch.full((3, 4), NAN), min(dim, 1)),
-    )
+    outs = [far(torch.full((3, h, 16), NAN, dtype=torch.float16), dim) for h in (3, 4)]
+    lses = [far(torch.full((3, h), NAN), min(dim, 1)) for h in (3, 4)]
+    run_mla(mla_inputs(3, 12, h_q=3, topk=5, d_qk=24, dtype=torch.float16), 16, outs[0], lses[0])
+    run_gqa(gqa_inputs(3, 12, topk=5, d=16, d_v=16, dtype=torch.float16), outs[1], lses[1])
     run_index(index_inputs(3, 12), out=far(torch.full((3, 12), NAN), min(dim, 1)))
 
 

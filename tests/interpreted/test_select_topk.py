@@ -85,13 +85,8 @@ def test_strided_logits_and_out():
 
 
 def test_segments_follow_from_the_shapes():
-    for shape, expected in {
-        (1, 32767): 1,
-        (1, 32768): 4,
-        (1, 1 << 17): 16,
-        (8, 1 << 22): 32,
-        (65, 1 << 20): 1,
-    }.items():
+    counts = {(1, 32767): 1, (1, 32768): 4, (1, 1 << 17): 16, (8, 1 << 22): 32, (65, 1 << 20): 1}
+    for shape, expected in counts.items():
         assert kernels._segments(*shape) == expected
 
 
@@ -118,9 +113,8 @@ def test_one_chunk_keeps_to_the_workspace(paged):
     out = torch.empty(12, 9, dtype=torch.int32)
     lightning_topk = ops.implementation("lightning_topk", "triton")
     a = LightningTopkOp(**inputs, topk=9, workspace_bytes=1 << 30, out=out, block_table=table)
-    with Allocations() as made:
+    with Allocations() as used:
         lightning_topk(a)
-    used = made.bytes
-    with Allocations() as made:
-        lightning_topk(a._replace(workspace_bytes=used, out=torch.empty_like(out)))
-    assert made.bytes == used  # the workspace that it needed is enough to do it in one chunk again
+    with Allocations() as again:
+        lightning_topk(a._replace(workspace_bytes=used.bytes, out=torch.empty_like(out)))
+    assert again.bytes == used.bytes  # the workspace that it needed is enough to do it in one chunk again

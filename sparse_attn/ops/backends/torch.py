@@ -24,7 +24,7 @@ GATHER_BYTES = 16 << 20  # selected rows held at a time in attention
 def index_logits(a: "IndexLogitsOp") -> None:
     """A block of keys at a time, from the first that one of some queries sees to the last."""
     a.out.fill_(-INF)
-    if a.out.numel() == 0:
+    if a.out.numel() == 0 or len(a.k) == 0:
         return
     width = a.out.shape[1]
     a = a._replace(ks=a.ks.clamp(0, width), ke=a.ke.clamp(0, width))
