@@ -110,8 +110,8 @@ def measure(driver: Driver, instruction_set: str, name: str, operation: Operatio
         "counter": driver.counter,
         "instructions": instructions,
         "unit": operation.unit,
-        "instructions_a_unit": instructions / operation.units,
-        "instructions_a_multiply_add": instructions / least if least else None,
+        "instructions_per_unit": instructions / operation.units,
+        "instructions_per_multiply_add": instructions / least if least else None,
     }
 
 
@@ -137,7 +137,10 @@ def main() -> None:
 def show(rows: list[dict]) -> None:
     cells = []
     for r in rows:
-        ratio, per_unit = r["instructions_a_multiply_add"], f"{r['instructions_a_unit']:,.1f} per {r['unit']}"
+        ratio, per_unit = (
+            r["instructions_per_multiply_add"],
+            f"{r['instructions_per_unit']:,.1f} per {r['unit']}",
+        )
         cells.append([r["operation"], r["instruction_set"], f"{r['instructions']:,}", per_unit])
         cells[-1].append(f"{ratio:.2f}" if ratio else "-")
     caption = f"counted by {rows[0]['counter']}; one query, {rows[0]['rows']:,} rows; 64 x 128, "

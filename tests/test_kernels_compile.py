@@ -261,7 +261,7 @@ def test_widths_of_memory_instructions():
         **{"LDGSTS.E.BYPASS.128": 16, "LDSM.16.M88.4": 16, "LDSM.16.M88": 4, "STSM.16.M88.2": 8},
     }
     for opcode, width in widths.items():
-        assert sass.bytes_a_lane(sass.Instruction(None, opcode, "")) == width, opcode
+        assert sass.bytes_per_lane(sass.Instruction(None, opcode, "")) == width, opcode
 
 
 def test_bounds_of_a_known_loop():
@@ -298,10 +298,10 @@ def test_multiply_adds_of_an_instruction():
 
 
 def test_blocks_on_an_sm():
-    assert bounds.blocks_an_sm(90, 8, 137, 94976, 0) == {"regs": 1, "shared": 2, "warps": 8}
-    assert bounds.blocks_an_sm(90, 8, 128, 94976, 256) == {"regs": 2, "shared": 2, "warps": 8, "TMEM": 2}
-    assert bounds.blocks_an_sm(86, 1, 24, 1024, 0) == {"regs": 85, "shared": 50, "warps": 16}
-    assert bounds.blocks_an_sm(120, 4, 64, 99 * 1024 + 1, 0)["shared"] == 0
+    assert bounds.blocks_per_sm(90, 8, 137, 94976, 0) == {"regs": 1, "shared": 2, "warps": 8}
+    assert bounds.blocks_per_sm(90, 8, 128, 94976, 256) == {"regs": 2, "shared": 2, "warps": 8, "TMEM": 2}
+    assert bounds.blocks_per_sm(86, 1, 24, 1024, 0) == {"regs": 85, "shared": 50, "warps": 16}
+    assert bounds.blocks_per_sm(120, 4, 64, 99 * 1024 + 1, 0)["shared"] == 0
 
 
 ROW = report.Row(
@@ -338,7 +338,7 @@ def test_every_kind_of_decline_is_noticed(tmp_path):
 
 def test_what_no_gpu_could_launch_is_named():
     assert ROW.impossible() == []
-    assert "sm_120 has 101376 a block" in dataclasses.replace(ROW, arch=120, shared=101377).impossible()[0]
+    assert "sm_120 has 101376 per block" in dataclasses.replace(ROW, arch=120, shared=101377).impossible()[0]
     assert "513 columns" in dataclasses.replace(ROW, tensor_memory=513).impossible()[0]
     assert dataclasses.replace(ROW, shared=227 * 1024, tensor_memory=512).impossible() == []
 

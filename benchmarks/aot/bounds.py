@@ -13,7 +13,7 @@ from math import ceil
 from typing import NamedTuple
 
 from .cases import Product
-from .sass import Instruction, bytes_a_lane
+from .sass import Instruction, bytes_per_lane
 
 Executed = Sequence[tuple[Instruction, int]]  # the instructions of a round, and how many warps execute each
 
@@ -49,7 +49,7 @@ TENSOR_CORES = ("HMMA", "HGMMA", "QMMA", "QGMMA", "IMMA", "IGMMA", "UTCHMMA", "U
 FP32 = ("FFMA", "FFMA2")
 
 
-def blocks_an_sm(arch: int, warps: int, registers: int, shared: int, columns: int) -> dict[str, int]:
+def blocks_per_sm(arch: int, warps: int, registers: int, shared: int, columns: int) -> dict[str, int]:
     """How many blocks of a kernel fit on an SM as far as each resource goes; the least is the answer."""
     limit = ARCHITECTURES[arch]
     by = {
@@ -62,7 +62,7 @@ def blocks_an_sm(arch: int, warps: int, registers: int, shared: int, columns: in
 
 def cycles(arch: int, executed: Executed, products: Sequence[Product]) -> dict[str, float]:
     """The least cycles of an SM for one round, by what they are spent on."""
-    loads = [(bytes_a_lane(i), warps) for i, warps in executed if i.name in ("LDG", "LDGSTS")]
+    loads = [(bytes_per_lane(i), warps) for i, warps in executed if i.name in ("LDG", "LDGSTS")]
     # Narrower loads fetch what lanes share: indices, scales.
     widest = max((width for width, _ in loads), default=0)
     loaded = sum(32 * warps * width for width, warps in loads if width == widest)
@@ -130,7 +130,7 @@ def _shared_bytes(executed: Executed, products: Sequence[Product]) -> int:
     moved = 0
     for i, warps in executed:
         if i.name in ("LDS", "LDSM", "LDSMT", "STS", "STSM", "LDGSTS"):
-            moved += 32 * warps * bytes_a_lane(i)
+            moved += 32 * warps * bytes_per_lane(i)
         elif "GMMA" in i.name:  # [64, 32 bytes] unless it is in registers, and [n, 32 bytes]
             n = int(i.opcode.split(".")[1].split("x")[1])
             moved += 32 * (n + (0 if re.match(r"R\d+, R\d+, gdesc", i.operands) else 64)) * warps // 4

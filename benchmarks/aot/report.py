@@ -58,7 +58,9 @@ class Row:
         reasons = []
         limit = ARCHITECTURES[self.arch].block_shared
         if self.shared > limit:
-            reasons.append(f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {limit} a block")
+            reasons.append(
+                f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {limit} per block"
+            )
         if self.tensor_memory > bounds.TENSOR_MEMORY_COLUMNS:
             reasons.append(
                 f"needs {self.tensor_memory} columns of tensor memory of {bounds.TENSOR_MEMORY_COLUMNS}"
@@ -114,14 +116,14 @@ def read(case: Case, arch: int, name: str, launch: Launch) -> tuple[Row, str]:
         registers=registers,
         shared=metadata.shared,
         tensor_memory=columns,
-        blocks=bounds.blocks_an_sm(arch, launch.warps, registers, metadata.shared, columns),
+        blocks=bounds.blocks_per_sm(arch, launch.warps, registers, metadata.shared, columns),
         spills=sass.count(code.instructions, "LDL", "STL"),
         loop_spills=sass.count(in_loops, "LDL", "STL"),
         instructions=len(executed),
         matrix=dict(Counter(_with_shape(i.opcode) for i, _ in executed if i.name in names)),
         work=round(bounds.multiply_adds(executed, products) / needed, 3) if products else None,
         loads=dict(
-            Counter(f"{i.name} {sass.bytes_a_lane(i)}" for i, _ in executed if i.name in ("LDG", "LDGSTS"))
+            Counter(f"{i.name} {sass.bytes_per_lane(i)}" for i, _ in executed if i.name in ("LDG", "LDGSTS"))
         ),
         ahead=_ahead(executed),
         cycles={of: round(n) for of, n in bounds.cycles(arch, executed, products).items()},
@@ -164,7 +166,7 @@ def _main_loop(
 
 
 def _loaded(instructions: Iterable[sass.Instruction]) -> int:
-    return sum(sass.bytes_a_lane(i) for i in instructions if i.name in ("LDG", "LDGSTS"))
+    return sum(sass.bytes_per_lane(i) for i in instructions if i.name in ("LDG", "LDGSTS"))
 
 
 def _partitions(launch: Launch) -> list[int]:

@@ -118,7 +118,7 @@ def count(instructions: Iterable[Instruction], *names: str) -> int:
     return sum(instruction.name in names for instruction in instructions)
 
 
-def bytes_a_lane(instruction: Instruction) -> int:
+def bytes_per_lane(instruction: Instruction) -> int:
     """What one lane of a load, store or copy moves: 16 for LDG.E.128, 4 where no width is named."""
     parts = instruction.opcode.split(".")
     if instruction.name in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits, each 4 bytes per lane
