@@ -108,8 +108,8 @@ def _merge_attention_kernel(
     top = tl.full([BLOCK_H], LOWEST, tl.float32)  # finite, as all that follow: never inf - inf
     total = tl.zeros([BLOCK_H], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    for i in tl.range(n, num_stages=4):  # so that the parts are prefetched
-        skipped = tl.cast(i, tl.int64) * part_rows
+    step = tl.cast(part_rows, tl.int64)
+    for skipped in tl.range(0, n * step, step, num_stages=4):  # in stages, so that the parts are prefetched
         part_lse = tl.load(lse_rows + skipped, mask=head_ok, other=float("-inf"))
         part = tl.load(
             out_rows + skipped * D_V, mask=head_ok[:, None] & (offs_v < D_V)[None, :], other=0.0
