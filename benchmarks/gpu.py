@@ -56,7 +56,6 @@ def record(options: argparse.Namespace, folder: Path) -> bool:
     console.print(f"tests: {tests}", highlight=False)
     names = [name for name in operations.OPERATIONS if options.only in name]
     lines = operations.run(console, names, sizes, device, options.rounds, clock)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{now:%Y-%m-%d-%H%M}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.jsonl"
     about = {"card": card, "date": f"{now:%Y-%m-%d}", "dry_run": options.dry_run, "tests": tests}
     timing.append_json(str(path), "gpu", [{**about, **line} for line in lines])

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bench import operations
 from bench.case import FULL, QUICK, Sizes
+from bench.command import parser
 from bench.limits import measure_limits
 from bench.timing import append_json, describe, machine, threads
 
@@ -21,21 +22,15 @@ WIDTH = 120  # of the tables where the terminal's is not known
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    command = parser(__doc__, rounds=5)
     known = ", ".join(operations.OPERATIONS)
-    parser.add_argument("operations", nargs="*", metavar="operation", help=f"of {known}; default: all")
-    parser.add_argument("--quick", action="store_true", help="few sizes, less than two minutes")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="append the figures, one JSON object per line"
-    )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where plots go; none without it")
-    options = parser.parse_args(arguments)
+    command.add_argument("operations", nargs="*", metavar="operation", help=f"of {known}; default: all")
+    command.add_argument("--quick", action="store_true", help="few sizes, less than two minutes")
+    command.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="where plots go; none without it")
+    options = command.parse_args(arguments)
     if unknown := [name for name in options.operations if name not in operations.OPERATIONS]:
-        parser.error(f"operation: expected some of {known}, got {', '.join(unknown)}")
+        command.error(f"operation: expected some of {known}, got {', '.join(unknown)}")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     with threads(options.threads):
         sys.exit(0 if run(options, QUICK if options.quick else FULL, console) else 1)
@@ -53,15 +48,13 @@ def run(options: argparse.Namespace, sizes: Sizes, console: Console) -> bool:
     )
     names = options.operations or operations.OPERATIONS
     lines = operations.run(console, names, sizes, torch.device("cpu"), options.rounds, limits=limits)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "date": f"{datetime.date.today():%Y-%m-%d}",
-            "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
-            "rounds": options.rounds,
-            "limits": dataclasses.asdict(limits),
-        }
-        append_json(str(options.json), "cpu", [{**about, **line} for line in lines])
+    about = {
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
+        "rounds": options.rounds,
+        "limits": dataclasses.asdict(limits),
+    }
+    append_json(options.json, "cpu", [{**about, **line} for line in lines])
     if options.output:
         from bench.plots import operation_plots
 

@@ -194,7 +194,8 @@ def write_kv(
     x = kv.float()
     if norm_weight is not None:
         x = torch.cat([F.rms_norm(x[:, :512], (512,), norm_weight.float(), eps), x[:, 512:]], -1)
-    x = torch.cat([x[:, :-64], _rotate(x[:, None, -64:], cos, sin, pairing, False)[:, 0]], -1)
+    if cos is not None:  # else nothing is turned, and nothing is copied
+        x = torch.cat([x[:, :-64], _rotate(x[:, None, -64:], cos, sin, pairing, False)[:, 0]], -1)
     if cache.shape[2] == 656:
         packed = pack_v32_kv(x[:, None], power_of_two=power_of_two, min_scale=min_scale)
     else:

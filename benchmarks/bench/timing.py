@@ -202,6 +202,7 @@ def append_json(path: str | None, benchmark: str, rows: list[dict]) -> None:
     """Add each row of figures to a file, if one is given: a JSON object per line, with the machine."""
     if path is None:
         return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         for row in rows:
             file.write(json.dumps({"benchmark": benchmark, **row, "machine": machine()}) + "\n")

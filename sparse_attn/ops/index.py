@@ -134,8 +134,8 @@ def index_logits(
 
     Source: DeepSeek-V3.2 report, equation 1; quantised operands are DeepGEMM's.
     """
-    scales = q_scale, k_scale
-    k, ks, ke, optional, width = _check_index_inputs(q, k, weights, ks, ke, scales, block_table, backend)
+    inputs = q, k, weights, ks, ke, q_scale, k_scale, block_table
+    k, ks, ke, optional, width = _check_index_inputs(*inputs, backend)
     out = check.output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
     call("index_logits", IndexLogitsOp(q, k, weights, ks, ke, out, *optional), backend)
     return out
@@ -201,8 +201,8 @@ def lightning_topk(
         ``[s_q, topk]`` int32 positions, ascending, -1 padded.
     """
     _check_topk(topk)
-    scales = q_scale, k_scale
-    k, ks, ke, optional, _ = _check_index_inputs(q, k, weights, ks, ke, scales, block_table, backend)
+    inputs = q, k, weights, ks, ke, q_scale, k_scale, block_table
+    k, ks, ke, optional, _ = _check_index_inputs(*inputs, backend)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
     out = check.output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
@@ -239,10 +239,9 @@ def physical_slots(
     return out
 
 
-def _check_index_inputs(q: Tensor, k: Tensor, weights: Tensor, ks, ke, scales, block_table, backend: str):
+def _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend: str):
     """k, ks and ke, the optional inputs, all as the ops take them, and the width of a row of logits."""
     dims: dict[str, int] = {}
-    q_scale, k_scale = scales
     q_scale = _check_index_q(q, q_scale, dims)
     k, k_scale, block_table = _check_index_k(k, k_scale, block_table, q, dims)
     check.tensor("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
