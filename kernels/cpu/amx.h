@@ -118,8 +118,7 @@ inline void score_tiles(const void* keys, int64_t key_bytes, const uint32_t* que
 // the 32 keys before.
 class AmxScorer {
  public:
-  using QueryElement = bfloat16;
-  using KeyElement = bfloat16;
+  using Key = bfloat16;
   static constexpr int kKeys = 32;
   static constexpr int kDecoded = kKeys;
 
@@ -135,9 +134,9 @@ class AmxScorer {
     for (auto& scores : scores_) scores = memory.template take<float>(kKeys * columns_);
   }
 
-  void prepare(const bfloat16* heads, int64_t stride, const float* weights) {
+  void prepare(int32_t dtype, const void* heads, int64_t stride, const float* weights) {
     weights_.prepare(weights);
-    pack_columns<Bf16Dot>(heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
+    pack_columns<Bf16Dot>(dtype, heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
   void run(const bfloat16* k, int64_t stride, int64_t n, const bfloat16*, float* out) const {
@@ -184,7 +183,6 @@ class AmxEngine {
  public:
   using Math = Bf16Dot;
   using Element = bfloat16;
-  using RowElement = bfloat16;
   static constexpr int kBlock = 128;
   static constexpr int kGranule = 32;
   static constexpr int64_t kFineBelow = INT64_MAX;
@@ -217,8 +215,7 @@ class AmxEngine {
     values_.load_rows(v, n, padded);
   }
 
-  template <int Bytes, class Address>
-  void scores(float* scores, const Address&) const {
+  void scores(float* scores, const Fetch&) const {
     const TileRegisters registers;
     for (int64_t t = 0; t < tokens_; t += 2 * kTileSide)
       score_tiles(keys_ + t * queries_.depth, queries_.depth * 4, queries_.panels, queries_.depth,
@@ -271,7 +268,7 @@ class AmxEngine {
   }
 
   const HeadGroup& group_;
-  Queries<Bf16Dot, bfloat16> queries_;
+  Queries<Bf16Dot> queries_;
   uint32_t* keys_;
   Values<Bf16Dot, bfloat16> values_;
   uint32_t* probabilities_[2];

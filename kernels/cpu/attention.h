@@ -28,11 +28,18 @@ inline float finish_head(const AttentionArgs& args, int64_t t, int64_t head, boo
   return (args.attn_sink ? 1.0f / (1.0f + std::exp(args.attn_sink[head] - lse)) : 1.0f) / total;
 }
 
-template <class T>
+inline const void* query_head(const AttentionArgs& args, int64_t t, int64_t head) {
+  return static_cast<const char*>(args.q) +
+         (t * args.q_query + head * args.q_head) * element_bytes(args.dtype);
+}
+
 inline void write_head(const AttentionArgs& args, int64_t t, int64_t head, const float* acc, float factor) {
-  T* out = static_cast<T*>(args.out) + t * args.out_query + head * args.out_head;
-  for (int64_t c = 0; c < args.d_v; c += kWidth)
-    store_tail(out + c, factor == 0.0f ? Float{} : load(acc + c) * factor, args.d_v - c);
+  with_elements(args.dtype, args.out, [&](auto* elements) {
+    auto* out = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(elements)>>*>(elements) +
+                t * args.out_query + head * args.out_head;
+    for (int64_t c = 0; c < args.d_v; c += kWidth)
+      store_tail(out + c, factor == 0.0f ? Float{} : load(acc + c) * factor, args.d_v - c);
+  });
 }
 
 // What an engine works on: heads [head, head + heads) of query t.
@@ -46,7 +53,7 @@ struct HeadGroup {
 };
 
 // Queries as columns, [depth words][heads], the form that every engine reads.
-template <class Math, class T>
+template <class Math>
 class Queries {
  public:
   template <class Memory>
@@ -57,36 +64,50 @@ class Queries {
 
   void prepare(const HeadGroup& group, typename Math::Word* scratch) {
     const AttentionArgs& args = group.args;
-    const T* q = static_cast<const T*>(args.q) + group.t * args.q_query + group.head * args.q_head;
-    pack_columns<Math>(q, args.q_head, group.heads, args.d_qk, depth, panels, scratch);
+    pack_columns<Math>(args.dtype, query_head(args, group.t, group.head), args.q_head, group.heads, args.d_qk,
+                       depth, panels, scratch);
   }
 
   int64_t words, depth;  // of a head, and padded with zeros
   typename Math::Word* panels;
 };
 
-// Value rows as words, the right operand of P V.
+// Value rows as words, the right operand of P V: words() is what the product reads.
 template <class Math, class T>
 class Values;
 
-// In fp32, one row per token: read in place if it holds floats in whole vectors, else converted.
-template <class T>
-class Values<Fp32, T> {
+// In fp32, one row per token.
+class FloatRows {
  public:
-  template <class Memory>
-  Values(const AttentionArgs& args, int64_t tokens, Memory& memory)
-      : in_place_(are_words<Fp32, T>(args.d_v) && args.d_v % kWidth == 0),
-        d_v_(args.d_v),
-        stride_(odd_lines(columns())),
-        words_(memory.template take<float>(in_place_ ? 0 : tokens * stride_)),
-        pointers_(memory.template take<const float*>(tokens)) {}
-
+  explicit FloatRows(int64_t d_v) : d_v_(d_v) {}
   int64_t columns() const { return round_up(d_v_, kWidth); }
   int64_t steps() const { return steps_; }
   template <int N>
   ColumnsAt<Fp32> panel(int64_t vector) const {
     return {rows_, vector * kWidth};
   }
+  void use_rows(const float* const* rows, int64_t n) { rows_ = rows, steps_ = n; }
+  const FloatRows& words() const { return *this; }
+
+ protected:
+  int64_t d_v_;
+
+ private:
+  int64_t steps_ = 0;
+  const float* const* rows_ = nullptr;
+};
+
+// Rows are read in place if they hold floats in whole vectors, else converted.
+template <class T>
+class Values<Fp32, T> : public FloatRows {
+ public:
+  template <class Memory>
+  Values(const AttentionArgs& args, int64_t tokens, Memory& memory)
+      : FloatRows(args.d_v),
+        in_place_(are_words<Fp32, T>(d_v_) && d_v_ % kWidth == 0),
+        stride_(odd_lines(columns())),
+        words_(memory.template take<float>(in_place_ ? 0 : tokens * stride_)),
+        pointers_(memory.template take<const float*>(tokens)) {}
 
   void load_rows(const T* const* rows, int64_t n, int64_t) {
     if constexpr (std::is_same_v<T, float>)
@@ -97,14 +118,12 @@ class Values<Fp32, T> {
     }
     use_rows(pointers_, n);
   }
-  void use_rows(const float* const* rows, int64_t n) { rows_ = rows, steps_ = n; }
 
  private:
   bool in_place_;
-  int64_t d_v_, stride_, steps_ = 0;
+  int64_t stride_;
   float* words_;
   const float** pointers_;
-  const float* const* rows_ = nullptr;
 };
 
 #if defined(__AVX512BF16__)
@@ -124,6 +143,8 @@ class Values<Bf16Dot, T> {
   Panel<Bf16Dot, N> panel(int64_t vector) const {
     return {panels_ + vector * kWidth * steps_};
   }
+
+  const Values& words() const { return *this; }
 
   void prepare() { std::memset(static_cast<void*>(zeros_), 0, d_v_ * sizeof(T)); }
 
@@ -210,13 +231,37 @@ class Probabilities<Bf16Dot> {
 };
 #endif
 
+// scores[token][head] of n rows; the queries lie in panels of heads. Like multiply_values it is compiled once
+// for all element types.
+template <class Math>
+[[gnu::noinline]] void multiply_keys(const typename Math::Word* const* rows, int64_t n,
+                                     const typename Math::Word* queries, int64_t words, int64_t depth,
+                                     int64_t heads, float* scores, int64_t stride, const Fetch& later) {
+  for_each_panel(heads / kWidth, [&](int64_t v, auto width) {
+    const Panel<Math, width> panel = {queries + v * kWidth * depth};
+    for_each_tile<Math, width>(RowsAt<Math>{rows}, panel, words, n, FromZero{},
+                               ToMatrix{scores + v * kWidth, stride}, v ? nullptr : &later);
+  });
+}
+
+// acc[head][column] = sums + P V.
+template <class Math, class ValueWords>
+[[gnu::noinline]] void multiply_values(const Transposed<Math>& p, const ValueWords& values, int64_t heads,
+                                       Sums sums, float* acc) {
+  for_each_panel(values.columns() / kWidth, [&](int64_t v, auto width) {
+    float* c = acc + v * kWidth;
+    sums.c = c;
+    for_each_tile<Math, width>(p, values.template panel<width>(v), values.steps(), heads, sums,
+                               ToMatrix{c, values.columns()});
+  });
+}
+
 // The two products on register tiles. Keys are read in place if they are words already, else converted.
-template <class MathType, class Query, class Row = Query>
+template <class MathType, class Row>
 class TileEngine {
  public:
   using Math = MathType;
-  using Element = Query;
-  using RowElement = Row;
+  using Element = Row;
   using Word = typename Math::Word;
   static constexpr int kBlock = 96;        // tokens at a time
   static constexpr int kGranule = 2;       // tokens are padded to a multiple of it
@@ -247,43 +292,22 @@ class TileEngine {
     v_ = v, n_ = n, padded_ = padded;
   }
 
-  // Meanwhile it prefetches, for each row i, `Bytes` bytes per word from address(i) on.
-  template <int Bytes, class Address>
-  [[gnu::noinline]] void scores(float* scores, const Address& address) const {
-    for_each_panel(group_.columns() / kWidth, [&](int64_t v, auto width) {
-      const Panel<Math, width> panel = {queries_.panels + v * kWidth * queries_.depth};
-      const ToMatrix to = {scores + v * kWidth, group_.stride()};
-      if (v == 0)
-        for_each_tile<Math, width>(RowsAt<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to,
-                                   fetch_rows<Bytes>(address));
-      else
-        for_each_tile<Math, width>(RowsAt<Math>{rows_}, panel, queries_.words, n_, FromZero{}, to);
-    });
+  void scores(float* scores, const Fetch& later) const {
+    multiply_keys<Math>(rows_, n_, queries_.panels, queries_.words, queries_.depth, group_.columns(), scores,
+                        group_.stride(), later);
   }
 
   // acc = acc * alpha + P V, or acc = P V if alpha is null.
   void accumulate(const Probabilities<Math>& p, const float* alpha, float* acc) {
-    const int64_t heads = group_.heads;
     if constexpr (Math::kPerWord == 1)
       values_are_keys(group_.args) && !reads_in_place(group_.args) ? values_.use_rows(rows_, n_)
                                                                    : values_.load_rows(v_, n_, padded_);
     else
       values_.load_rows(v_, n_, padded_);
     for (int part = 0; part < p.parts(); part++) {
-      const Transposed<Math> left = {p.part(part), group_.stride()};
-      for_each_panel(values_.columns() / kWidth, [&](int64_t v, auto width) {
-        float* c = acc + v * kWidth;
-        const auto product = [&](const auto& start) {
-          for_each_tile<Math, width>(left, values_.template panel<width>(v), values_.steps(), heads, start,
-                                     ToMatrix{c, values_.columns()});
-        };
-        if (part > 0)
-          product(FromMatrix{c, values_.columns()});
-        else if (alpha)
-          product(FromScaledMatrix{c, values_.columns(), alpha});
-        else
-          product(FromZero{});
-      });
+      const auto kind = part ? Sums::kPlain : alpha ? Sums::kScaled : Sums::kNone;
+      multiply_values<Math>({p.part(part), group_.stride()}, values_.words(), group_.heads,
+                            {kind, acc, values_.columns(), alpha}, acc);
     }
   }
 
@@ -291,7 +315,7 @@ class TileEngine {
 
  private:
   const HeadGroup& group_;
-  Queries<Math, Query> queries_;
+  Queries<Math> queries_;
   int64_t key_stride_;
   Word* keys_;
   Values<Math, Row> values_;
@@ -336,8 +360,8 @@ class OnlineSoftmax {
       const int64_t padded = round_up(tokens, Engine::kGranule);
       rows_.take(i, tokens);
       engine_.load_rows(rows_.keys(), rows_.values(), tokens, padded);
-      engine_.template scores<Engine::Math::kPerWord * Rows::kBytes>(
-          scores_, [&](int64_t j) { return rows_.fetch(std::min(i + ahead + j, n - 1)); });
+      const auto next = [&](int64_t j) { return rows_.fetch(std::min(i + ahead + j, n - 1)); };
+      engine_.scores(scores_, Fetch(Engine::Math::kPerWord * Rows::kBytes, next));
       for (int64_t j = tokens * stride_; j < padded * stride_; j++) scores_[j] = -INFINITY;
       for (int64_t h = 0; h < columns_; h += kWidth) block_softmax(h, padded);
       engine_.accumulate(probabilities_, i ? alpha_ : nullptr, acc_);
@@ -348,7 +372,7 @@ class OnlineSoftmax {
       float* row = acc_ + h * engine_.acc_columns();
       if constexpr (Engine::Math::kPerWord == 2)
         for (int64_t c = 0; c < engine_.acc_columns() && n; c += 2 * kWidth) Engine::Math::restore(row + c);
-      write_head<typename Engine::Element>(args, group_.t, group_.head + h, row, factor);
+      write_head(args, group_.t, group_.head + h, row, factor);
     }
   }
 
@@ -396,20 +420,20 @@ void attend_heads(const AttentionArgs& args, int64_t t, int64_t head, int64_t he
 
 template <class Engine>
 void attend_plain(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
-  attend_heads<Engine, PlainRows<typename Engine::RowElement>>(args, t, head, head_end);
+  attend_heads<Engine, PlainRows<typename Engine::Element>>(args, t, head, head_end);
 }
 template <class Engine>
 void attend_packed(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
-  attend_heads<Engine, PackedRows<typename Engine::Element, typename Engine::RowElement>>(args, t, head,
-                                                                                          head_end);
+  attend_heads<Engine, PackedRows<typename Engine::Element>>(args, t, head, head_end);
 }
 
-// Computes in bf16 if it holds the selected rows exactly, else in fp32: a cache may have any fp32 scale.
-template <class Bf16Engine>
+// Computes in bf16 if it holds the selected rows exactly, else in fp32, by another set's kernel: a cache may
+// have any fp32 scale.
+template <class Bf16Engine, const Kernels& Fp32Set>
 void attend_packed_in_bf16(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
-  (selected_exact_in_bf16(args, t)
-       ? attend_packed<Bf16Engine>
-       : attend_packed<TileEngine<Fp32, bfloat16, float>>)(args, t, head, head_end);
+  const auto attend =
+      selected_exact_in_bf16(args, t) ? attend_packed<Bf16Engine> : Fp32Set.attend_packed[kBFloat16];
+  attend(args, t, head, head_end);
 }
 
 }  // namespace

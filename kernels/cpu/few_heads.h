@@ -9,7 +9,7 @@
 
 namespace {
 
-template <class Query, class Rows>
+template <class Rows>
 class FewHeads {
   using T = typename Rows::Element;
   static constexpr int kBlock = 64;  // rows at a time
@@ -41,9 +41,9 @@ class FewHeads {
   void run() {
     const int64_t kv_head = unit_.head / group_, kv_heads = unit_.heads / group_;
     const int64_t n = rows_.select(unit_.t, kv_head);
-    const Query* q = static_cast<const Query*>(args_.q) + unit_.t * args_.q_query + unit_.head * args_.q_head;
     for (int64_t h = 0; h < unit_.heads; h++) {
-      to_words<Fp32>(q + h * args_.q_head, args_.d_qk, q_ + h * depth_, depth_);
+      to_words<Fp32>(args_.dtype, query_head(args_, unit_.t, unit_.head + h), args_.d_qk, q_ + h * depth_,
+                     depth_);
       top_[h] = highest_[h] = -3e38f;
       total_[h] = 0.0f;
     }
@@ -64,7 +64,7 @@ class FewHeads {
     for (int64_t h = 0; h < unit_.heads; h++) {
       const float factor =
           finish_head(args_, unit_.t, unit_.head + h, n == 0, top_[h], highest_[h], total_[h]);
-      write_head<Query>(args_, unit_.t, unit_.head + h, acc_ + h * columns_, factor);
+      write_head(args_, unit_.t, unit_.head + h, acc_ + h * columns_, factor);
     }
   }
 
@@ -197,20 +197,11 @@ class FewHeads {
   float *sums_, *scores_;           // of one block and kv head
 };
 
-template <class Query, class Rows>
+template <class Rows>
 void attend_few_heads(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
   const HeadGroup unit{args, t, head, head_end - head};
-  using Heads = FewHeads<Query, Rows>;
+  using Heads = FewHeads<Rows>;
   with_workspace<Heads>(unit, [](Heads& heads) { heads.run(); });
-}
-
-template <class T>
-void attend_few_plain(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
-  attend_few_heads<T, PlainRows<T>>(args, t, head, head_end);
-}
-template <class T>
-void attend_few_packed(const AttentionArgs& args, int64_t t, int64_t head, int64_t head_end) {
-  attend_few_heads<T, PackedRows<T, float>>(args, t, head, head_end);
 }
 
 }  // namespace

@@ -46,14 +46,34 @@ class HeadWeights {
   Int tail_;  // masks the last vector's lanes that are no heads: there 0 * inf would be NaN
 };
 
+// Sums of n keys over the heads of a query, a vector per key. Meanwhile it prefetches as many keys as it
+// scores. It is compiled once for all element types.
+template <class Math>
+[[gnu::noinline]] void score_keys(const typename Math::Word* const* rows, int n, const HeadWeights& weights,
+                                  const typename Math::Word* queries, int64_t words, int64_t depth,
+                                  float* sums, const Fetch& later) {
+  for_each_panel(weights.vectors(), [&](int64_t v, auto width) {
+    weights.template with_vectors<width>(v, [&](const auto& add) {
+      const auto finish = [&](int first, auto& c) ALWAYS_INLINE {
+        unrolled<sizeof c / sizeof c[0]>([&](auto m) ALWAYS_INLINE {
+          float* sum = sums + (first + m) * kWidth;
+          store(sum, add(v ? load(sum) : Float{}, [&](int i) ALWAYS_INLINE { return c[m][i]; }));
+        });
+      };
+      const Panel<Math, width> panel = {queries + v * kWidth * depth};
+      for_each_tile<Math, width>(RowsAt<Math>{rows}, panel, words, n, FromZero{}, finish,
+                                 v ? nullptr : &later);
+    });
+  });
+}
+
 // The scorer of one query on register tiles.
-template <class Math, class Query, class Key = Query>
+template <class Math, class KeyElement>
 class TileScorer {
   using Word = typename Math::Word;
 
  public:
-  using QueryElement = Query;
-  using KeyElement = Key;
+  using Key = KeyElement;
   static constexpr int kKeys = 48;     // at a time: a multiple of a tile's rows and of kWidth
   static constexpr int kAhead = 96;    // keys are prefetched so many before they are scored
   static constexpr int kDecoded = 12;  // quantised keys at a time: with the queries they fit into L1
@@ -69,9 +89,9 @@ class TileScorer {
         sums_(memory.template take<float>(kKeys * kWidth)) {}
 
   // Takes the query, whose heads lie `stride` elements apart.
-  void prepare(const Query* heads, int64_t stride, const float* weights) {
+  void prepare(int32_t dtype, const void* heads, int64_t stride, const float* weights) {
     weights_.prepare(weights);
-    pack_columns<Math>(heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
+    pack_columns<Math>(dtype, heads, stride, args_.heads, args_.d, depth_, queries_, keys_);
   }
 
   // Scores n keys that lie `stride` elements apart. The next call's keys lie at `next`, if that is not null.
@@ -92,33 +112,14 @@ class TileScorer {
           rows[i] = keys_ + i * depth_;
         }
       }
-      score(rows, later, m);
+      const auto ahead_of = [&](int i) { return later[i]; };
+      score_keys<Math>(rows, m, weights_, queries_, words_, depth_, sums_,
+                       Fetch(Math::kPerWord * sizeof(Key), ahead_of));
       for (int i = 0; i < m; i += kWidth) store_tail(out + s + i, sum_each(sums_ + i * kWidth), m - i);
     }
   }
 
  private:
-  // Meanwhile it prefetches as many keys as it scores.
-  void score(const Word* const* rows, const Key* const* later, int n) const {
-    for_each_panel(weights_.vectors(), [&](int64_t v, auto width) {
-      weights_.template with_vectors<width>(v, [&](const auto& add) {
-        const auto finish = [&](int first, auto& c) ALWAYS_INLINE {
-          unrolled<sizeof c / sizeof c[0]>([&](auto m) ALWAYS_INLINE {
-            float* sum = sums_ + (first + m) * kWidth;
-            store(sum, add(v ? load(sum) : Float{}, [&](int i) ALWAYS_INLINE { return c[m][i]; }));
-          });
-        };
-        const Panel<Math, width> panel = {queries_ + v * kWidth * depth_};
-        if (v == 0)
-          for_each_tile<Math, width>(
-              RowsAt<Math>{rows}, panel, words_, n, FromZero{}, finish,
-              fetch_rows<Math::kPerWord * sizeof(Key)>([&](int m) { return later[m]; }));
-        else
-          for_each_tile<Math, width>(RowsAt<Math>{rows}, panel, words_, n, FromZero{}, finish);
-      });
-    });
-  }
-
   const IndexArgs& args_;
   HeadWeights weights_;
   int64_t words_, depth_;  // of a key, and padded
@@ -147,13 +148,13 @@ void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end,
 
 template <class Scorer>
 void prepare_plain(const IndexArgs& args, int64_t t, Scorer& scorer) {
-  const auto* q = static_cast<const typename Scorer::QueryElement*>(args.q);
-  scorer.prepare(q + t * args.q_query, args.q_head, args.weights + t * args.weights_query);
+  const char* q = static_cast<const char*>(args.q) + t * args.q_query * element_bytes(args.dtype);
+  scorer.prepare(args.dtype, q, args.q_head, args.weights + t * args.weights_query);
 }
 
 template <class Scorer>
 void score_plain(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
-  const auto* k = static_cast<const typename Scorer::KeyElement*>(args.k);
+  const auto* k = static_cast<const typename Scorer::Key*>(args.k);
   with_workspace<Scorer>(args, [&](Scorer& scorer) {
     prepare_plain(args, t, scorer);
     for_each_page(args, t, begin, end, out,
@@ -168,15 +169,14 @@ void score_plain(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, f
 // factor of its key.
 template <class Scorer>
 class PackedScorer {
-  using Query = typename Scorer::QueryElement;
-  using Key = typename Scorer::KeyElement;
+  using Key = typename Scorer::Key;
 
  public:
   template <class Memory>
   PackedScorer(const IndexArgs& args, Memory& memory)
       : args_(args),
         scorer_(args, memory),
-        query_(memory.template take<Query>(args.query_format == kPlainKeys ? 0 : args.heads * args.d)),
+        query_(memory.template take<Key>(args.query_format == kPlainKeys ? 0 : args.heads * args.d)),
         keys_(memory.template take<Key>(Scorer::kDecoded * args.d)) {}
 
   void prepare(int64_t t) {
@@ -186,7 +186,7 @@ class PackedScorer {
       const uint8_t* scales = args_.q_scale + t * args_.q_scale_query + head * args_.q_scale_head;
       decode_query(args_.query_format, codes, scales, args_.d, query_ + head * args_.d);
     }
-    scorer_.prepare(query_, args_.d, args_.weights + t * args_.weights_query);
+    scorer_.prepare(kDTypeOf<Key>, query_, args_.d, args_.weights + t * args_.weights_query);
   }
 
   void run(int64_t page, int64_t offset, int64_t n, float* out) const {
@@ -208,8 +208,7 @@ class PackedScorer {
  private:
   const IndexArgs& args_;
   Scorer scorer_;
-  Query* query_;  // [heads, d]
-  Key* keys_;
+  Key *query_, *keys_;  // [heads, d], [kDecoded, d]
 };
 
 template <class Scorer>

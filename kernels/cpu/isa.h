@@ -10,19 +10,21 @@ namespace {
 
 // Everything is computed in fp32, whatever the tensors hold.
 constexpr Kernels fp32_kernels(const char* name) {
+  constexpr auto score_any = score_packed<TileScorer<Fp32, float>>;
+  constexpr auto attend_any = attend_packed<TileEngine<Fp32, float>>;
+  constexpr auto attend_few_any = attend_few_heads<PackedRows<float>>;
   return {
       name,
       {score_plain<TileScorer<Fp32, bfloat16>>, score_plain<TileScorer<Fp32, float16>>,
        score_plain<TileScorer<Fp32, float>>},
-      {score_packed<TileScorer<Fp32, bfloat16, float>>, score_packed<TileScorer<Fp32, float16, float>>,
-       score_packed<TileScorer<Fp32, float>>},
+      {score_any, score_any, score_any},
       select_row,
       {attend_plain<TileEngine<Fp32, bfloat16>>, attend_plain<TileEngine<Fp32, float16>>,
        attend_plain<TileEngine<Fp32, float>>},
-      {attend_few_plain<bfloat16>, attend_few_plain<float16>, attend_few_plain<float>},
-      {attend_packed<TileEngine<Fp32, bfloat16, float>>, attend_packed<TileEngine<Fp32, float16, float>>,
-       attend_packed<TileEngine<Fp32, float>>},
-      {attend_few_packed<bfloat16>, attend_few_packed<float16>, attend_few_packed<float>},
+      {attend_few_heads<PlainRows<bfloat16>>, attend_few_heads<PlainRows<float16>>,
+       attend_few_heads<PlainRows<float>>},
+      {attend_any, attend_any, attend_any},
+      {attend_few_any, attend_few_any, attend_few_any},
       [](int32_t kind, int64_t rounds) { return kind == kPeakFp32 ? run_peak<Fp32>(rounds) : 0; },
   };
 }

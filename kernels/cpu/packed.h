@@ -129,28 +129,25 @@ struct PackedRow {
   const uint8_t *bytes, *scales;
 };
 
-template <class Plain>  // the element type of rows that are not quantised
-inline PackedRow packed_row(const Segment& s, int64_t row) {
+inline PackedRow packed_row(const Segment& s, int32_t dtype, int64_t row) {
   if (s.format == kPlain)
-    return {kPlain, reinterpret_cast<const uint8_t*>(static_cast<const Plain*>(s.k) + row * s.k_row),
-            nullptr};
+    return {kPlain, static_cast<const uint8_t*>(s.k) + row * s.k_row * element_bytes(dtype), nullptr};
   const int64_t page = row / s.page_size, slot = row % s.page_size;
   const uint8_t* start = static_cast<const uint8_t*>(s.k) + page * s.k_page;
   if (s.format == kV4Rows) return {s.format, start + slot * 576, start + s.page_size * 576 + slot * 8};
   return {s.format, start + slot * s.k_row, nullptr};
 }
 
-// Writes the d_qk values of a row.
-template <class Plain, class T>
-inline void decode_row(const PackedRow& row, int64_t d_qk, T* out) {
+// Writes the d_qk values of a row, which is of the dtype if it is not quantised.
+template <class T>
+inline void decode_row(const PackedRow& row, int32_t dtype, int64_t d_qk, T* out) {
   const uint8_t* bytes = row.bytes;
   switch (row.format) {
-    case kPlain: {
-      const Plain* values = reinterpret_cast<const Plain*>(bytes);
-      for (int64_t i = 0; i < d_qk; i += kWidth)
-        store_tail(out + i, load_tail(values + i, d_qk - i), d_qk - i);
-      return;
-    }
+    case kPlain:
+      return with_elements(dtype, bytes, [&](auto* values) {
+        for (int64_t i = 0; i < d_qk; i += kWidth)
+          store_tail(out + i, load_tail(values + i, d_qk - i), d_qk - i);
+      });
     case kV32Rows: {  // 512 e4m3, 4 fp32 scales, 64 bf16 (rope)
       float scales[4];
       std::memcpy(scales, bytes + 512, sizeof scales);

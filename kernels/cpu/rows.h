@@ -75,7 +75,7 @@ class PlainRows {
 };
 
 // Rows of latent caches, at least one of them quantised; decoded to T a block at a time.
-template <class Plain, class T>
+template <class T>
 class PackedRows {
  public:
   using Element = T;
@@ -92,14 +92,14 @@ class PackedRows {
   int64_t select(int64_t t, int64_t) {
     int64_t n = 0;
     for_each_selected(args_, t, 0,
-                      [&](const Segment& s, int64_t row) { rows_[n++] = packed_row<Plain>(s, row); });
+                      [&](const Segment& s, int64_t row) { rows_[n++] = packed_row(s, args_.dtype, row); });
     return n;
   }
 
   void take(int64_t first, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
       T* row = decoded_ + i * args_.d_qk;
-      decode_row<Plain>(rows_[first + i], args_.d_qk, row);
+      decode_row(rows_[first + i], args_.dtype, args_.d_qk, row);
       pointers_[i] = row;
     }
   }
@@ -127,7 +127,7 @@ class PackedRows {
 inline bool selected_exact_in_bf16(const AttentionArgs& args, int64_t t) {
   bool exact = true;
   for_each_selected(args, t, 0, [&](const Segment& s, int64_t row) {
-    exact = exact && exact_in_bf16(packed_row<bfloat16>(s, row));
+    exact = exact && exact_in_bf16(packed_row(s, args.dtype, row));
   });
   return exact;
 }

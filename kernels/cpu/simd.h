@@ -266,6 +266,21 @@ inline void store_tail(T* p, Float x, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = copy[i];
 }
 
+// Queries and outputs have a dtype that only the call knows: one kernel serves all of them.
+template <class T>
+constexpr DType kDTypeOf = sizeof(T) == 4                ? kFloat32
+                           : std::is_same_v<T, bfloat16> ? kBFloat16
+                                                         : kFloat16;
+
+// Calls f(p) with the pointer to elements that p is.
+template <class F>
+inline void with_elements(int32_t dtype, const void* p, F&& f) {
+  if (dtype == kBFloat16) return f(static_cast<const bfloat16*>(p));
+  if (dtype == kFloat16) return f(static_cast<const float16*>(p));
+  f(static_cast<const float*>(p));
+}
+inline int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 // 2^x for x <= 0 or a little above; 2^-126 for x below -126. Relative error 3e-8.
 inline Float exp2(Float x) {
   const Float magic = splat(0x1.8p23f);  // adding it rounds x to an integer in the low bits

@@ -104,16 +104,25 @@ struct ColumnsAt {
   const typename Math::Word* operator()(int64_t k) const { return rows[k] + offset; }
 };
 
-// What to prefetch while rows are multiplied: for each word of row m, `Bytes` bytes, from address(m) on.
-template <int Bytes, class Address>
-struct Fetch {
-  static constexpr int kBytes = Bytes;
-  Address address;
+// What to prefetch while rows are multiplied: row m of it begins at address(m), and a cache line of it goes
+// with `line` words of the row. The address is found by a call, so that products are not compiled for every
+// caller.
+class Fetch {
+ public:
+  // `bytes` for each word.
+  template <class Address>
+  Fetch(int64_t bytes, const Address& address)
+      : line(64 / bytes), context_(&address), call_([](const void* context, int m) {
+          return static_cast<const void*>((*static_cast<const Address*>(context))(m));
+        }) {}
+  const char* address(int m) const { return static_cast<const char*>(call_(context_, m)); }
+
+  int64_t line;
+
+ private:
+  const void* context_;
+  const void* (*call_)(const void*, int);
 };
-template <int Bytes, class Address>
-inline Fetch<Bytes, Address> fetch_rows(const Address& address) {
-  return {address};
-}
 struct NoFetch {};
 
 // c[m][n] += sum_k a(m, k) * b(k)[n] for begin <= k < end, M rows and N vectors of columns.
@@ -133,10 +142,11 @@ ALWAYS_INLINE inline void accumulate(Float (&c)[M][N], const Left& a, const Righ
 
 // The same for any number of rows, all of k. start(m, c) sets the accumulators for the tile of rows m, m + 1,
 // .., and finish(m, c) takes the result. Prefetches are spread over the product, one cache line per row at a
-// time, so that the product does not wait for them.
+// time, so that the product does not wait for them. `Later` is NoFetch or a pointer to a Fetch, which may be
+// null.
 template <class Math, int N, class Left, class Right, class Start, class Finish, class Later = NoFetch>
 inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows, const Start& start,
-                          const Finish& finish, const Later& later = {}) {
+                          const Finish& finish, Later later = {}) {
   for (int m0 = 0; m0 < rows; m0 += kTileRows) {
     with_constant<kTileRows>(rows - m0 < kTileRows ? rows - m0 : kTileRows, [&](auto tile_rows) {
       const auto left = a.template tile<tile_rows>(m0);
@@ -146,13 +156,16 @@ inline void for_each_tile(const Left& a, const Right& b, int64_t depth, int rows
       if constexpr (std::is_same_v<Later, NoFetch>) {
         accumulate<Math>(c, left, right, 0, depth);
       } else {
-        constexpr int64_t kLine = 64 / Later::kBytes;  // words per line
+        const int64_t line = later ? later->line : depth;
         const char* address[tile_rows];
-        for (int m = 0; m < tile_rows; m++) address[m] = reinterpret_cast<const char*>(later.address(m0 + m));
-        for (int64_t k = 0; k < depth; k += kLine) {
+        for (int m = 0; later && m < tile_rows; m++) address[m] = later->address(m0 + m);
+        for (int64_t k = 0; k < depth; k += line) {
           asm volatile("" ::"r"(address) : "memory");  // keeps them in memory: the rows need the registers
-          for (int m = 0; m < tile_rows; m++) prefetch_line<2>(address[m] + k * Later::kBytes);
-          accumulate<Math>(c, left, right, k, depth - k < kLine ? depth : k + kLine);
+          for (int m = 0; later && m < tile_rows; m++) {
+            prefetch_line<2>(address[m]);
+            address[m] += 64;
+          }
+          accumulate<Math>(c, left, right, k, depth - k < line ? depth : k + line);
         }
       }
       finish(m0, c);
@@ -183,15 +196,18 @@ struct FromMatrix {
   }
 };
 
-struct FromScaledMatrix {
+// What the sums so far count: nothing (a product's first block), their values, or those times a row's factor.
+struct Sums {
+  enum Kind { kNone, kPlain, kScaled } kind;
   const float* c;
   ptrdiff_t row;
   const float* scale;  // of each row
   template <int M, int N>
   ALWAYS_INLINE void operator()(int m0, Float (&tile)[M][N]) const {
-    for_each_vector(tile, [&](int m, int n, Float& x) ALWAYS_INLINE {
-      x = load(c + (m0 + m) * row + n * kWidth) * splat(scale[m0 + m]);
-    });
+    if (kind == kNone) return FromZero{}(m0, tile);
+    FromMatrix{c, row}(m0, tile);
+    if (kind == kScaled)
+      for_each_vector(tile, [&](int m, int, Float& x) ALWAYS_INLINE { x *= splat(scale[m0 + m]); });
   }
 };
 
@@ -231,6 +247,15 @@ inline void to_words(const T* row, int64_t d, typename Math::Word* words, int64_
   }
 }
 
+// The same for a row of a dtype that only the call knows.
+template <class Math>
+inline void to_words(int32_t dtype, const void* row, int64_t d, typename Math::Word* words, int64_t n_words) {
+  if constexpr (Math::kPerWord == 2)
+    to_words<Math>(static_cast<const bfloat16*>(row), d, words, n_words);
+  else
+    with_elements(dtype, row, [&](auto* elements) { to_words<Math>(elements, d, words, n_words); });
+}
+
 // Whether rows of d elements are words already, so that tiles can read them in place.
 template <class Math, class T>
 inline bool are_words(int64_t d) {
@@ -240,17 +265,19 @@ inline bool are_words(int64_t d) {
 // [rows, d] -> panels of at most kTileVectors vectors: panel[k][row], with zeros for the missing rows of the
 // last vector. `depth` is the number of words per row, a multiple of kWidth; `scratch` has room for kWidth
 // rows.
-template <class Math, class T>
-inline void pack_columns(const T* rows, int64_t stride, int64_t n_rows, int64_t d, int64_t depth,
-                         typename Math::Word* panels, typename Math::Word* scratch) {
-  const int64_t vectors = round_up(n_rows, kWidth) / kWidth;
+template <class Math>
+[[gnu::noinline]] void pack_columns(int32_t dtype, const void* rows, int64_t stride, int64_t n_rows,
+                                    int64_t d, int64_t depth, typename Math::Word* panels,
+                                    typename Math::Word* scratch) {
+  const int64_t vectors = round_up(n_rows, kWidth) / kWidth, row_bytes = stride * element_bytes(dtype);
   for (int64_t v = 0; v < vectors; v++) {
     const int64_t first = v / kTileVectors * kTileVectors;  // of this vector's panel
     const int64_t width = (vectors - first < kTileVectors ? vectors - first : kTileVectors) * kWidth;
     typename Math::Word* column = panels + first * kWidth * depth + (v - first) * kWidth;
     for (int64_t i = 0; i < kWidth; i++) {
       const int64_t row = v * kWidth + i;
-      to_words<Math>(rows + row * stride, row < n_rows ? d : 0, scratch + i * depth, depth);
+      to_words<Math>(dtype, static_cast<const char*>(rows) + row * row_bytes, row < n_rows ? d : 0,
+                     scratch + i * depth, depth);
     }
     for (int64_t k = 0; k < depth; k += kWidth) transpose(scratch + k, depth, column + k * width, width);
   }
