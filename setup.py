@@ -9,7 +9,6 @@ compiler the package installs all the same, and runs on torch.
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -27,11 +26,19 @@ FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off"]
 OPTIMISED = ["-O3", "-fvisibility=hidden", "-fno-exceptions"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-X86_FLAGS = {
-    "isa_avx2": AVX2,
-    "isa_avx512": AVX512,
-    "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
-    "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+# Without it GCC loads all of a tile's operands first, and then lacks registers for its sums.
+IN_ORDER = ["-fno-schedule-insns"]
+ARM64 = {"isa_portable": IN_ORDER, "isa_neon_bf16": [*IN_ORDER, "-march=armv8.2-a+bf16"]}
+# The flags of each architecture's units; isa_portable needs none and is a unit of all.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "isa_avx2": AVX2,
+        "isa_avx512": AVX512,
+        "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+        "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    },
+    "aarch64": ARM64,
+    "arm64": ARM64,  # the same architecture, by Apple's name
 }
 OPENMP = ["-fopenmp"]
 SOURCES = Path("kernels", "cpu")
@@ -70,10 +77,9 @@ class PlatformWheel(bdist_wheel):
 def build_library(target, options=OPTIMISED, link=("-shared",), more_sources=()):
     """Compile each unit with its instruction set's flags and link; what cannot be compiled is left out."""
     compiler = find_compiler()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    units = [
-        SOURCES / f"{name}.cpp" for name in ("api", "workspace", "isa_portable", *(X86_FLAGS if x86 else ()))
-    ]
+    sets = INSTRUCTION_SETS.get(architecture(compiler), {})
+    optional = sets.keys() - {"isa_portable"}
+    units = [SOURCES / f"{name}.cpp" for name in ("api", "workspace", "isa_portable", *optional)]
     with tempfile.TemporaryDirectory() as folder:
         openmp = OPENMP if links_openmp(compiler, folder) else []  # without it one thread does the work
 
@@ -81,18 +87,23 @@ def build_library(target, options=OPTIMISED, link=("-shared",), more_sources=())
             flags = [
                 *FLAGS,
                 *options,
-                *X86_FLAGS.get(source.stem, ()),
+                *sets.get(source.stem, ()),
                 *(openmp if source.stem == "api" else ()),
             ]
             result = Path(folder, f"{source.stem}.o")
             command = [*compiler, *flags, "-I", SOURCES, "-c", source, "-o", result]
-            if run(command, check=source.stem not in X86_FLAGS).returncode:
+            if run(command, check=source.stem not in optional).returncode:
                 print(f"sparse_attn: {compiler[0]} cannot compile {source.stem}, left out", file=sys.stderr)
             return result
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, [*units, *map(Path, more_sources)]))
         run([*compiler, *options, *link, *filter(Path.exists, objects), *openmp, "-o", target])
+
+
+def architecture(compiler):
+    """The architecture that the compiler builds for; a cross compiler's is not this machine's."""
+    return run([*compiler, "-dumpmachine"]).stdout.split("-")[0]
 
 
 def links_openmp(compiler, folder):

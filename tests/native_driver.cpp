@@ -1,9 +1,12 @@
 // Calls every kernel of every instruction set on buffers of exactly the size that it may use, under
-// AddressSanitizer and UndefinedBehaviorSanitizer (see test_native.py). Prints the sets that it ran.
+// AddressSanitizer and UndefinedBehaviorSanitizer (see test_native.py), and compares the results with the
+// portable set's. Prints the sets that it ran. Arguments narrow it: driver [SET [bf16|fp16|fp32]].
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
@@ -31,30 +34,56 @@ std::vector<T> random_values(size_t n) {
   return values;
 }
 
+double value(float x) { return x; }
+double value(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+double value(float16 x) {  // finite
+  const int exponent = x.bits >> 10 & 31, m = x.bits & 1023;
+  return (x.bits >> 15 ? -1 : 1) * (exponent ? std::ldexp(1024 + m, exponent - 25) : std::ldexp(m, -24));
+}
+
+template <class T>
+double norm(const T* x, size_t n) {
+  double squares = 0;
+  for (size_t i = 0; i < n; i++) squares += value(x[i]) * value(x[i]);
+  return std::sqrt(squares);
+}
+
 void check(bool ok, const char* what) {
   if (ok) return;
   std::fprintf(stderr, "wrong: %s\n", what);
   std::exit(1);
 }
 
+void check_close(double found, double portable, double tolerance, const char* what) {
+  if (found == portable || std::fabs(found - portable) <= tolerance) return;
+  std::fprintf(stderr, "wrong: %s: %g, but portable %g +- %g\n", what, found, portable, tolerance);
+  std::exit(1);
+}
+
+int portable() { return sparse_attn_isas() - 1; }
+
+// Takes what both functions below know of their arguments, and adds ranges, pages and a selection.
 template <class T>
-void index(int isa, int threads, DType dtype, int s_q, int s_kv, int heads, int d, int page_size) {
-  const int pages = page_size ? (s_kv + page_size - 1) / page_size : 1;
-  const int width = page_size ? pages * page_size : s_kv, topk = pick(1, s_kv + 3);
-  const auto q = random_values<T>(size_t(s_q) * heads * d), k = random_values<T>(size_t(width) * d);
+void score_and_select(int isa, int threads, IndexArgs args, int s_kv, double key_norm) {
+  const int s_q = static_cast<int>(args.s_q), heads = static_cast<int>(args.heads);
+  const int pages = static_cast<int>(args.pages), width = static_cast<int>(args.pages * args.page_size);
+  const int d = static_cast<int>(args.d), topk = pick(1, s_kv + 3);
+  const auto q = random_values<T>(size_t(s_q) * heads * d);
   const auto weights = random_values<float>(size_t(s_q) * heads);
   std::vector<int32_t> ks(s_q), ke(s_q), table(pages), indices(size_t(s_q) * topk), again(indices);
   for (int t = 0; t < s_q; t++) ks[t] = pick(-2, s_kv), ke[t] = pick(-2, s_kv + 5);
   for (int i = 0; i < pages; i++) table[i] = i % 5 == 3 ? std::numeric_limits<int32_t>::max() : pages - 1 - i;
-  std::vector<float> logits(size_t(s_q) * width);
+  std::vector<float> logits(size_t(s_q) * width), expected(logits);
 
-  IndexArgs args = {};
-  args.q = q.data(), args.k = k.data(), args.weights = weights.data(), args.ks = ks.data(),
-  args.ke = ke.data();
-  args.block_table = page_size ? table.data() : nullptr;
-  args.q_query = heads * d, args.q_head = d, args.k_row = d, args.k_page = int64_t{width / pages} * d;
-  args.weights_query = heads, args.s_q = s_q, args.heads = heads, args.d = d, args.pages = pages;
-  args.page_size = width / pages, args.tables = 1, args.width = width, args.dtype = dtype;
+  args.q = q.data(), args.weights = weights.data(), args.ks = ks.data(), args.ke = ke.data();
+  args.block_table = pages > 1 ? table.data() : nullptr;
+  args.q_query = heads * d, args.q_head = d, args.weights_query = heads;
+  args.tables = 1, args.width = width;
   sparse_attn_index_logits(isa, threads, &args, logits.data(), width);
   SelectArgs select = {};
   select.logits = logits.data(), select.ks = ks.data(), select.ke = ke.data(), select.out = indices.data();
@@ -63,62 +92,191 @@ void index(int isa, int threads, DType dtype, int s_q, int s_kv, int heads, int 
   sparse_attn_select_topk(isa, threads, &select);
   sparse_attn_lightning_topk(isa, threads, &args, topk, pick(1, 100000), again.data(), topk);
   check(indices == again, "the fused selection differs");
+
+  if (isa == portable()) return;
+  sparse_attn_index_logits(portable(), 1, &args, expected.data(), width);
+  for (int t = 0; t < s_q; t++) {
+    double scale = 1e-30;  // bf16 dots take subnormal numbers for zero
+    for (int i = t * heads; i < (t + 1) * heads; i++)
+      scale += std::fabs(weights[i]) * norm(q.data() + size_t(i) * d, d) * key_norm;
+    // Sums in fp32 in another order differ by little of the norms' product, whatever cancels.
+    for (int i = t * width; i < (t + 1) * width; i++)
+      check_close(logits[i], expected[i], 2e-6 * scale, "a logit");
+  }
+  select.logits = expected.data(), select.out = again.data();
+  sparse_attn_select_topk(isa, threads, &select);
+  select.out = indices.data();
+  sparse_attn_select_topk(portable(), 1, &select);
+  check(indices == again, "the selection from the same logits");
+}
+
+IndexArgs index_args(DType dtype, int s_q, int s_kv, int heads, int d, int page_size) {
+  IndexArgs args = {};
+  args.s_q = s_q, args.heads = heads, args.d = d, args.dtype = dtype, args.k_row = d;
+  args.pages = page_size ? (s_kv + page_size - 1) / page_size : 1,
+  args.page_size = page_size ? page_size : s_kv;
+  args.k_page = args.page_size * d;
+  return args;
+}
+
+template <class T>
+void index(int isa, int threads, DType dtype, int s_q, int s_kv, int heads, int d, int page_size) {
+  IndexArgs args = index_args(dtype, s_q, s_kv, heads, d, page_size);
+  const auto k = random_values<T>(size_t(args.pages * args.k_page));
+  args.k = k.data();
+  double largest = 0;
+  for (size_t i = 0; i < k.size(); i += d) largest = std::max(largest, norm(k.data() + i, d));
+  score_and_select<T>(isa, threads, args, s_kv, largest);
+}
+
+std::vector<uint8_t> random_codes(size_t n) {  // e4m3, but NaN
+  std::vector<uint8_t> codes(n);
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(pick(0, 0x7e) | pick(0, 1) << 7);
+  return codes;
+}
+
+template <class T>
+void index_fp8(int isa, int threads, DType dtype, int s_kv, int heads, int d, int page_size) {
+  IndexArgs args = index_args(dtype, 2, s_kv, heads, d, page_size);
+  const auto codes = random_codes(size_t(args.pages * args.k_page));
+  const auto scales = random_values<float>(size_t(args.pages * args.page_size));
+  args.k = codes.data(), args.k_scale = reinterpret_cast<const uint8_t*>(scales.data());
+  args.key_format = kFp8Keys, args.k_scale_row = sizeof(float), args.k_scale_page = args.page_size * 4;
+  score_and_select<T>(isa, threads, args, s_kv, 448 * std::sqrt(d) * 4);
+}
+
+// Takes segments, dtype, s_q, heads and widths, and adds the query, a selection and the results.
+template <class T>
+void attend_rows(int isa, int threads, AttentionArgs args, int topk) {
+  const int s_q = static_cast<int>(args.s_q), h_q = static_cast<int>(args.h_q);
+  const int s_kv = static_cast<int>(args.segments[0].s_kv), d_v = static_cast<int>(args.d_v);
+  const auto q = random_values<T>(size_t(s_q) * h_q * args.d_qk);
+  const auto sink = random_values<float>(h_q);
+  std::vector<int32_t> indices(size_t(s_q) * topk), length(s_q);
+  for (int32_t& i : indices) i = pick(-1, s_kv);
+  for (int32_t& n : length) n = pick(0, 3) ? topk : pick(-1, topk + 1);
+  std::vector<T> out(size_t(s_q) * h_q * d_v), expected_out(out);
+  std::vector<float> lse(size_t(s_q) * h_q, NAN), max_logits(lse), expected_lse(lse), expected_max(lse);
+
+  for (Segment& s : args.segments)
+    s.indices = indices.data(), s.topk_length = length.data(), s.indices_query = topk, s.topk = topk;
+  args.q = q.data(), args.attn_sink = sink.data(), args.out = out.data(), args.lse = lse.data();
+  args.q_query = h_q * args.d_qk, args.q_head = args.d_qk, args.out_query = h_q * d_v, args.out_head = d_v;
+  args.max_logits = pick(0, 1) ? max_logits.data() : nullptr;
+  args.lse_query = args.max_logits_query = h_q;
+  args.n_segments = pick(1, 2), args.softmax_scale = 0.1f;
+  sparse_attn_attend(isa, threads, &args);
+  for (float x : lse) check(!std::isnan(x), "an lse is NaN or was not written");
+  for (float x : max_logits)
+    check(std::isnan(x) == !args.max_logits, "max_logits are not written where asked for");
+
+  if (isa == portable()) return;
+  args.out = expected_out.data(), args.lse = expected_lse.data();
+  if (args.max_logits) args.max_logits = expected_max.data();
+  sparse_attn_attend(portable(), 1, &args);
+  for (size_t i = 0; i < lse.size(); i++) {
+    check_close(lse[i], expected_lse[i], 2e-5 * (1 + std::fabs(expected_lse[i])), "an lse");
+    if (args.max_logits)
+      check_close(max_logits[i], expected_max[i], 2e-5 * (1 + std::fabs(expected_max[i])), "a max_logit");
+  }
+  // Two roundings to the output's type, and one of many probabilities to bf16, of a query's largest output:
+  // the terms of a smaller one may cancel.
+  const double step = std::is_same_v<T, float> ? 1e-5 : std::is_same_v<T, float16> ? 0x1p-10 : 0x1p-7;
+  for (int t = 0; t < s_q; t++) {
+    const size_t begin = size_t(t) * h_q * d_v, end = begin + size_t(h_q) * d_v;
+    double largest = 0;
+    for (size_t i = begin; i < end; i++) largest = std::max(largest, std::fabs(value(expected_out[i])));
+    for (size_t i = begin; i < end; i++)
+      check_close(value(out[i]), value(expected_out[i]), step * largest + 1e-5, "an output");
+  }
+}
+
+AttentionArgs attention_args(DType dtype, int s_q, int h_q, int h_kv, int d_qk, int d_v) {
+  AttentionArgs args = {};
+  args.dtype = dtype, args.s_q = s_q, args.h_q = h_q, args.h_kv = h_kv, args.d_qk = d_qk, args.d_v = d_v;
+  return args;
 }
 
 template <class T>
 void attend(int isa, int threads, DType dtype, int s_q, int s_kv, int h_q, int h_kv, int d_qk, int d_v,
             int topk) {
-  const auto q = random_values<T>(size_t(s_q) * h_q * d_qk);
-  const auto k = random_values<T>(size_t(s_kv) * h_kv * d_qk),
-             v = random_values<T>(size_t(s_kv) * h_kv * d_v);
-  const auto sink = random_values<float>(h_q);
-  std::vector<int32_t> indices(size_t(s_q) * topk), length(s_q);
-  for (int32_t& i : indices) i = pick(-1, s_kv);
-  for (int32_t& n : length) n = pick(-1, topk + 1);
-  std::vector<T> out(size_t(s_q) * h_q * d_v);
-  std::vector<float> lse(size_t(s_q) * h_q, NAN), max_logits(lse);
-
-  AttentionArgs args = {};
+  const auto k = random_values<T>(size_t(s_kv) * h_kv * d_qk);
+  const auto v = random_values<T>(size_t(s_kv) * h_kv * d_v);
+  AttentionArgs args = attention_args(dtype, s_q, h_q, h_kv, d_qk, d_v);
   for (Segment& s : args.segments) {
-    s.k = k.data(), s.v = v.data(), s.indices = indices.data(), s.topk_length = length.data();
+    s.k = k.data(), s.v = v.data(), s.s_kv = s_kv;
     s.k_row = h_kv * d_qk, s.k_head = d_qk, s.v_row = h_kv * d_v, s.v_head = d_v;
-    s.indices_query = topk, s.s_kv = s_kv, s.topk = topk;
   }
-  args.q = q.data(), args.attn_sink = sink.data(), args.out = out.data(), args.lse = lse.data();
-  args.q_query = h_q * d_qk, args.q_head = d_qk, args.out_query = h_q * d_v, args.out_head = d_v;
-  args.max_logits = pick(0, 1) ? max_logits.data() : nullptr;
-  args.lse_query = args.max_logits_query = h_q, args.s_q = s_q, args.h_q = h_q, args.h_kv = h_kv;
-  args.d_qk = d_qk, args.d_v = d_v;
-  args.n_segments = pick(1, 2), args.dtype = dtype, args.softmax_scale = 0.1f;
-  sparse_attn_attend(isa, threads, &args);
-  for (float x : lse) check(!std::isnan(x), "an lse is NaN or was not written");
-  for (float x : max_logits)
-    check(std::isnan(x) == !args.max_logits, "max_logits are not written where asked for");
+  attend_rows<T>(isa, threads, args, topk);
+}
+
+// Rows of 512 e4m3 codes, 4 fp32 scales and 64 bf16 values. Powers of two let bf16 hold them exactly.
+template <class T>
+void attend_v32(int isa, int threads, DType dtype, int h_q, int topk, bool powers_of_two) {
+  constexpr int kRow = 656, kRows = 30, kPage = 7;
+  const int pages = (kRows + kPage - 1) / kPage;
+  auto rows = random_codes(size_t(pages) * kPage * kRow);
+  for (size_t row = 0; row < rows.size(); row += kRow) {
+    for (int i = 0; i < 4; i++) {
+      const float scale = powers_of_two ? 1.0f / (64 << pick(0, 3)) : pick(1, 9) / 500.0f;
+      std::memcpy(&rows[row + 512 + 4 * i], &scale, sizeof scale);
+    }
+    const auto rope = random_values<bfloat16>(64);
+    std::memcpy(&rows[row + 528], rope.data(), 128);
+  }
+  AttentionArgs args = attention_args(dtype, 2, h_q, 1, 576, 512);
+  for (Segment& s : args.segments) {
+    s.k = s.v = rows.data(), s.k_row = kRow, s.s_kv = kRows, s.format = kV32Rows;
+    s.page_size = kPage, s.k_page = kPage * kRow;
+  }
+  attend_rows<T>(isa, threads, args, topk);
+}
+
+template <class T>
+void run_few(int isa, DType dtype) {
+  for (int heads : {3, 64}) index<T>(isa, 2, dtype, 2, 150, heads, 40, 0);
+  for (int group : {5, 16}) attend<T>(isa, 2, dtype, 2, 100, group * 2, 2, 32, 32, 70);
 }
 
 template <class T>
 void run(int isa, DType dtype) {
   for (int heads : {1, 3, 16, 17, 64, 70, 130})
     for (int d : {1, 7, 32, 40})
-      index<T>(isa, pick(1, 3), dtype, pick(1, 5), pick(1, 260), heads, d, pick(0, 1) * pick(1, 40));
+      index<T>(isa, pick(1, 3), dtype, pick(1, 3), pick(1, heads > 64 ? 110 : 200), heads, d,
+               pick(0, 1) * pick(1, 40));
   index<T>(isa, 1, dtype, 1, 9000, 2, 8, 0);
-  for (int group : {1, 2, 5, 8, 9, 16, 33, 128, 150})
-    for (int d : {1, 9, 32, 72})
-      attend<T>(isa, pick(1, 3), dtype, pick(1, 4), pick(1, 400), group * 2, 2, d, pick(1, d), pick(0, 300));
-  attend<T>(isa, 2, dtype, 1, 600, 20, 1, 576, 512, 600);
+  for (int page_size : {0, 7}) index_fp8<T>(isa, 2, dtype, 60, page_size ? 3 : 20, 48, page_size);
+  int number = 0;
+  for (int group : {1, 2, 5, 8, 9, 16, 33, 128, 150}) {
+    for (int d : {1, 9, 32, 72}) {
+      const int rows[] = {0, pick(1, 63), pick(97, 110), pick(193, 230)};  // blocks have 64, 96 or 128
+      const int h_kv = group > 16 ? 1 : 2, topk = rows[number++ % 4];
+      attend<T>(isa, pick(1, 3), dtype, pick(1, 2), pick(1, 200), group * h_kv, h_kv, d, pick(1, d), topk);
+    }
+    number++;
+  }
+  attend<T>(isa, 1, dtype, 1, 300, 9, 1, 8, 8, 2100);  // so many that probabilities are rounded to bf16
+  attend<T>(isa, 2, dtype, 1, 100, 10, 1, 576, 512, 100);
+  for (int h_q : {5, 20})
+    for (bool powers_of_two : {false, true})
+      attend_v32<T>(isa, 2, dtype, h_q, powers_of_two ? 30 : 70, powers_of_two);
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const auto wanted = [&](int argument, const char* name) {
+    return argc <= argument || !std::strcmp(argv[argument], name);
+  };
   check(sparse_attn_sizeof("Segment") == int64_t{sizeof(Segment)}, "the size of Segment");
   check(sparse_attn_sizeof("Kernels") == -1, "a size for another name");
   for (int isa = 0; isa < sparse_attn_isas(); isa++) {
-    if (!sparse_attn_isa_supported(isa)) continue;
+    if (!sparse_attn_isa_supported(isa) || !wanted(1, sparse_attn_isa_name(isa))) continue;
     std::printf("%s\n", sparse_attn_isa_name(isa));
-    run<bfloat16>(isa, kBFloat16);
-    run<float16>(isa, kFloat16);
-    std::thread other(run<float>, isa, kFloat32);  // two callers at once
+    if (wanted(2, "bf16")) run<bfloat16>(isa, kBFloat16);
+    if (wanted(2, "fp16")) run<float16>(isa, kFloat16);
+    if (!wanted(2, "fp32")) continue;
+    std::thread other(run_few<float>, isa, kFloat32);  // two callers at once
     run<float>(isa, kFloat32);
     other.join();
   }

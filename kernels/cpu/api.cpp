@@ -12,6 +12,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 // A set that the compiler could not build is missing from the library: its address is null.
@@ -20,6 +26,8 @@ extern const Kernels kernels_amx __attribute__((weak));
 extern const Kernels kernels_avx512bf16 __attribute__((weak));
 extern const Kernels kernels_avx512 __attribute__((weak));
 extern const Kernels kernels_avx2 __attribute__((weak));
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon_bf16 __attribute__((weak));
 #endif
 extern const Kernels kernels_portable;
 
@@ -54,6 +62,18 @@ bool has_amx() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+bool has_neon_bf16() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16, which older headers lack
+#elif defined(__APPLE__)
+  int32_t has = 0;
+  size_t bytes = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &bytes, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
 #endif
 
 const Isa kIsas[] = {
@@ -62,6 +82,8 @@ const Isa kIsas[] = {
     {&kernels_avx512bf16, has_avx512bf16},
     {&kernels_avx512, has_avx512},
     {&kernels_avx2, has_avx2},
+#elif defined(__aarch64__)
+    {&kernels_neon_bf16, has_neon_bf16},
 #endif
     {&kernels_portable, [] { return true; }},
 };

@@ -126,7 +126,7 @@ class Values<Fp32, T> : public FloatRows {
   const float** pointers_;
 };
 
-#if defined(__AVX512BF16__)
+#if defined(SPARSE_ATTN_BF16_DOT)
 // For the bf16 dot, pairs of tokens: panels[token / 2][columns], with zeros for tokens that pad the block.
 template <class T>
 class Values<Bf16Dot, T> {
@@ -204,7 +204,7 @@ class Probabilities<Fp32> {
   float* words_;
 };
 
-#if defined(__AVX512BF16__)
+#if defined(SPARSE_ATTN_BF16_DOT)
 template <>
 class Probabilities<Bf16Dot> {
  public:
@@ -215,11 +215,11 @@ class Probabilities<Bf16Dot> {
   void prepare(float*, bool fine) { fine_ = fine; }
   void put(int64_t token, int64_t column, Float a, Float b) {
     const int64_t at = token / 2 * stride_ + column;
-    const __m512i coarse = Bf16Dot::pair(a, b);
-    _mm512_storeu_si512(parts_[0] + at, coarse);
-    if (fine_)
-      _mm512_storeu_si512(parts_[1] + at,
-                          Bf16Dot::pair(a - Bf16Dot::first(coarse), b - Bf16Dot::second(coarse)));
+    const Int coarse = Bf16Dot::pair(a, b);
+    std::memcpy(parts_[0] + at, &coarse, sizeof coarse);
+    if (!fine_) return;
+    const Int remainder = Bf16Dot::pair(a - Bf16Dot::first(coarse), b - Bf16Dot::second(coarse));
+    std::memcpy(parts_[1] + at, &remainder, sizeof remainder);
   }
   int parts() const { return fine_ ? 2 : 1; }
   const uint32_t* part(int i) const { return parts_[i]; }

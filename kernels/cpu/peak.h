@@ -13,13 +13,15 @@ int64_t run_peak(int64_t rounds) {
   // Volatile, so that the compiler knows neither the factor nor that all chains start alike.
   volatile typename Math::Word factor = 0;
   volatile float start = 0;
-  const typename Math::Word word = factor;
-  const typename Math::Vector x = Math::broadcast(&word);
+  typename Math::Word words[kWidth];
+  for (auto& word : words) word = factor;
+  const auto x = Math::broadcast(words);
+  const typename Math::Vector y = Math::load(words);
   Float c[kChains];
   for (Float& chain : c) chain = splat(start);
   for (int64_t i = 0; i < rounds; i++)
 #pragma GCC unroll 24
-    for (int j = 0; j < kChains; j++) c[j] = Math::dot(c[j], x, x);
+    for (int j = 0; j < kChains; j++) c[j] = Math::dot(c[j], x, y);
   for (int j = 1; j < kChains; j++) c[0] += c[j];
   volatile float used = sum(c[0]);
   static_cast<void>(used);

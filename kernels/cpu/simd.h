@@ -11,6 +11,8 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "common.h"
@@ -192,14 +194,24 @@ inline Bits at_least(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps
 
 #else
 
+#if defined(__aarch64__)
+inline Float load(const bfloat16* p) { return (Float)vshll_n_u16(vld1_u16(&p->bits), 16); }
+inline Float load(const float16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+inline void store(bfloat16* p, Float x) {
+  const uint32x4_t u = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd);
+  const uint32x4_t quiet = vorrq_u32(u, vdupq_n_u32(0x400000));
+  vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet), 16));
+}
+inline void store(float16* p, Float x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+inline Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+inline Bits bits_of(Int lanes) { return vaddvq_s32(lanes & Int{1, 2, 4, 8}); }
+#else
 inline void from_float(float x, bfloat16* p) {
   const uint32_t u = bit_cast<uint32_t>(x);
   p->bits = x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : (u >> 16 | 0x40);
 }
 inline void from_float(float x, float16* p) {
-#if defined(__aarch64__)
-  p->bits = bit_cast<uint16_t>(static_cast<__fp16>(x));
-#else
   const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000;
   const float magnitude = bit_cast<float>(u & 0x7fffffff);
   uint32_t half;
@@ -212,7 +224,6 @@ inline void from_float(float x, float16* p) {
     half = (m + 0xfff + (m >> 13 & 1) - 0x38000000) >> 13;
   }
   p->bits = static_cast<uint16_t>(sign | half);
-#endif
 }
 template <class T>
 inline Float load_each(const T* p) {
@@ -228,20 +239,14 @@ inline Float load(const bfloat16* p) { return load_each(p); }
 inline Float load(const float16* p) { return load_each(p); }
 inline void store(bfloat16* p, Float x) { store_each(p, x); }
 inline void store(float16* p, Float x) { store_each(p, x); }
-inline Float fma(Float a, Float b, Float c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  for (int i = 0; i < kWidth; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#else
-  return a * b + c;
-#endif
-}
-inline Float max(Float a, Float b) { return select(a > b, a, b); }
+inline Float fma(Float a, Float b, Float c) { return a * b + c; }
 inline Bits bits_of(Int lanes) {
   Bits bits = 0;
   for (int i = 0; i < kWidth; i++) bits |= (lanes[i] & 1u) << i;
   return bits;
 }
+#endif
+inline Float max(Float a, Float b) { return select(a > b, a, b); }
 inline Bits greater(Float a, Float b) { return bits_of(a > b); }
 inline Bits at_least(Float a, Float b) { return bits_of(a >= b); }
 

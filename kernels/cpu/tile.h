@@ -19,27 +19,20 @@ struct Fp32 {
 };
 
 #if defined(__AVX512BF16__)
-struct Bf16Dot {
-  using Word = uint32_t;
+#define SPARSE_ATTN_BF16_DOT
+struct Bf16Instructions {
   using Vector = __m512bh;
-  static constexpr int kPerWord = 2;
-  static Vector load(const Word* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static Vector broadcast(const Word* p) { return (__m512bh)_mm512_set1_epi32(bit_cast<int32_t>(*p)); }
+  static Vector load(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Vector broadcast(const uint32_t* p) { return (__m512bh)_mm512_set1_epi32(bit_cast<int32_t>(*p)); }
   static Float dot(Float c, Vector a, Vector b) { return _mm512_dpbf16_ps(c, a, b); }
 
-  // In each lane the pair (a, b), rounded to bf16.
-  static __m512i pair(Float a, Float b) {
+  static Int pair(Float a, Float b) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);  // a's lanes, then b's
-    return _mm512_permutexvar_epi16(interleaved_lanes(), both);
-  }
-  static Float first(__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
-  static Float second(__m512i pair) {
-    return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    return (Int)_mm512_permutexvar_epi16(interleaved_lanes(), both);
   }
 
-  // Pairs the next 32 columns of two rows as words, in the order that unpack instructions give; restore()
-  // puts 32 columns of the product back in order.
-  static void interleave(const void* a, const void* b, Word* low, Word* high) {
+  // In the order that unpack instructions give.
+  static void interleave(const void* a, const void* b, uint32_t* low, uint32_t* high) {
     const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
     _mm512_storeu_si512(low, _mm512_unpacklo_epi16(x, y));
     _mm512_storeu_si512(high, _mm512_unpackhi_epi16(x, y));
@@ -57,6 +50,42 @@ struct Bf16Dot {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
   }
+};
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define SPARSE_ATTN_BF16_DOT
+struct Bf16Instructions {
+  using Vector = bfloat16x8_t;
+  static Vector load(const uint32_t* p) { return vreinterpretq_bf16_u32(vld1q_u32(p)); }
+  // One word: the dot instruction takes it from its lane, so a plain load does.
+  static bfloat16x4_t broadcast(const uint32_t* p) {
+    return vreinterpret_bf16_f32(vset_lane_f32(bit_cast<float>(*p), vdup_n_f32(0), 0));
+  }
+  static Float dot(Float c, bfloat16x4_t a, Vector b) { return vbfdotq_lane_f32(c, b, a, 0); }
+
+  static Int pair(Float a, Float b) {
+    const uint16x8_t both = vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(a), b));
+    return (Int)vzip1q_u16(both, vextq_u16(both, both, 4));
+  }
+
+  static void interleave(const void* a, const void* b, uint32_t* low, uint32_t* high) {
+    const uint16x8_t x = vld1q_u16(static_cast<const uint16_t*>(a));
+    const uint16x8_t y = vld1q_u16(static_cast<const uint16_t*>(b));
+    vst1q_u32(low, vreinterpretq_u32_u16(vzip1q_u16(x, y)));
+    vst1q_u32(high, vreinterpretq_u32_u16(vzip2q_u16(x, y)));
+  }
+  static void restore(float*) {}  // they are in order
+};
+#endif
+
+#if defined(SPARSE_ATTN_BF16_DOT)
+// Of the instructions, pair(a, b) gives in each lane the pair (a, b), rounded to bf16. interleave() pairs the
+// next 2 * kWidth columns of two rows as words, in an order of its own; restore() puts as many columns of the
+// product back in order.
+struct Bf16Dot : Bf16Instructions {
+  using Word = uint32_t;
+  static constexpr int kPerWord = 2;
+  static Float first(Int pair) { return bit_cast<Float>(pair << 16); }
+  static Float second(Int pair) { return bit_cast<Float>(pair & bit_cast<int32_t>(0xffff0000u)); }
 };
 #endif
 
@@ -134,7 +163,7 @@ ALWAYS_INLINE inline void accumulate(Float (&c)[M][N], const Left& a, const Righ
     typename Math::Vector columns[N];
     unrolled<N>([&](auto n) ALWAYS_INLINE { columns[n] = Math::load(row + n * kWidth); });
     unrolled<M>([&](auto m) ALWAYS_INLINE {
-      const typename Math::Vector left = Math::broadcast(a(m, k));
+      const auto left = Math::broadcast(a(m, k));
       unrolled<N>([&](auto n) ALWAYS_INLINE { c[m][n] = Math::dot(c[m][n], left, columns[n]); });
     });
   }
