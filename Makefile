@@ -3,7 +3,7 @@
 # Plain enough for make 3.81 (macOS).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench fuzz soak kernels-report gpu clean
+.PHONY: help demo test test-all matrix check format bench fuzz soak kernels-report gpu clean
 
 PYTHON ?=
 PYTEST_ARGS ?=
@@ -21,6 +21,8 @@ export OMP_WAIT_POLICY := passive
 help:
 	@echo "make demo     run DeepSeek Sparse Attention inside a small real model, on this machine"
 	@echo "make test     run the tests; pick some with PYTEST_ARGS='tests/test_packaging.py -x'"
+	@echo "make test-all run these, then the slow ones"
+	@echo "make matrix   run the tests on every stack of README's table; hours, and gigabytes; ARGS='3.12' for one"
 	@echo "make check    lint; check formatting, types and the links of the Markdown files"
 	@echo "make format   repair both where that is mechanical"
 	@echo "make bench    time everything against dense attention, quickly"
@@ -35,8 +37,15 @@ demo: $(READY)
 	.venv/bin/python examples/demo.py
 
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for another package.
+PYTEST := .venv/bin/pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
 test: $(READY)
-	.venv/bin/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: test
+	$(PYTEST) -m slow
+
+matrix: $(READY)
+	.venv/bin/python tests/matrix.py $(ARGS)
 
 check: $(READY)
 	.venv/bin/ruff check .
@@ -76,7 +85,7 @@ gpu: $(READY)
 	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis sparse-attn-demo sparse-attn-bench
+	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis sparse-attn-demo sparse-attn-bench
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Prints why an interpreter cannot be used, and nothing when it can.

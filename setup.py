@@ -8,6 +8,7 @@ it. Each instruction set is compiled with its own flags and chosen at run time. 
 compiler the package installs all the same, and runs on torch.
 """
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -32,8 +33,8 @@ ARM64 = {"isa_portable": IN_ORDER, "isa_neon_bf16": [*IN_ORDER, "-march=armv8.2-
 # The flags of each architecture's units; isa_portable needs none and is a unit of all.
 INSTRUCTION_SETS = {
     "x86_64": {
+        "isa_avx512": AVX512,  # takes longest, so it is the first to be compiled
         "isa_avx2": AVX2,
-        "isa_avx512": AVX512,
         "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
         "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
@@ -48,25 +49,22 @@ class BuildNative(build_ext):
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"  # one library for every Python
 
+    def build_extensions(self):
+        super().build_extensions()
+        self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
+
     def build_extension(self, ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
         try:
-            build_library(library)
+            shutil.copy(built_library(), library)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or error
             print(
                 f"\nsparse_attn: the CPU library was not built, torch will do its work: {said}",
                 file=sys.stderr,
             )
-            library.unlink(missing_ok=True)
-
-    def copy_extensions_to_source(self):
-        if all(Path(self.get_ext_fullpath(ext.name)).exists() or self.inplace for ext in self.extensions):
-            super().copy_extensions_to_source()
-
-    def get_outputs(self):
-        return [path for path in super().get_outputs() if Path(path).exists()]
 
 
 class PlatformWheel(bdist_wheel):
@@ -74,12 +72,26 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]  # the library depends on the platform, not on Python
 
 
+def built_library():
+    """The library, kept in ``build`` for as long as no source, flag or compiler changes."""
+    compiler = find_compiler()
+    version = f"{compiler} {run([*compiler, '--version']).stdout}"
+    inputs = [Path("setup.py"), *sorted(SOURCES.iterdir())]
+    digest = hashlib.sha256(b"".join([version.encode(), *(path.read_bytes() for path in inputs)]))
+    library = Path("build", f"native-{digest.hexdigest()[:16]}.so")
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        build_library(library.with_suffix(".part"))
+        library.with_suffix(".part").rename(library)
+    return library
+
+
 def build_library(target, options=OPTIMISED, link=("-shared",), more_sources=()):
     """Compile each unit with its instruction set's flags and link; what cannot be compiled is left out."""
     compiler = find_compiler()
     sets = INSTRUCTION_SETS.get(architecture(compiler), {})
-    optional = sets.keys() - {"isa_portable"}
-    units = [SOURCES / f"{name}.cpp" for name in ("api", "workspace", "isa_portable", *optional)]
+    optional = [name for name in sets if name != "isa_portable"]
+    units = [SOURCES / f"{name}.cpp" for name in (*optional, "isa_portable", "api", "workspace")]
     with tempfile.TemporaryDirectory() as folder:
         openmp = OPENMP if links_openmp(compiler, folder) else []  # without it one thread does the work
 

@@ -55,7 +55,9 @@ class Driver:
         spec.loader.exec_module(setup)
         setup.SOURCES = ROOT / "kernels" / "cpu"
         if self.counter == "valgrind":
-            setup.INSTRUCTION_SETS = {"x86_64": {"isa_avx2": setup.AVX2}}  # what it cannot run need not be compiled
+            setup.INSTRUCTION_SETS = {
+                "x86_64": {"isa_avx2": setup.AVX2}
+            }  # what it cannot run need not be compiled
         self.path = folder / "driver"
         setup.build_library(self.path, link=(), more_sources=[Path(__file__).with_suffix(".cpp")])
         self.instruction_sets = run_counted(self.counter, [self.path])[0].split()

@@ -26,11 +26,25 @@ hypothesis.settings.register_profile("fuzz", max_examples=300, **COMMON)
 hypothesis.settings.load_profile("slice")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED else ["interpreted"]
 if INTERPRETED:
     BACKENDS = ["triton"]
 else:
     on_cpu = [f"cpu-{name}" for name in (*native.instruction_sets(), "torch")]
     BACKENDS = ["reference", *on_cpu] + (["triton"] if torch.cuda.is_available() else [])
+
+
+def pytest_configure(config):
+    if INTERPRETED and not config.pluginmanager.hasplugin("interpreter"):
+        raise pytest.UsageError("the interpreter needs its plugin: run pytest -p interpreter in tests/")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:  # they share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long and cannot be divided comes first, so that all workers end together."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -10,6 +10,7 @@ from sparse_attn import index_logits
 
 transformers = pytest.importorskip("transformers")
 demo = pytest.importorskip("real_model", reason="the demo's packages are not installed")
+pytestmark = pytest.mark.xdist_group("demo_model")  # one model serves all tests
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "setup.py").exists():
     pytest.skip("needs a source checkout", allow_module_level=True)
+pytestmark = pytest.mark.xdist_group("packaging")  # one wheel serves several tests
 
 CODE = ("sparse_attn", "kernels")
 BESIDE_CODE = ("tests", "benchmarks", "examples")

@@ -16,5 +16,7 @@ def test_there_are_blocks():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[str(n) for n in range(len(BLOCKS))])
 def test_a_block_runs(block):
+    if "sparse_attn.integrations.transformers" in block:
+        pytest.importorskip("sparse_attn.integrations.transformers", exc_type=ImportError)
     with torch.enable_grad():  # a user's default
         exec(compile(block, "README.md", "exec"), {})

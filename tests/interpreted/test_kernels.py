@@ -34,9 +34,10 @@ NAN, INF = float("nan"), float("inf")
 MAP_NORESERVE = 0x4000  # Linux; the mmap module has the name from Python 3.13 on
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 ARCHITECTURES = [80, 86, 90, 100, 120]
+slow = pytest.mark.slow
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=[pytest.param(sm, marks=[] if sm == 90 else slow) for sm in ARCHITECTURES])
 def architecture(request, monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: request.param)
     return request.param
@@ -302,7 +303,7 @@ def test_number_of_splits():
             assert n == 1 or (full and (n - 1) * share < tiles and programs * n <= 108)
 
 
-@pytest.fixture(params=[1, 6, 24, 1000])
+@pytest.fixture(params=[pytest.param(1, marks=slow), pytest.param(6, marks=slow), 24, 1000])
 def multiprocessors(request, monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: request.param)
 
@@ -343,7 +344,7 @@ def test_splits_of_strided_outputs(multiprocessors):
 EDGES = [0, 1, 63, 64, 65, *(KEYS_PER_PROGRAM + i for i in (-1, 0, 1)), 2 * KEYS_PER_PROGRAM + 5]
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("paged", [pytest.param(False, marks=slow), True])
 def test_ranges_at_the_edges(paged):
     ks = int32(*(a for a in EDGES for _ in EDGES))
     ke = int32(*EDGES).repeat(len(EDGES))
