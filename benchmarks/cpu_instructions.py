@@ -1,8 +1,9 @@
 """How many instructions the C++ kernels execute, for each instruction set that can be counted.
 
 The count is for one call on one thread: a run of the driver (cpu_instructions.cpp) with the call minus a run
-without it, by the processor's counter (perf stat) or else by valgrind, which has no AVX512. The count does
-not depend on what else the machine does. It is also divided by the least number of multiply-add instructions
+without it, by the processor's counter (perf stat) or else by valgrind, which has no AVX512. Those of ARM64
+are counted elsewhere too, with a cross compiler and the emulator qemu. The count does not depend on what else
+the machine does. It is also divided by the least number of multiply-add instructions
 that the operation needs: 1 would be arithmetic alone. It says nothing about the time that memory takes.
 """
 
@@ -10,6 +11,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,16 +23,21 @@ from bench.timing import append_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The counting command, and the pattern of the count that it prints on stderr.
+# The counting command, and the pattern of a line on stderr that gives a count, or is printed per instruction.
 COUNTERS = {
-    "perf": (["perf", "stat", "-x,", "-e", "instructions:u"], r"^(\d+),"),
-    "valgrind": (["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"], r"Collected : (\d+)"),
+    "perf": (["perf", "stat", "-x,", "-e", "instructions:u"], rb"(\d+),"),
+    "valgrind": (["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"], rb".*Collected : (\d+)"),
+    "qemu": (
+        ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", "max", "-singlestep", "-d", "exec,nochain"],
+        rb"Trace ",
+    ),
 }
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
 # No string instructions to clear and copy memory: valgrind counts each of their repetitions.
 ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-ERMS"}
-# Multiply-adds per instruction: one per lane; with AVX512-BF16 two per lane; with AMX 32 for each of 16 x 16
+# Multiply-adds per instruction: one per lane; with bf16 dots two per lane; with AMX 32 for each of 16 x 16
 # results. On x86 portable has four lanes, but takes two instructions per multiply-add.
-MULTIPLY_ADDS = {"amx": 8192, "avx512bf16": 32, "avx512": 16, "avx2": 8, "portable": 4}
+MULTIPLY_ADDS = {"amx": 8192, "avx512bf16": 32, "avx512": 16, "avx2": 8, "neon_bf16": 8, "portable": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +51,24 @@ class Operation:
 class Driver:
     """The driver and the kernels, built into a folder, run under the first counter that works here."""
 
-    def __init__(self, folder: Path):
-        self.counter = next(filter(works, COUNTERS), None)
-        if self.counter is None:
-            raise OSError(
-                "needs perf with the event instructions:u, which few virtual machines have, or valgrind"
-            )
+    def __init__(self, folder: Path, arm64: bool = False):
         spec = importlib.util.spec_from_file_location("setup_of_sparse_attn", ROOT / "setup.py")
         setup = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(setup)
         setup.SOURCES = ROOT / "kernels" / "cpu"
-        if self.counter == "valgrind":
-            setup.INSTRUCTION_SETS = {
-                "x86_64": {"isa_avx2": setup.AVX2}
-            }  # what it cannot run need not be compiled
+        if arm64:
+            self.counter = "qemu"
+            if not (shutil.which(CROSS_COMPILER) and shutil.which("qemu-aarch64")):
+                raise OSError(f"needs {CROSS_COMPILER} and qemu-aarch64")
+            setup.find_compiler = lambda: [CROSS_COMPILER]
+        else:
+            self.counter = next(filter(works, ("perf", "valgrind")), None)
+            if self.counter is None:
+                raise OSError(
+                    "needs perf with the event instructions:u, which few virtual machines have, or valgrind"
+                )
+        if self.counter == "valgrind":  # what it cannot run need not be compiled
+            setup.INSTRUCTION_SETS = {"x86_64": {"isa_avx2": setup.AVX2}}
         self.path = folder / "driver"
         setup.build_library(self.path, link=(), more_sources=[Path(__file__).with_suffix(".cpp")])
         self.instruction_sets = run_counted(self.counter, [self.path])[0].split()
@@ -74,10 +85,18 @@ class Driver:
 
 def run_counted(counter: str, command: list) -> tuple[str, int]:
     """What a command prints, and how many instructions it takes."""
-    prefix, count = COUNTERS[counter]
+    prefix, pattern = COUNTERS[counter]
     command = [*prefix, *map(str, command)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    return done.stdout, sum(map(int, re.findall(count, done.stderr, re.MULTILINE)))
+    # Read line by line: qemu's lines are gigabytes.
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        found = filter(None, map(re.compile(pattern).match, running.stderr))
+        count = sum(int(match[1]) if match.re.groups else 1 for match in found)
+        printed = running.stdout.read().decode()
+    if running.returncode:
+        raise subprocess.CalledProcessError(running.returncode, command)
+    return printed, count
 
 
 def works(counter: str) -> bool:
@@ -120,11 +139,14 @@ def measure(driver: Driver, instruction_set: str, name: str, operation: Operatio
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--quick", action="store_true", help="256 rows of 4,096 keys, not 2,048 of 32,768")
+    command.add_argument(
+        "--arm64", action="store_true", help="ARM64's, with a cross compiler and an emulator"
+    )
     options = command.parse_args()
     sizes = {"rows": 256, "keys": 4096} if options.quick else {"rows": 2048, "keys": 32768}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            driver = Driver(Path(folder))
+            driver = Driver(Path(folder), options.arm64)
         except OSError as error:
             command.exit(1, f"{command.prog}: {error}\n")
         rows = [

@@ -253,8 +253,13 @@ inline Bits at_least(Float a, Float b) { return bits_of(a >= b); }
 #endif
 #endif
 
-// max(a, b) is b if either is NaN, so max(constant, x) keeps a NaN of x.
+// max(a, b) is b if either is NaN, so max(constant, x) keeps a NaN of x. So does ARM's instruction, which
+// gives NaN if either is.
+#if defined(__aarch64__)
+inline Float relu(Float x) { return vmaxq_f32(Float{}, x); }
+#else
 inline Float relu(Float x) { return max(Float{}, x); }
+#endif
 
 template <class T>
 inline Float load_tail(const T* p, int64_t n) {  // lanes from n on are zero
