@@ -20,8 +20,10 @@ from rich.console import Console
 
 from bench.command import parser, table
 from bench.timing import append_json
+from sparse_attn.ops.backends.native import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "kernels" / "cpu"
 
 # The counting command, and the pattern of a line on stderr that gives a count, or is printed per instruction.
 COUNTERS = {
@@ -55,22 +57,23 @@ class Driver:
         spec = importlib.util.spec_from_file_location("setup_of_sparse_attn", ROOT / "setup.py")
         setup = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(setup)
-        setup.SOURCES = ROOT / "kernels" / "cpu"
+        self.path, source = folder / "driver", Path(__file__).with_suffix(".cpp")
         if arm64:
             self.counter = "qemu"
             if not (shutil.which(CROSS_COMPILER) and shutil.which("qemu-aarch64")):
                 raise OSError(f"needs {CROSS_COMPILER} and qemu-aarch64")
-            setup.find_compiler = lambda: [CROSS_COMPILER]
+            setup.SOURCES, setup.find_compiler = SOURCES, lambda: [CROSS_COMPILER]
+            setup.build_library(self.path, link=(), more_sources=[source])
         else:
             self.counter = next(filter(works, ("perf", "valgrind")), None)
             if self.counter is None:
                 raise OSError(
                     "needs perf with the event instructions:u, which few virtual machines have, or valgrind"
                 )
-        if self.counter == "valgrind":  # what it cannot run need not be compiled
-            setup.INSTRUCTION_SETS = {"x86_64": {"isa_avx2": setup.AVX2}}
-        self.path = folder / "driver"
-        setup.build_library(self.path, link=(), more_sources=[Path(__file__).with_suffix(".cpp")])
+            if not LIBRARY.exists():
+                raise OSError("the C++ library was not built here")
+            command = [*setup.find_compiler(), *setup.FLAGS, "-I", SOURCES, source, LIBRARY, "-o", self.path]
+            setup.run([*command, f"-Wl,-rpath,{LIBRARY.parent}"])
         self.instruction_sets = run_counted(self.counter, [self.path])[0].split()
 
     def instructions(self, instruction_set: str, operation: Operation) -> int:

@@ -7,6 +7,7 @@ interpreter.
 """
 
 import os
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -42,9 +43,37 @@ def pytest_configure(config):
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+# Files whose tests share something that takes long to make, and one whose every case takes long.
+TOGETHER = {f"test_{name}.py" for name in ("cpu_instructions", "demo_model", "kernels_compile", "packaging")}
+APART = "test_kernels_interpreted.py"
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """What takes long and cannot be divided comes first, so that all workers end together."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    # What takes long and cannot be divided comes first, so that all workers end together.
+    items.sort(key=lambda item: (item.path.name != APART) + (item.path.name not in TOGETHER | {APART}))
+    if (
+        INTERPRETED
+    ):  # every third case, but where a test says itself what is slow; `make test-all` runs the others
+        seen = Counter()
+        for item in items:
+            if item.path.name != "test_kernels.py":
+                seen[item.function] += 1
+                if seen[item.function] % 3 != 1:
+                    item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, function = nodeid.partition("[")[0].split("::", 1)
+            name = file.rpartition("/")[2]
+            return file if name in TOGETHER else nodeid if name == APART else f"{file}::{function}"
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(params=BACKENDS)

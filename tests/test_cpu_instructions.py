@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("rich", reason="rich is in the demo extra")
-pytestmark = pytest.mark.xdist_group("cpu_instructions")  # one driver serves all tests
 
 spec = importlib.util.spec_from_file_location(
     "cpu_instructions", Path(__file__).parents[1] / "benchmarks" / "cpu_instructions.py"

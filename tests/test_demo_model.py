@@ -10,7 +10,6 @@ from sparse_attn import index_logits
 
 transformers = pytest.importorskip("transformers")
 demo = pytest.importorskip("real_model", reason="the demo's packages are not installed")
-pytestmark = pytest.mark.xdist_group("demo_model")  # one model serves all tests
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +69,7 @@ def test_generate_with_every_token_is_dense_generation(model, ids):
     assert demo.generate(model, ids[:64], 12).tolist() == dense.tolist()
 
 
+@pytest.mark.slow
 def test_quality_and_selection(model, ids):
     """k = 256 of 768 tokens: second-half perplexity within 3 % of dense, at least 90 % of the mass kept."""
     ids, topk = ids[:768], 256
@@ -102,6 +102,7 @@ def test_padding_is_refused(model, ids):
         model(ids[None, :16], attention_mask=mask)
 
 
+@pytest.mark.slow
 def test_run(loaded, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "load_model", lambda: loaded)
     console = demo.Console(record=True, width=100)

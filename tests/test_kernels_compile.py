@@ -23,7 +23,6 @@ from aot.cases import CASES, Product  # noqa: E402
 from aot.launch import compile_launches  # noqa: E402
 from sparse_attn import ops  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("compile")  # what is compiled serves several tests
 BUDGETS = Path(__file__).parents[1] / "benchmarks" / "kernels_budget"
 
 

@@ -27,20 +27,13 @@ SLOW_PARTS = {
 }
 
 
-def side_by_side(parts):
-    return pytest.mark.parametrize(
-        "arguments",
-        [pytest.param(part, id=name, marks=pytest.mark.xdist_group(name)) for name, part in parts.items()],
-    )
-
-
-@side_by_side(PARTS)
+@pytest.mark.parametrize("arguments", PARTS.values(), ids=PARTS)
 def test_in_the_interpreter(arguments):
     run_in_the_interpreter(*arguments)
 
 
 @pytest.mark.slow
-@side_by_side(SLOW_PARTS)
+@pytest.mark.parametrize("arguments", SLOW_PARTS.values(), ids=SLOW_PARTS)
 def test_more_in_the_interpreter(arguments):
     run_in_the_interpreter(*arguments)
 

@@ -411,6 +411,7 @@ CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
     not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)),
     reason=f"needs {CROSS_COMPILER} and {EMULATOR}",
 )
+@pytest.mark.slow
 def test_the_kernels_for_arm64_run_under_an_emulator(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", CROSS_COMPILER)
     build_driver(tmp_path / "driver", ["-O1"])

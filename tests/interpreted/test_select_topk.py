@@ -66,7 +66,7 @@ def test_lists_of_every_length(monkeypatch):
     check(logits[:, :7], 3, torch.zeros_like(ke), ke)
 
 
-@pytest.mark.parametrize("s_kv, segments", [(1 << 22, 1), (1 << 18, 4)])
+@pytest.mark.parametrize("s_kv, segments", [pytest.param(1 << 22, 1, marks=pytest.mark.slow), (1 << 18, 4)])
 def test_millions_of_logits(monkeypatch, s_kv, segments):
     monkeypatch.setattr(kernels, "BLOCK", 1 << 15)
     monkeypatch.setattr(kernels, "MAX_SEGMENTS", segments)
