@@ -52,9 +52,7 @@ APART = "test_kernels_interpreted.py"
 def pytest_collection_modifyitems(items):
     # What takes long and cannot be divided comes first, so that all workers end together.
     items.sort(key=lambda item: (item.path.name != APART) + (item.path.name not in TOGETHER | {APART}))
-    if (
-        INTERPRETED
-    ):  # every third case, but where a test says itself what is slow; `make test-all` runs the others
+    if INTERPRETED:  # every third case is fast, but where the tests say themselves what is slow
         seen = Counter()
         for item in items:
             if item.path.name != "test_kernels.py":
