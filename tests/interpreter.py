@@ -3,9 +3,9 @@
     cd tests && TRITON_INTERPRET=1 python -m pytest -p interpreter interpreted
 
 It repairs what is wrong up to Triton 3.9: `tl.dot` multiplies the bit patterns of bf16 and e4m3 operands,
-fp32 -> bf16 truncates, e4m3 has no NaN, and `tl.map_elementwise` is missing. It also checks every load
-and store: each address must be that of an element of a tensor argument, and neither two programs nor two
-lanes of one store may write the same address.
+fp32 -> bf16 truncates, e4m3 has no NaN, `~` of an unsigned value fails, and `tl.map_elementwise` is missing.
+It also checks every load and store: each address must be that of an element of a tensor argument, and neither
+two programs nor two lanes of one store may write the same address.
 """
 
 import traceback
@@ -60,7 +60,12 @@ def _repair_types() -> None:
             return convert(self, src, dst_type, *args)
         return cast_impl(self, TensorHandle(fp32(src), tl.float32), dst_type)
 
+    def get_all_ones_value(self, dtype):
+        bits = np.full([1], ~0, np.int64).astype(interpreter._get_np_dtype(dtype))
+        return TensorHandle(bits, dtype.scalar)
+
     Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
+    Builder.get_all_ones_value = get_all_ones_value
 
 
 class _Launch:
@@ -138,6 +143,9 @@ def _patch_language_once() -> None:
         if not languages <= patched:
             patch(fn)
             patched.update(languages)
+            tl.tensor.__index__ = lambda self: (
+                self.handle.data.item()
+            )  # NumPy 2.4 refuses int() of one element
         return interpreter._LangPatchScope()  # nothing to restore after the launch
 
     interpreter._patch_lang = patch_lang
