@@ -143,9 +143,7 @@ def _patch_language_once() -> None:
         if not languages <= patched:
             patch(fn)
             patched.update(languages)
-            tl.tensor.__index__ = lambda self: (
-                self.handle.data.item()
-            )  # NumPy 2.4 refuses int() of one element
+            tl.tensor.__index__ = lambda self: self.handle.data.item()  # NumPy 2.4 takes no int() of it
         return interpreter._LangPatchScope()  # nothing to restore after the launch
 
     interpreter._patch_lang = patch_lang
