@@ -30,7 +30,7 @@ help:
 	@echo "make soak     decode 100,000 steps: results stay right, memory constant"
 	@echo "make kernels-report    compile every GPU kernel for every architecture, without a GPU: registers, spills,"
 	@echo "              shared memory, instructions; ARGS='--quick --arch 90', TRITON=3.6.0 for another Triton"
-	@echo "make gpu      on a CUDA GPU: run all tests on it, time everything, write a record; ARGS=--dry-run without one"
+	@echo "make gpu      on a CUDA GPU: run the tests on it, time everything, write a record; ARGS=--dry-run without one"
 	@echo "make clean    remove .venv and everything that was built or cached"
 
 demo: $(READY)

@@ -488,6 +488,7 @@ GL = types.SimpleNamespace(
     log2=lambda x: tensor(np.log2(x)),
 )
 NAMES = {
+    "triton": types.SimpleNamespace(__version__="3.9.0"),
     "gl": GL,
     "gluon": types.SimpleNamespace(jit=jit, aggregate=dataclasses.dataclass),
     "async_copy": types.SimpleNamespace(
@@ -506,9 +507,11 @@ NAMES = {
 
 
 def load_module(source: str | ast.Module) -> dict:
-    """Execute the source of a kernel's module with NAMES in place of its imports from Triton."""
+    """Execute the source of a kernel's module with NAMES in place of its imports of Triton."""
     tree = ast.parse(source) if isinstance(source, str) else source
-    body = [s for s in tree.body if not (isinstance(s, ast.ImportFrom) and "triton" in s.module)]
+    imports = (s for s in tree.body if isinstance(s, (ast.Import, ast.ImportFrom)))
+    theirs = [s for s in imports if "triton" in ast.unparse(s)]
+    body = [s for s in tree.body if s not in theirs]
     module = dict(NAMES, __name__="emulated")
     exec(compile(ast.Module(body, []), "emulated kernel", "exec"), module)
     return module

@@ -43,6 +43,7 @@ def environment(python: str, versions: list[str]) -> Path:
 def run(programs: Path) -> str:
     """pytest's last line, such as ``2 failed, 2700 passed, 3 skipped``."""
     command = [programs / "pytest", "-n", "auto", "--no-loadscope-reorder", "-q"]
+    command += ["--ignore=tests/test_versions.py"]  # it reads what is to be written here
     log = programs.parent / "tests.log"
     with log.open("w") as out:
         subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)

@@ -363,6 +363,7 @@ def test_sizes_do_not_recompile(compiled):
 
 @pytest.fixture
 def on_hopper(monkeypatch):
+    pytest.importorskip("triton", minversion="3.9")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with torch._subclasses.FakeTensorMode():
         yield
@@ -411,7 +412,15 @@ def test_rows_must_be_aligned(on_hopper, name):
             sparse_mla(**inputs, variant="warp_specialized")
 
 
+def test_an_older_triton_is_refused():
+    triton = pytest.importorskip("triton")
+    source = SOURCE.replace("triton.__version__", "'3.8.1'")
+    with pytest.raises(ImportError, match=r"needs Triton 3.9 or newer, got 3\.8\.1"):
+        exec(compile(source, "an older triton", "exec"), {"triton": triton})
+
+
 def test_other_devices_are_refused(monkeypatch):
+    pytest.importorskip("triton", minversion="3.9")
     inputs = mla_inputs(2, 90, 64, d_qk=576, dtype=BF16)
     with pytest.raises(ValueError, match="needs backend 'triton' and cuda tensors, got 'auto' and cpu"):
         sparse_mla(**inputs, variant="warp_specialized")
