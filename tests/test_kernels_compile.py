@@ -58,7 +58,7 @@ def expected_opcodes(row):
 
 @pytest.mark.parametrize(
     "case, arch",
-    compiled(),
+    list(compiled()),
     ids=lambda value: f"{value.op}-{value.label}" if isinstance(value, cases.Case) else f"sm_{value}",
 )
 def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
