@@ -33,7 +33,7 @@ ARM64 = {"isa_portable": IN_ORDER, "isa_neon_bf16": [*IN_ORDER, "-march=armv8.2-
 # The flags of each architecture's units; isa_portable needs none and is a unit of all.
 INSTRUCTION_SETS = {
     "x86_64": {
-        "isa_avx512": AVX512,  # takes longest, so it is the first to be compiled
+        "isa_avx512": AVX512,  # takes longest, so it is among the first to be compiled
         "isa_avx2": AVX2,
         "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
         "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
@@ -91,7 +91,7 @@ def build_library(target, options=OPTIMISED, link=("-shared",), more_sources=())
     compiler = find_compiler()
     sets = INSTRUCTION_SETS.get(architecture(compiler), {})
     optional = [name for name in sets if name != "isa_portable"]
-    units = [SOURCES / f"{name}.cpp" for name in (*optional, "isa_portable", "api", "workspace")]
+    units = [SOURCES / f"{name}.cpp" for name in ("isa_portable", *optional, "api", "workspace")]
     with tempfile.TemporaryDirectory() as folder:
         openmp = OPENMP if links_openmp(compiler, folder) else []  # without it one thread does the work
 
