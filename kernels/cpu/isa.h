@@ -29,4 +29,22 @@ constexpr Kernels fp32_kernels(const char* name) {
   };
 }
 
+#if defined(SPARSE_ATTN_BF16_DOT)
+// bf16 tensors use the dot instruction; the fp32 set serves everything else.
+template <const Kernels& Fp32Set>
+constexpr Kernels bf16_dot_kernels(const char* name) {
+  return {
+      name,
+      {score_plain<TileScorer<Bf16Dot, bfloat16>>},
+      {score_packed<TileScorer<Bf16Dot, bfloat16>>},
+      nullptr,
+      {attend_plain<TileEngine<Bf16Dot, bfloat16>>},
+      {},
+      {attend_packed_in_bf16<TileEngine<Bf16Dot, bfloat16>, Fp32Set>},
+      {},
+      [](int32_t kind, int64_t rounds) { return kind == kPeakBf16 ? run_peak<Bf16Dot>(rounds) : 0; },
+  };
+}
+#endif
+
 }  // namespace

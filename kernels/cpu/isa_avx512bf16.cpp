@@ -1,16 +1,4 @@
 #include "isa.h"
 
 extern const Kernels kernels_avx512;
-
-// bf16 tensors use the dot instruction; AVX512 serves everything else.
-extern const Kernels kernels_avx512bf16 = {
-    "avx512bf16",
-    {score_plain<TileScorer<Bf16Dot, bfloat16>>},
-    {score_packed<TileScorer<Bf16Dot, bfloat16>>},
-    nullptr,
-    {attend_plain<TileEngine<Bf16Dot, bfloat16>>},
-    {},
-    {attend_packed_in_bf16<TileEngine<Bf16Dot, bfloat16>, kernels_avx512>},
-    {},
-    [](int32_t kind, int64_t rounds) { return kind == kPeakBf16 ? run_peak<Bf16Dot>(rounds) : 0; },
-};
+extern const Kernels kernels_avx512bf16 = bf16_dot_kernels<kernels_avx512>("avx512bf16");
