@@ -34,9 +34,8 @@ inline const void* query_head(const AttentionArgs& args, int64_t t, int64_t head
 }
 
 inline void write_head(const AttentionArgs& args, int64_t t, int64_t head, const float* acc, float factor) {
-  with_elements(args.dtype, args.out, [&](auto* elements) {
-    auto* out = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(elements)>>*>(elements) +
-                t * args.out_query + head * args.out_head;
+  with_element(args.dtype, [&](auto element) {
+    auto* out = static_cast<decltype(element)*>(args.out) + t * args.out_query + head * args.out_head;
     for (int64_t c = 0; c < args.d_v; c += kWidth)
       store_tail(out + c, factor == 0.0f ? Float{} : load(acc + c) * factor, args.d_v - c);
   });
@@ -244,15 +243,15 @@ template <class Math>
   });
 }
 
-// acc[head][column] = sums + P V.
+// acc[head][column] = what the sums so far count + P V; `alpha` is the factor of each head's sums.
 template <class Math, class ValueWords>
 [[gnu::noinline]] void multiply_values(const Transposed<Math>& p, const ValueWords& values, int64_t heads,
-                                       Sums sums, float* acc) {
-  for_each_panel(values.columns() / kWidth, [&](int64_t v, auto width) {
+                                       Sums::Kind kind, const float* alpha, float* acc) {
+  const int64_t row = values.columns();
+  for_each_panel(row / kWidth, [&](int64_t v, auto width) {
     float* c = acc + v * kWidth;
-    sums.c = c;
-    for_each_tile<Math, width>(p, values.template panel<width>(v), values.steps(), heads, sums,
-                               ToMatrix{c, values.columns()});
+    for_each_tile<Math, width>(p, values.template panel<width>(v), values.steps(), heads,
+                               Sums{kind, c, row, alpha}, ToMatrix{c, row});
   });
 }
 
@@ -306,8 +305,7 @@ class TileEngine {
       values_.load_rows(v_, n_, padded_);
     for (int part = 0; part < p.parts(); part++) {
       const auto kind = part ? Sums::kPlain : alpha ? Sums::kScaled : Sums::kNone;
-      multiply_values<Math>({p.part(part), group_.stride()}, values_.words(), group_.heads,
-                            {kind, acc, values_.columns(), alpha}, acc);
+      multiply_values<Math>({p.part(part), group_.stride()}, values_.words(), group_.heads, kind, alpha, acc);
     }
   }
 

@@ -144,7 +144,8 @@ inline void decode_row(const PackedRow& row, int32_t dtype, int64_t d_qk, T* out
   const uint8_t* bytes = row.bytes;
   switch (row.format) {
     case kPlain:
-      return with_elements(dtype, bytes, [&](auto* values) {
+      return with_element(dtype, [&](auto element) {
+        const auto* values = reinterpret_cast<const decltype(element)*>(bytes);
         for (int64_t i = 0; i < d_qk; i += kWidth)
           store_tail(out + i, load_tail(values + i, d_qk - i), d_qk - i);
       });

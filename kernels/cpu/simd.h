@@ -282,12 +282,12 @@ constexpr DType kDTypeOf = sizeof(T) == 4                ? kFloat32
                            : std::is_same_v<T, bfloat16> ? kBFloat16
                                                          : kFloat16;
 
-// Calls f(p) with the pointer to elements that p is.
+// Calls f with an element of that dtype, for its type.
 template <class F>
-inline void with_elements(int32_t dtype, const void* p, F&& f) {
-  if (dtype == kBFloat16) return f(static_cast<const bfloat16*>(p));
-  if (dtype == kFloat16) return f(static_cast<const float16*>(p));
-  f(static_cast<const float*>(p));
+inline void with_element(int32_t dtype, F&& f) {
+  if (dtype == kBFloat16) return f(bfloat16{});
+  if (dtype == kFloat16) return f(float16{});
+  f(float{});
 }
 inline int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 

@@ -282,7 +282,9 @@ inline void to_words(int32_t dtype, const void* row, int64_t d, typename Math::W
   if constexpr (Math::kPerWord == 2)
     to_words<Math>(static_cast<const bfloat16*>(row), d, words, n_words);
   else
-    with_elements(dtype, row, [&](auto* elements) { to_words<Math>(elements, d, words, n_words); });
+    with_element(dtype, [&](auto element) {
+      to_words<Math>(static_cast<const decltype(element)*>(row), d, words, n_words);
+    });
 }
 
 // Whether rows of d elements are words already, so that tiles can read them in place.
