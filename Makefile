@@ -37,7 +37,7 @@ demo: $(READY)
 	.venv/bin/python examples/demo.py
 
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for another package.
-PYTEST := .venv/bin/pytest --numprocesses auto --no-loadscope-reorder
+PYTEST := .venv/bin/pytest --numprocesses auto
 test: $(READY)
 	$(PYTEST) $(PYTEST_ARGS)
 

@@ -71,6 +71,7 @@ def pytest_xdist_make_scheduler(config, log):
             name = file.rpartition("/")[2]
             return file if name in TOGETHER else nodeid if name == APART else f"{file}::{function}"
 
+    config.option.loadscopereorder = False  # keeps the order above
     return Scheduler(config, log)
 
 

@@ -6,6 +6,7 @@
 A row's environment is kept in .matrix, and needs its Python on PATH (``python3.12``).
 """
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -21,8 +22,8 @@ HEADER = "| Python | torch | Triton | NumPy | transformers | tests |"
 
 def rows(text: str) -> list[list[str]]:
     """The cells of each row: Python, the version of each package, what the last run said."""
-    lines = text[text.index(HEADER) :].splitlines()[2:]
-    table = lines[: next((n for n, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    below = text[text.index(HEADER) :].splitlines()[2:]
+    table = itertools.takewhile(lambda line: line.startswith("|"), below)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
@@ -42,7 +43,7 @@ def environment(python: str, versions: list[str]) -> Path:
 
 def run(programs: Path) -> str:
     """pytest's last line, such as ``2 failed, 2700 passed, 3 skipped``."""
-    command = [programs / "pytest", "-n", "auto", "--no-loadscope-reorder", "-q"]
+    command = [programs / "pytest", "-n", "auto", "-q"]
     command += ["--ignore=tests/test_versions.py"]  # it reads what is to be written here
     log = programs.parent / "tests.log"
     with log.open("w") as out:

@@ -77,8 +77,7 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
             assert row.ahead > 0 or min(row.blocks.values()) > 1  # something computes while rows are gathered
 
 
-# Before Triton 3.8 a histogram is slower and takes more registers.
-SLOW_HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+SLOW_HISTOGRAM = cases.TRITON < (3, 8)  # and takes more registers
 # The partition that gathers has 48 registers: with more for it, those that compute spill.
 SPILLED = {"sparse_mla_hopper": 1, "select_topk": 200 if SLOW_HISTOGRAM else 0}
 GATHERING = "_sparse_mla_kernel", "_sparse_gqa_kernel"

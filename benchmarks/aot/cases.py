@@ -17,8 +17,8 @@ from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 64, 100_000, 2048
 ALL = (80, 86, 89, 90, 100, 120)
-# The warp-specialised kernel refuses an older Triton.
-HOPPER = (90,) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else ()
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+HOPPER = (90,) if TRITON >= (3, 9) else ()  # the warp-specialised kernel refuses an older Triton
 
 
 class Case(NamedTuple):
