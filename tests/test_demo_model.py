@@ -13,22 +13,41 @@ demo = pytest.importorskip("real_model", reason="the demo's packages are not ins
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def real():
+    """The tokenizer, the model and a text; it takes most of a minute to load."""
     try:
-        return demo.load_model()
+        tokenizer, model = demo.load_model()
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
+    text = demo.read_text(None)[1][:8192]
+    return tokenizer, model, tokenizer(text, return_tensors="pt").input_ids[0]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A Llama model with random weights, and random tokens."""
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 199}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    return None, model, torch.randint(0, 199, (96,))
+
+
+@pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
+def loaded(request):
+    tokenizer, model, ids = request.getfixturevalue(request.param)
+    yield tokenizer, model, ids
+    demo.use_attention(model, None)
 
 
 @pytest.fixture
 def model(loaded):
-    yield loaded[1]
-    demo.use_attention(loaded[1], None)
+    return loaded[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ids(loaded):
-    return loaded[0](demo.read_text(None)[1][:8192], return_tensors="pt").input_ids[0]  # [s]
+    return loaded[2]  # [s]
 
 
 def logits(model, ids, topk, **kwargs):
@@ -70,6 +89,7 @@ def test_generate_with_every_token_is_dense_generation(model, ids):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loaded", ["real"], indirect=True)
 def test_quality_and_selection(model, ids):
     """k = 256 of 768 tokens: second-half perplexity within 3 % of dense, at least 90 % of the mass kept."""
     ids, topk = ids[:768], 256
@@ -103,8 +123,8 @@ def test_padding_is_refused(model, ids):
 
 
 @pytest.mark.slow
-def test_run(loaded, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "load_model", lambda: loaded)
+def test_run(real, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "load_model", lambda: real[:2])
     console = demo.Console(record=True, width=100)
     results = demo.run(console, tmp_path, tokens=192, topk=(64, 192), new_tokens=2, depths=(0.5,))
     assert json.loads(json.dumps(results)) == results
