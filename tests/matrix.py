@@ -30,11 +30,10 @@ def rows(text: str) -> list[list[str]]:
 def environment(python: str, versions: list[str]) -> Path:
     """The folder of the row's programs, with this checkout installed."""
     folder = ROOT / ".matrix" / "-".join([python, *versions])
-    interpreter = shutil.which(f"python{python}")
-    if interpreter is None:
-        raise SystemExit(f"python{python} is not on PATH")
     if not folder.exists():
-        subprocess.run([interpreter, "-m", "venv", folder], check=True)
+        interpreter = shutil.which(f"python{python}")
+        if interpreter is None or subprocess.run([interpreter, "-m", "venv", folder]).returncode:
+            raise SystemExit(f"python{python}: expected it on PATH, with its venv module")
     pins = [f"{name}=={version}" for name, version in zip(PACKAGES, versions, strict=True)]
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, *pins, "-e", f"{ROOT}[demo,test]"], check=True)
@@ -56,9 +55,10 @@ def run(programs: Path) -> str:
 
 def main(words: list[str]) -> int:
     failed = 0
-    for row in rows(README.read_text()):
-        if not set(words) <= set(row):
-            continue
+    chosen = [row for row in rows(README.read_text()) if set(words) <= set(row)]
+    if not chosen:
+        raise SystemExit(f"{' '.join(words)}: expected words that stand in one row of README's table")
+    for row in chosen:
         python, *versions, _ = row
         said = run(environment(python, versions))
         print(*row[:-1], said, flush=True)
