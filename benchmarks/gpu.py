@@ -1,11 +1,16 @@
-"""Run all tests on this machine's GPU, time every operation, and write a dated record with the card's name.
+"""Test and time every operation on this machine's GPU, and write a dated record with the card's name.
 
-Results are checked against fp64 before they are timed. Times are the GPU's own, by events, with the L2 cache
-flushed before each call. --dry-run does all of it on the CPU with tiny sizes: those times mean nothing.
+Needs torch and Triton, and the package installed or on PYTHONPATH; no network. Results are checked against
+fp64 before they are timed. Times are the GPU's own: captured graphs between events, the L2 cache flushed
+before each call. Each line of the record is written as soon as it is measured. --dry-run does all of it on
+the CPU with tiny sizes: those times mean nothing.
 """
 
 import argparse
+import dataclasses
 import datetime
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +21,8 @@ import torch
 from rich.console import Console
 
 from bench import operations, timing
-from bench.case import GPU, TINY
+from bench.case import GPU, TINY, Sizes
+from bench.limits import measure_gpu_limits
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "records"
@@ -30,6 +36,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--skip-tests", action="store_true", help="only time")
     parser.add_argument("--only", default="", metavar="TEXT", help=f"of {', '.join(operations.OPERATIONS)}")
+    parser.add_argument("--contexts", type=int, nargs="+", help="instead of 8192 32768 131072")
+    parser.add_argument("--batches", type=int, nargs="+", help="sequences that decode, instead of 1 32 128")
+    parser.add_argument(
+        "--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that test and compile"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default 10)")
     parser.add_argument(
         "--output", type=Path, help="folder of the record (default benchmarks/records; a dry run keeps none)"
@@ -44,31 +55,61 @@ def main() -> None:
 
 def record(options: argparse.Namespace, folder: Path) -> bool:
     """Test, time and write; gives whether everything was right."""
-    now, console = datetime.datetime.now(), Console(record=True, width=160)
+    now, console = datetime.datetime.now(), Console(record=True, width=200)
     if options.dry_run:
         torch.set_num_threads(1)
         device, card, sizes, clock = torch.device("cpu"), "dry run on a CPU", TINY, timing.cpu_clock
     else:
         device, sizes = torch.device("cuda"), GPU
         card, clock = torch.cuda.get_device_name(), timing.CudaClock(device)
+    sizes = sizes._replace(
+        contexts=tuple(options.contexts or sizes.contexts), batches=tuple(options.batches or sizes.batches)
+    )
     console.print(f"{card}, torch {torch.__version__}, {now:%Y-%m-%d %H:%M}", highlight=False)
-    passed, tests = (True, "skipped") if options.skip_tests else run_tests(options.dry_run)
+    limits = measure_gpu_limits(device, clock, 64 if options.dry_run else 8192)
+    console.print(
+        f"measured here: {limits.operations_per_second / 1e12:.0f} TFLOP/s in bf16, "
+        f"{limits.bytes_per_second / 1e12:.2f} TB/s",
+        highlight=False,
+    )
+    passed, tests = (True, "skipped") if options.skip_tests else run_tests(options.dry_run, options.jobs)
     console.print(f"tests: {tests}", highlight=False)
     names = [name for name in operations.OPERATIONS if options.only in name]
-    lines = operations.run(console, names, sizes, device, options.rounds, clock)
+    if not options.dry_run:
+        compile_all(names, sizes, options.jobs)
     path = folder / f"{now:%Y-%m-%d-%H%M}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.jsonl"
-    about = {"card": card, "date": f"{now:%Y-%m-%d}", "dry_run": options.dry_run, "tests": tests}
-    timing.append_json(str(path), "gpu", [{**about, **line} for line in lines])
+    about = {
+        **{"card": card, "date": f"{now:%Y-%m-%d}", "dry_run": options.dry_run, "tests": tests},
+        **{"limits": dataclasses.asdict(limits), "command": " ".join(["benchmarks/gpu.py", *sys.argv[1:]])},
+    }
+
+    def keep(line: dict) -> None:
+        timing.append_json(str(path), "gpu", [{**about, **line}])
+
+    lines = operations.run(console, names, sizes, device, options.rounds, clock, limits, keep)
     path.with_suffix(".txt").write_text(console.export_text())
     print(f"{path} and .txt")
     return passed and bool(lines) and not any("not_timed" in line for line in lines)
 
 
-def run_tests(dry_run: bool) -> tuple[bool, str]:
+def compile_all(names: list[str], sizes: Sizes, jobs: int) -> None:
+    """Fill Triton's cache from several processes: one compiles for minutes."""
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=operations.compile_share, args=(names, sizes, torch.device("cuda"), i, jobs))
+        for i in range(jobs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def run_tests(dry_run: bool, jobs: int) -> tuple[bool, str]:
     """Whether pytest passed, and the last line that it printed. A dry run only collects some tests."""
     # Not `python -m pytest`: that puts the repository on sys.path, and `import kernels` then finds kernels/.
     command = [str(Path(sys.executable).with_name("pytest"))]
-    command += ["--collect-only", "-q", "tests/test_index.py"] if dry_run else []
+    command += ["--collect-only", "-q", "tests/test_index.py"] if dry_run else ["-m", "gpu", "-n", str(jobs)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     last = ""
     for line in process.stdout:

@@ -22,6 +22,7 @@ from .tensors import cache, gathered, highest, normal, on_huge_pages, packed
 
 D_QK, D_V, SCALE = 576, 512, 192**-0.5
 GQA_D = 128
+GQA_MOST = 1 << 22  # tokens in all caches: 17 GB, and as much again in the dense forms' layout
 PARTS = 8  # how many are merged
 MEMORY_QUERIES = 64
 # The error allowed, in roundings to bf16; GPU kernels round the probabilities too.
@@ -29,16 +30,22 @@ FACTOR = {"cpu": 1.5, "cuda": 2.5}
 
 
 def attention(sizes: Sizes, device: torch.device) -> Cases:
-    """MLA of one query per sequence over the selected tokens, beside dense attention over all of them."""
+    """MLA of one query per sequence over the selected tokens, beside dense attention over all of them.
+
+    Where sizes say so, with fewer heads too, and those also in a prefill; the layer's prefill has all heads.
+    """
     yield from decodes(sizes, "gaussian", partial(_attention, sizes, device, "gaussian"))
     if "clustered" in sizes.scores:
         yield sizes.middle, "clustered", partial(_attention, sizes, device, "clustered", 1, sizes.middle)
+    tokens, context = sizes.prefill
+    for heads in sizes.fewer_heads:
+        fewer = sizes._replace(heads=heads, contexts=(sizes.middle,))
+        yield from decodes(fewer, f"{heads} heads", partial(_few_heads, fewer, device))
+        yield context, f"{heads} heads, prefill of {tokens}", partial(_few_heads, fewer, device, 0, context)
 
 
 def _attention(sizes: Sizes, device: torch.device, kind: str, batch: int, context: int) -> Case:
-    q, kv = normal(device, batch, sizes.heads, D_QK), cache(device, batch, context, D_QK)
-    ke, first_row = ranges(batch, context, device)
-    indices = highest(scores(kind, batch, context, device), sizes.topk, ke, first_row)
+    q, kv, indices = _decode_inputs(sizes, device, kind, batch, context)
     rows = kv.flatten(0, 1)
     functions, check = attend(q, rows, indices, SCALE)
     functions |= {
@@ -48,8 +55,32 @@ def _attention(sizes: Sizes, device: torch.device, kind: str, batch: int, contex
     if context == sizes.flex:
         every = kv[:, None]
         functions["dense flex_attention"] = lambda: dense.flex(q[:, None], every, every)
-    work = attention_work(batch, indices.shape[1], sizes.heads, D_QK, D_V, 2 * D_QK)
-    return Case(functions, check, work)
+    return Case(functions, check, _work(q, indices))
+
+
+def _few_heads(sizes: Sizes, device: torch.device, batch: int, context: int) -> Case:
+    """Of ``batch`` sequences, or a prefill of one where that is 0; nothing dense."""
+    if batch:
+        q, kv, indices = _decode_inputs(sizes, device, "gaussian", batch, context)
+    else:
+        tokens = sizes.prefill[0]
+        q, kv = normal(device, tokens, sizes.heads, D_QK), cache(device, 1, context, D_QK)
+        ke = torch.arange(context - tokens + 1, context + 1, device=device)
+        random = torch.rand(tokens, context, device=device)
+        indices = highest(random, sizes.topk, ke, torch.zeros_like(ke)[:, None])
+    functions, check = attend(q, kv.flatten(0, 1), indices, SCALE)
+    return Case(functions, check, _work(q, indices))
+
+
+def _decode_inputs(sizes: Sizes, device: torch.device, kind: str, batch: int, context: int):
+    """q ``[batch, heads, 576]``, kv ``[batch, context, 576]`` and selected rows ``[batch, topk]``."""
+    q, kv = normal(device, batch, sizes.heads, D_QK), cache(device, batch, context, D_QK)
+    ke, first_row = ranges(batch, context, device)
+    return q, kv, highest(scores(kind, batch, context, device), sizes.topk, ke, first_row)
+
+
+def _work(q: Tensor, indices: Tensor) -> Work:
+    return attention_work(len(q), indices.shape[1], q.shape[1], D_QK, D_V, 2 * D_QK)
 
 
 def ranges(batch: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -115,8 +146,8 @@ def dense_mla(q: Tensor, kv: Tensor, scale: float) -> Functions:
 
 def gqa(sizes: Sizes, device: torch.device) -> Cases:
     """Grouped queries in decode, once with rows that no cache holds, and in prefill."""
-    yield from decodes(sizes, "gaussian", partial(_gqa_decode, sizes, device))
-    if 1 in sizes.batches:
+    yield from decodes(sizes, "gaussian", partial(_gqa_decode, sizes, device), most=GQA_MOST)
+    if 1 in sizes.batches and device.type == "cpu":  # a GPU's cache is flushed before every call
         cold = partial(_gqa_decode, sizes, device, 1, sizes.contexts[-1], cold=True)
         yield sizes.contexts[-1], "gaussian, cold rows", cold
     tokens, context = sizes.prefill

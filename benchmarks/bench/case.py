@@ -43,6 +43,7 @@ class Sizes(NamedTuple):
     dense_heads: int = 128  # how many heads the dense forms of a prefill are timed on
     topk: int = 2048
     heads: int = 128
+    fewer_heads: tuple[int, ...] = ()  # as a process holds them where several share a layer
     index_heads: int = 64
     gqa_heads: tuple[int, int] = (32, 8)  # query, kv
     hidden: tuple[int, int] = (7168, 1536)  # hidden_size and q_lora_rank
@@ -55,22 +56,30 @@ class Sizes(NamedTuple):
 ON_CPU = {"page_size": None, "dense_heads": 4}
 QUICK = Sizes((8192, 32768), prefill=(64, 8192), **ON_CPU)
 FULL = Sizes((1024, 8192, 32768, 65536, 131072), real=True, long=(1 << 20,), queries=16, flex=8192, **ON_CPU)
-GPU = Sizes((8192, 32768, 131072), (1, 32), prefill=(1024, 32768), rows=(1, 64, 1024), scores=("gaussian",))
+GPU = Sizes(
+    (8192, 32768, 131072),
+    (1, 32, 128),
+    prefill=(4096, 32768),
+    rows=(1, 64, 4096),
+    scores=("gaussian",),
+    fewer_heads=(64, 16),
+)
 TINY = GPU._replace(
     **{"contexts": (128,), "batches": (2,), "prefill": (5, 128), "rows": (3,), "topk": 16, "heads": 4},
-    **{"index_heads": 4, "gqa_heads": (4, 2), "hidden": (64, 32)},
+    **{"index_heads": 4, "gqa_heads": (4, 2), "hidden": (64, 32), "fewer_heads": (2,)},
 )
 
 
-def decodes(sizes: Sizes, data: str, build: Callable[..., Case]) -> Cases:
-    """Cases of one query per sequence; ``build`` takes the number of sequences and their context."""
+def decodes(sizes: Sizes, data: str, build: Callable[..., Case], most: float = float("inf")) -> Cases:
+    """Cases of one query per sequence; ``build`` takes the number of sequences and their context.
+
+    Without those of more than ``most`` tokens in all.
+    """
     for batch in sizes.batches:
         for context in sizes.contexts:
-            yield (
-                context,
-                data if batch == 1 else f"{data}, {batch} sequences",
-                partial(build, batch, context),
-            )
+            if batch * context <= most:
+                sequences = data if batch == 1 else f"{data}, {batch} sequences"
+                yield context, sequences, partial(build, batch, context)
 
 
 def measure(

@@ -25,7 +25,7 @@ from .attention import D_QK, D_V, attend, dense_mla, ranges, spread
 from .case import Case, Cases, Functions, Sizes, decodes
 from .limits import Work, attention_work, index_work, select_work
 from .tensors import normal
-from .timing import peak_memory
+from .timing import eager, peak_memory
 
 # Field of the record -> function whose median it holds.
 FIELDS = {
@@ -54,6 +54,7 @@ def _decode(sizes: Sizes, device: torch.device, batch: int, context: int) -> Cas
     tokens, boundaries = normal(device, batch, module.config.hidden_size), torch.arange(batch + 1)
     cache.commit(cache.place([context - 1] * batch))  # as if a prefill had written what is there
 
+    @eager
     def whole_layer() -> None:
         module(tokens, cache=cache, cu_seqlens_q=boundaries)
         for b in range(batch):

@@ -9,9 +9,11 @@ The model is the same for every implementation and counts only what the operatio
     top-k           0                                                  logits, indices
     attention       2 * queries * heads * (d_qk + d_v)   per token     selected rows per query, q, out
 
-The limit is the longer of operations / peak and bytes / bandwidth. Both are measured in the run itself: the
-peak as multiply-adds in registers, in the instruction set of the kernels, and the bandwidth as the best of
-four streams over memory too large for any cache. A share above 1 means that the bytes were in a cache.
+The limit is the longer of operations / peak and bytes / bandwidth. Both are measured in the run itself. On a
+CPU the peak is of multiply-adds in registers, in the instruction set of the kernels, and the bandwidth the
+best of four streams over memory too large for any cache. On a GPU the peak is of torch's product of two bf16
+matrices of 8192 x 8192, and the bandwidth of a copy, read and written. A share above 1 means that the bytes
+were in a cache.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ import torch
 
 from sparse_attn.ops.backends import native
 
-from .timing import interleaved, thread_clock
+from .timing import Clock, interleaved, thread_clock
 
 PEAK_ROUNDS = 200_000  # of multiply-adds in registers: so many that the call takes no share of the time
 PEAK_TRIES = 5  # the best counts: something else may share the core
@@ -57,7 +59,7 @@ def attention_work(
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What this machine can do, with the threads in use."""
+    """What this machine can do: a CPU with the threads in use, or a GPU."""
 
     operations_per_second: float  # 0 where there are no C++ kernels to measure it with
     bytes_per_second: float
@@ -71,6 +73,15 @@ class Limits:
 def measure_limits() -> Limits:
     """The peak of one core times torch's threads, and the bandwidth of all of them together."""
     return Limits(peak_of_a_core() * torch.get_num_threads(), bandwidth())
+
+
+def measure_gpu_limits(device: torch.device, clock: Clock, size: int = 8192) -> Limits:
+    """A product of random bf16 matrices of ``size``, and a copy of eight times their bytes."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in "ab")
+    source = a.repeat(8, 1)
+    target = torch.empty_like(source)
+    timings = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 3, clock)
+    return Limits(2 * size**3 / timings["product"].median, 2 * source.nbytes / timings["copy"].median)
 
 
 def peak_of_a_core() -> float:

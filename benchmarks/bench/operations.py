@@ -32,8 +32,12 @@ def run(
     rounds: int,
     clock: Clock = cpu_clock,
     limits: Limits | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A line for each case of the operations, checked and timed; prints a table for each operation."""
+    """A line for each case of the operations, checked and timed; prints a table for each operation.
+
+    ``keep`` takes each line as soon as it is measured.
+    """
     torch.manual_seed(0)
     lines = []
     for name in names:
@@ -44,11 +48,32 @@ def run(
             for context, data, build in cases:
                 progress.update(task, description=f"{name}: {context:,}, {data}")
                 part.append({"operation": name, **measure(context, data, build, rounds, clock, limits)})
+                if keep:
+                    keep(_finished(part[-1]))
                 progress.advance(task)
+                if device.type == "cuda":  # also what captured graphs held
+                    torch.cuda.empty_cache()
         show(console, name, part)
+        part = [_finished(line) for line in part]
         if name == "layer":
-            part = [layer.fields(line) for line in part]
             for sentence in layer.words(part):
                 console.print(f"[dim]{sentence}[/dim]", highlight=False)
         lines += part
     return lines
+
+
+def _finished(line: dict[str, Any]) -> dict[str, Any]:
+    return layer.fields(line) if line["operation"] == "layer" else line
+
+
+def compile_share(names: Iterable[str], sizes: Sizes, device: torch.device, share: int, shares: int) -> None:
+    """Call what every ``shares``-th case would time, once, so that its kernels are in Triton's cache.
+
+    Sequences that decode together get the shortest context: more of them than memory holds may run at a time.
+    """
+    several = tuple(batch for batch in sizes.batches if batch > 1)
+    alone = sizes._replace(batches=(1,)), sizes._replace(batches=several, contexts=sizes.contexts[:1])
+    cases = [case for name in names for part in alone for case in OPERATIONS[name](part, device)]
+    with torch.inference_mode():
+        for context, data, build in cases[share::shares]:
+            measure(context, data, build, rounds=1, clock=lambda function, calls: 1.0)

@@ -20,6 +20,8 @@ INF, NAN = float("inf"), float("nan")
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 # Relative error of the arithmetic, which counts where rounding the output makes little or none.
 ARITHMETIC_ERROR = {torch.float64: 1e-13, torch.float32: 2e-6}
+# Hopper's tensor cores add the products of two e4m3 operands with 13 to 14 bits.
+E4M3_PRODUCT_ERROR = 3e-4
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -30,12 +32,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (difference / expected[finite].norm().clamp(min=1e-30)).item()
 
 
-def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.2, terms: Tensor | None = None) -> None:
+def assert_close(
+    actual: Tensor,
+    expected: Tensor,
+    factor: float = 1.2,
+    terms: Tensor | None = None,
+    arithmetic: float | None = None,
+) -> None:
     """Same shape, same NaN and infinities, and an error of at most ``factor`` roundings to actual's dtype.
 
     The budget is ``factor`` times the error of rounding ``expected`` (fp64) to ``actual``'s dtype, plus
-    the arithmetic error of the dtype of the computation. The latter is relative to ``expected``, or, where
-    terms of a sum may cancel, to ``terms``: the sums of their magnitudes.
+    the arithmetic error, by default that of the dtype of the computation. The latter is relative to
+    ``expected``, or, where terms of a sum may cancel, to ``terms``: the sums of their magnitudes.
     """
     assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
     expected = expected.double()
@@ -45,7 +53,9 @@ def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.2, terms: T
             f"{name} differs in {int(wrong.sum())} places, first at {wrong.nonzero()[0].tolist()}"
         )
     rounding = relative_error(expected.to(actual.dtype), expected)
-    arithmetic = ARITHMETIC_ERROR[compute_dtype(actual.dtype)] * _amplification(terms, expected)
+    if arithmetic is None:
+        arithmetic = ARITHMETIC_ERROR[compute_dtype(actual.dtype)]
+    arithmetic *= _amplification(terms, expected)
     budget = factor * rounding + arithmetic
     error = relative_error(actual, expected)
     assert error <= budget, f"relative error {error:.3g} exceeds the budget {budget:.3g} ({actual.dtype})"
@@ -71,8 +81,11 @@ def assert_logits_close(
 ) -> None:
     """``actual`` is :func:`sparse_attn.index_logits` of the rest, by :func:`assert_close`.
 
-    Quantised operands come as the op takes them: values, and scales in fp32 or bytes of ue8m0.
+    Quantised operands come as the op takes them: values, and scales in fp32 or bytes of ue8m0. A GPU's
+    product of two e4m3 operands gets a budget of its own.
     """
+    both_e4m3 = q.dtype == k.dtype == torch.float8_e4m3fn
+    arithmetic = E4M3_PRODUCT_ERROR if both_e4m3 and actual.is_cuda else None
     q, k = (
         dequantise(x.cpu(), None if scale is None else scale.cpu(), dtype=torch.float64)
         for x, scale in ((q, q_scale), (k, k_scale))
@@ -81,7 +94,7 @@ def assert_logits_close(
     table = None if block_table is None else block_table.cpu()
     expected = reference.index_logits(q, k, weights, ks, ke, block_table=table)
     terms = reference.index_logits(q.abs(), k.abs(), weights.abs(), ks, ke, block_table=table)
-    assert_close(actual.cpu(), expected, terms=terms)
+    assert_close(actual.cpu(), expected, terms=terms, arithmetic=arithmetic)
 
 
 def index_inputs(
