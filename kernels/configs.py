@@ -223,11 +223,11 @@ def split_count(programs: int, tiles: int, block_n: int, device: torch.device, b
 
 @functools.lru_cache(maxsize=4096)
 def balanced_splits(programs: int, rounds: int, multiprocessors: int) -> int:
-    """How many programs share the ``rounds`` of each of ``programs``, where each takes a multiprocessor alone.
+    """How many programs share the ``rounds`` of each of ``programs``, where each fills a multiprocessor.
 
-    The number that ends first if all programs of a wave end together. Unlike that of split_count it may take
-    another wave: 50 programs on 132 multiprocessors are 2 splits in one wave or 5 shorter ones in two. It too
-    depends on shapes and the device alone, and leaves no split idle.
+    The number that ends first if all programs of a wave end together. Unlike that of split_count it may need
+    more than a wave: 88 programs of 32 rounds leave a third of 132 multiprocessors idle, and 3 splits fill
+    two shorter waves. It too depends on shapes and the device alone, and leaves no split idle.
     """
 
     def duration(splits: int) -> int:

@@ -241,7 +241,7 @@ def _sparse_mla_hopper_kernel(
     if s_q is not None:
         share = (pairs + gl.num_programs(1) - 1) // gl.num_programs(1)
         skipped = gl.program_id(1) * share  # pairs of other programs
-        pairs = gl.maximum(gl.minimum(share, pairs - skipped), 0)
+        pairs = gl.minimum(share, pairs - skipped)  # below 1 if none are left
         extra_skipped = skipped - _pairs(length)  # below 0 if some of the first segment are left
         first, length = _part(length, skipped, share)
         extra_first, extra_length = _part(extra_length, extra_skipped, share)
