@@ -14,6 +14,10 @@ import torch
 import triton
 
 MIN_KEYS = 128  # a split's least work: below it the partial results cost as much memory traffic as the gather
+# What balanced_splits counts beside the rounds of a program's main loop, in rounds.
+PROGRAM_ROUNDS = 1  # start, load of q, the first gather, store
+MERGE_ROUNDS = 2  # a part is stored and read again, 256 KiB; a pair of tiles gathers 144 KiB
+MOST_WAVES = 4  # of programs with partial results: bounds the memory for these
 T = TypeVar("T")
 
 
@@ -215,6 +219,23 @@ def split_count(programs: int, tiles: int, block_n: int, device: torch.device, b
     most = tiles // triton.cdiv(MIN_KEYS, block_n)
     splits = max(1, min(blocks * multiprocessors(device) // programs, most))
     return triton.cdiv(tiles, triton.cdiv(tiles, splits)) if splits > 1 else 1  # none of them is idle
+
+
+@functools.lru_cache(maxsize=4096)
+def balanced_splits(programs: int, rounds: int, multiprocessors: int) -> int:
+    """How many programs share the ``rounds`` of each of ``programs``, where each fills a multiprocessor.
+
+    The number that ends first if all programs of a wave end together. Unlike that of split_count it may need
+    more than a wave: 88 programs of 32 rounds leave a third of 132 multiprocessors idle, and 3 splits fill
+    two shorter waves. It too depends on shapes and the device alone, and leaves no split idle.
+    """
+
+    def duration(splits: int) -> int:
+        waves = triton.cdiv(programs * splits, multiprocessors)
+        return waves * (triton.cdiv(rounds, splits) + PROGRAM_ROUNDS + (MERGE_ROUNDS if splits > 1 else 0))
+
+    most = min(rounds, MOST_WAVES * multiprocessors // programs)
+    return min(range(1, max(1, most) + 1), key=duration)  # the fewest of those that end first
 
 
 def chosen(kernel: str, architecture: int) -> dict[str, Any]:

@@ -15,6 +15,9 @@ No product is computed twice: per pair, each consumer runs 36 wgmma of 64 x 64 x
 of 64 x 256 x 16 for both p. The consumers exchange p and the maximum, so the tensor cores may wait for a
 softmax once per pair; what that costs is not measured. Every barrier completes once per pair, so one phase
 bit, flipped after each pair, serves all of them.
+
+When queries are few, several programs share the pairs of each, in contiguous parts; what they find is merged
+in order (merge_attention.py).
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +37,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from .configs import balanced_splits, multiprocessors
+from .merge_attention import merge_parts
 
 if TYPE_CHECKING:
     from ..ops.attention import SparseMLAOp
@@ -92,25 +98,37 @@ def sparse_mla_hopper(a: "SparseMLAOp") -> None:
     s_q, h_q, _ = a.q.shape
     if a.lse.numel() == 0:
         return
+    programs = s_q * (h_q // BLOCK_H.value)
+    topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
+    pairs = sum(triton.cdiv(topk, 2 * BLOCK_N.value) for topk in topks)
+    splits = balanced_splits(programs, pairs, multiprocessors(a.q.device))
+    out, lse, max_logits = a.out, a.lse, a.max_logits
+    sink = None if a.attn_sink is None else a.attn_sink.contiguous()
+    if splits > 1:
+        out = a.out.new_empty(splits, *out.shape, dtype=torch.float32)
+        lse, max_logits = lse.new_empty(2, splits, *lse.shape)
     with torch.cuda.device_of(a.q):
-        _sparse_mla_hopper_kernel[(s_q * (h_q // BLOCK_H.value),)](
+        _sparse_mla_hopper_kernel[(programs, splits)](
             a.q,
             a.q.stride(0) if s_q > 1 else 0,  # of a single query it may be anything
             a.q.stride(1),
             *_segment(a.kv, a.indices, a.topk_length),
             *_segment(a.extra_kv, a.extra_indices, a.extra_topk_length),
-            None if a.attn_sink is None else a.attn_sink.contiguous(),
-            a.out,
-            *a.out.stride()[:2],
-            a.lse,
-            *a.lse.stride(),
-            a.max_logits,
-            *a.max_logits.stride(),
+            sink if splits == 1 else None,  # else it enters where the parts are merged
+            out,
+            *out.stride()[-3:-1],
+            lse,
+            *lse.stride()[-2:],
+            max_logits,
+            *max_logits.stride()[-2:],
+            s_q if splits > 1 else None,
             h_q,
             a.softmax_scale * LOG2_E.value,
             num_warps=4,
             enable_fp_fusion=True,
         )
+        if splits > 1:
+            merge_parts(out, lse, a.out, a.lse, sink, max_logits, a.max_logits)
 
 
 def _segment(kv, indices, topk_length) -> tuple:
@@ -128,22 +146,24 @@ def _segment(kv, indices, topk_length) -> tuple:
 
 
 class Segment(NamedTuple):
-    """What one query attends to in one cache."""
+    """What one program attends to in one cache."""
 
     kv_ptr: Any  # [s_kv, 576]
     units_kv_n: Any
     s_kv: Any
     indices_ptr: Any  # of the query
     stride_indices_n: Any
-    length: Any  # indices that count
+    first: Any  # of the program's indices
+    stop: Any  # behind the last of them
 
 
 class Output(NamedTuple):
     """Where the results go. Each consumer finds the program's rows anew, which takes fewer registers."""
 
+    s_q: Any  # None: one program has all keys, and rows are final
     h_q: Any
     attn_sink_ptr: Any  # [h_q] or None
-    out_ptr: Any  # [s_q, h_q, 512]
+    out_ptr: Any  # [s_q, h_q, 512]; of several splits fp32 [splits, s_q, h_q, 512], and so the next two
     stride_out_t: Any
     stride_out_h: Any
     lse_ptr: Any  # [s_q, h_q]
@@ -174,8 +194,9 @@ class Shared:
 
 @gluon.jit(
     do_not_specialize=[
-        *("s_kv", "stride_indices_t", "topk", "extra_s_kv", "stride_extra_indices_t", "extra_topk", "h_q"),
+        *("s_kv", "stride_indices_t", "topk", "extra_s_kv", "stride_extra_indices_t", "extra_topk"),
         *("units_kv_n", "units_extra_kv_n", "stride_lse_t", "stride_lse_h", "stride_max_t", "stride_max_h"),
+        *("s_q", "h_q"),
     ]
 )
 def _sparse_mla_hopper_kernel(
@@ -199,7 +220,7 @@ def _sparse_mla_hopper_kernel(
     extra_topk,
     extra_topk_length_ptr,  # [s_q] or None
     attn_sink_ptr,  # [h_q] or None
-    out_ptr,  # [s_q, h_q, 512]
+    out_ptr,  # [s_q, h_q, 512]; of several splits fp32 [splits, s_q, h_q, 512], and so the next two
     stride_out_t,
     stride_out_h,
     lse_ptr,  # [s_q, h_q]
@@ -208,6 +229,7 @@ def _sparse_mla_hopper_kernel(
     max_ptr,  # [s_q, h_q]
     stride_max_t,
     stride_max_h,
+    s_q,  # None: there is one split
     h_q,
     scale_log2,  # softmax_scale * log2(e), positive
 ):
@@ -215,6 +237,14 @@ def _sparse_mla_hopper_kernel(
     length = _row_length(topk, topk_length_ptr, t)
     extra_length = _row_length(extra_topk, extra_topk_length_ptr, t)
     pairs = _pairs(length) + _pairs(extra_length)
+    first, extra_first = 0, 0  # of the program's indices
+    if s_q is not None:
+        share = (pairs + gl.num_programs(1) - 1) // gl.num_programs(1)
+        skipped = gl.program_id(1) * share  # pairs of other programs
+        pairs = gl.minimum(share, pairs - skipped)  # below 1 if none are left
+        extra_skipped = skipped - _pairs(length)  # below 0 if some of the first segment are left
+        first, length = _part(length, skipped, share)
+        extra_first, extra_length = _part(extra_length, extra_skipped, share)
 
     sm = Shared(
         q=gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, D_V], SWIZZLED),
@@ -252,13 +282,13 @@ def _sparse_mla_hopper_kernel(
     indices_ptr += t * stride_indices_t
     if extra_kv_ptr is not None:
         extra_indices_ptr += t * stride_extra_indices_t
-    segment = Segment(kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, length)
+    segment = Segment(kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, first, length)
     extra = Segment(
         *(extra_kv_ptr, units_extra_kv_n, extra_s_kv),
-        *(extra_indices_ptr, stride_extra_indices_n, extra_length),
+        *(extra_indices_ptr, stride_extra_indices_n, extra_first, extra_length),
     )
     output = Output(
-        *(h_q, attn_sink_ptr, out_ptr, stride_out_t, stride_out_h),
+        *(s_q, h_q, attn_sink_ptr, out_ptr, stride_out_t, stride_out_h),
         *(lse_ptr, stride_lse_t, stride_lse_h, max_ptr, stride_max_t, stride_max_h),
     )
     # Registers per thread: the block starts with 3 x 168, and the first partition keeps 224 of them.
@@ -296,6 +326,13 @@ def _pairs(length):
 
 
 @gluon.jit
+def _part(length, skipped, share):
+    """The first of a segment's indices, and one behind the last, that lie in ``share`` pairs."""
+    stop = gl.minimum((skipped + share) * (2 * BLOCK_N), length)
+    return gl.maximum(skipped, 0) * (2 * BLOCK_N), stop
+
+
+@gluon.jit
 def _gather(sm, segment, extra):
     """Copy the selected rows of both segments, pair by pair of tiles."""
     phase = 1  # of `free`: at first a wait for it passes
@@ -309,7 +346,7 @@ def _gather(sm, segment, extra):
 
 @gluon.jit
 def _gather_segment(sm, segment, phase, seen):
-    for start in range(0, segment.length, 2 * BLOCK_N):
+    for start in range(segment.first, segment.stop, 2 * BLOCK_N):
         rows_0, valid_0 = _rows(segment, start)
         rows_1, valid_1 = _rows(segment, start + BLOCK_N)
         seen |= (valid_0 | valid_1).to(gl.int32)
@@ -328,7 +365,7 @@ def _rows(segment, start):
     offs_n = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))  # [64]
     index = gl.load(
         segment.indices_ptr + offs_n.to(gl.int64) * segment.stride_indices_n,
-        mask=offs_n < segment.length,
+        mask=offs_n < segment.stop,
         other=-1,
     ).to(gl.uint32)  # so that a negative index is too large
     return segment.kv_ptr + (index * segment.units_kv_n).to(gl.int64) * UNIT, index < segment.s_kv
@@ -418,6 +455,8 @@ def _exchange(sm, value, phase, OWN: gl.constexpr):
 def _store(sm, acc, row_max, row_sum, output, OWN: gl.constexpr):
     """Divide by the denominator; write half OWN of out, and consumer 0 lse and max_logits."""
     t, first_head = _query_and_head(output.h_q)
+    if output.s_q is not None:
+        t += gl.program_id(1).to(gl.int64) * output.s_q  # row of all splits
     heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, SCORE))
     if OWN == 0:
         lse = (row_max + gl.log2(row_sum)) * LN_2  # [64]; log2(0) = -inf is the empty row
@@ -431,9 +470,15 @@ def _store(sm, acc, row_max, row_sum, output, OWN: gl.constexpr):
     empty = gl.max(sm.seen.load(gl.SliceLayout(0, VALUE)), 0) == 0
     inverse = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, VALUE))  # [64]
     out = gl.where(empty, 0.0, acc * inverse[:, None])  # [64, 256]
-    tile = sm.latent.index(2 * OWN + OWN)  # no longer in use; whole rows make the stores wide
-    tile.store(out.to(gl.bfloat16))
-    heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS))
-    offs_v = OWN * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, ROWS))
-    rows = output.out_ptr + t * output.stride_out_t + heads[:, None] * output.stride_out_h
-    gl.store(rows + offs_v[None, :], tile.load(ROWS))
+    if output.s_q is None:
+        tile = sm.latent.index(2 * OWN + OWN)  # no longer in use; whole rows make the stores wide
+        tile.store(out.to(gl.bfloat16))
+        heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS))
+        offs_v = OWN * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, ROWS))
+        rows = output.out_ptr + t * output.stride_out_t + heads[:, None] * output.stride_out_h
+        gl.store(rows + offs_v[None, :], tile.load(ROWS))
+    else:  # a part, in fp32: four threads fill a sector of 32 bytes
+        heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, VALUE))
+        offs_v = OWN * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, VALUE))
+        rows = output.out_ptr + t * output.stride_out_t + heads[:, None] * output.stride_out_h
+        gl.store(rows + offs_v[None, :], out)

@@ -1,6 +1,6 @@
 """Runs the source of a warp-specialised Gluon kernel in NumPy, as unkindly as sm_90 may.
 
-    module = load_module(source)          # with this file in place of Gluon
+    module = load_module(source, **names)   # with this file in place of Gluon
     with seed(3):
         module["launcher"](...)
 
@@ -22,6 +22,7 @@ Layouts have no meaning here; they are the compiler's to check.
 import ast
 import contextlib
 import dataclasses
+import itertools
 import random
 import threading
 import types
@@ -180,9 +181,9 @@ class Machine:
 
     here = threading.local()
 
-    def __init__(self, kernel, program: int):
+    def __init__(self, kernel, program: tuple[int, int], programs: tuple[int, int]):
         self.random = RANDOM
-        self.program = program
+        self.program, self.programs = program, programs
         self.back, self.stopped = threading.Semaphore(0), False
         self.effects: list[Effect] = []
         self.effects_weight = self.random.choice([1, 10, 100])
@@ -450,8 +451,8 @@ class Jit:
     def __getitem__(self, grid):
         def launch(*args, **options):
             args = [pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
-            for program in range(grid[0]):
-                Machine(lambda: self.function(*args), program)
+            for program in itertools.product(*map(range, grid)):
+                Machine(lambda: self.function(*args), program, grid)
 
         return launch
 
@@ -471,7 +472,8 @@ GL = types.SimpleNamespace(
     shared_memory_descriptor=Shared,
     allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize,
-    program_id=lambda axis: tensor(current().machine.program, np.int32),
+    program_id=lambda axis: tensor(current().machine.program[axis], np.int32),
+    num_programs=lambda axis: tensor(current().machine.programs[axis], np.int32),
     static_range=range,
     arange=lambda start, end, layout: tensor(np.arange(start, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout: tensor(np.zeros(shape, dtype)),
@@ -488,7 +490,7 @@ GL = types.SimpleNamespace(
     log2=lambda x: tensor(np.log2(x)),
 )
 NAMES = {
-    "triton": types.SimpleNamespace(__version__="3.9.0"),
+    "triton": types.SimpleNamespace(__version__="3.9.0", cdiv=lambda a, b: -(-a // b)),
     "gl": GL,
     "gluon": types.SimpleNamespace(jit=jit, aggregate=dataclasses.dataclass),
     "async_copy": types.SimpleNamespace(
@@ -506,12 +508,15 @@ NAMES = {
 }
 
 
-def load_module(source: str | ast.Module) -> dict:
-    """Execute the source of a kernel's module with NAMES in place of its imports of Triton."""
+def load_module(source: str | ast.Module, **names) -> dict:
+    """Execute the source of a kernel's module, with NAMES in place of its imports of Triton.
+
+    What it imports from modules beside it, which use Triton too, is in ``names``.
+    """
     tree = ast.parse(source) if isinstance(source, str) else source
     imports = (s for s in tree.body if isinstance(s, (ast.Import, ast.ImportFrom)))
-    theirs = [s for s in imports if "triton" in ast.unparse(s)]
+    theirs = [s for s in imports if "triton" in ast.unparse(s) or getattr(s, "level", 0)]
     body = [s for s in tree.body if s not in theirs]
-    module = dict(NAMES, __name__="emulated")
+    module = dict(NAMES, **names, __name__="emulated")
     exec(compile(ast.Module(body, []), "emulated kernel", "exec"), module)
     return module

@@ -48,9 +48,31 @@ def expected(inputs, scale=0.05):
     return reference.sparse_mla(**wide, d_v=512, softmax_scale=scale)
 
 
+def merge_parts(outs, lses, out, lse, attn_sink, maxima, max_logits):
+    """As the function of that name in kernels/merge_attention.py, which tests/interpreted tests."""
+    assert outs.is_contiguous() and lses.is_contiguous() and maxima.is_contiguous()
+    merged, merged_lse = reference.merge_attention(outs, lses)
+    if attn_sink is not None:
+        share = torch.sigmoid(merged_lse - attn_sink)
+        merged = torch.where((merged_lse == float("-inf"))[..., None], 0.0, share[..., None] * merged)
+    out.copy_(merged)
+    lse.copy_(merged_lse)
+    max_logits.copy_(maxima.amax(0))
+
+
+def load(source=SOURCE, splits=1, merge=merge_parts):
+    """The kernel's module in the emulator; its launcher takes that number of splits."""
+    return emulator.load_module(
+        source,
+        balanced_splits=lambda programs, rounds, multiprocessors: splits,
+        multiprocessors=lambda device: 132,
+        merge_parts=merge,
+    )
+
+
 def run(inputs, seed=0, scale=0.05, module=None, results=None):
     """Launch in the emulator, into outputs of NaN, and compare with the fp64 reference."""
-    module = module or emulator.load_module(SOURCE)
+    module = module or load()
     rows = inputs["q"].shape[:2]
     out, lse, max_logits = torch.full((*rows, 512), NAN, dtype=BF16), *torch.full((2, *rows), NAN)
     outputs = {"out": out, "lse": lse, "max_logits": max_logits}
@@ -66,8 +88,8 @@ def inputs_of(topk, s_q=2, h_q=64, s_kv=500, seed=0, **more):
     return {**mla_inputs(s_q, s_kv, h_q, topk, d_qk=576, dtype=BF16, seed=seed), **more}
 
 
-def extra_segment(topk):
-    extra = mla_inputs(2, 90, 64, topk, d_qk=576, dtype=BF16, seed=1)
+def extra_segment(topk, s_q=2):
+    extra = mla_inputs(s_q, 90, 64, topk, d_qk=576, dtype=BF16, seed=1)
     return {"extra_kv": extra["kv"], "extra_indices": extra["indices"]}
 
 
@@ -130,14 +152,87 @@ def test_scores_of_minus_infinity_are_not_an_empty_row():
     run(inputs, results=(torch.full((1, 64, 512), NAN), nothing, nothing))
 
 
-def test_strides():
-    def strided(tensor, last):
-        shape = [*(2 * n for n in tensor.shape[:-1]), tensor.shape[-1] * last]
-        buffer = torch.full(shape, 7, dtype=tensor.dtype)
-        return buffer[(slice(1, None, 2),) * (tensor.dim() - 1)][..., ::last].copy_(tensor)
+def strided(tensor, last):
+    shape = [*(2 * n for n in tensor.shape[:-1]), tensor.shape[-1] * last]
+    buffer = torch.full(shape, 7, dtype=tensor.dtype)
+    return buffer[(slice(1, None, 2),) * (tensor.dim() - 1)][..., ::last].copy_(tensor)
 
+
+def test_strides():
     inputs = inputs_of(150, s_q=3, topk_length=int32(150, 3, 129), attn_sink=torch.randn(64))
     run({n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()})
+
+
+# Several programs for each query.
+
+
+@pytest.fixture(params=[2, 3, 7])
+def splits(request, monkeypatch):
+    """Partial results begin as NaN."""
+    monkeypatch.setattr(
+        *(torch.Tensor, "new_empty"), lambda self, *shape, dtype=None: self.new_full(shape, NAN, dtype=dtype)
+    )
+    return request.param
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_splits_of_two_segments(splits, seed):
+    """Of 3 + 2 pairs: their border lies within a share, or between two; the last row is empty."""
+    inputs = inputs_of(331, s_q=5, seed=seed, attn_sink=torch.randn(64), **extra_segment(201, s_q=5))
+    inputs["topk_length"] = int32(INT_MAX, 129, 0, 257, INT_MIN)
+    inputs["extra_topk_length"] = int32(INT_MAX, 1, 200, -3, 0)
+    run(inputs, seed, module=load(splits=splits))
+
+
+def test_splits_of_one_segment(splits):
+    sink = torch.randn(128)
+    sink[:3] = torch.tensor([float("inf"), float("-inf"), 1e4])
+    run(inputs_of(421, s_q=1, h_q=128, attn_sink=sink), module=load(splits=splits))
+    run(inputs_of(1025, s_q=1, s_kv=1100), module=load(splits=splits))
+
+
+def test_splits_of_no_indices(splits):
+    run(inputs_of(0, attn_sink=torch.randn(64)), module=load(splits=splits))
+
+
+def test_splits_without_a_valid_index(splits):
+    """They say so, and count for nothing. Query 1 has none at all."""
+    parts = []
+
+    def merge(*args):
+        parts.extend((args[0], args[1], args[5]))
+        merge_parts(*args)
+
+    inputs = inputs_of(splits * 128 - 63, s_kv=500)
+    invalid = torch.tensor([-1, 500, INT_MAX, INT_MIN]).repeat(32)
+    inputs["indices"][0, 128:256] = invalid[: splits * 128 - 63 - 128]
+    inputs["indices"][1] = -7
+    run(inputs, module=load(splits=splits, merge=merge))
+    out, lse, max_logits = parts
+    assert out.shape == (splits, 2, 64, 512) and out.dtype == torch.float32
+    empty = torch.zeros(splits, 2, dtype=torch.bool)
+    empty[1, 0] = empty[:, 1] = True
+    assert (out[empty] == 0).all() and (lse[empty] == float("-inf")).all()
+    assert (max_logits[empty] == float("-inf")).all()
+    assert all(part[~empty].isfinite().all() for part in parts)
+
+
+def test_splits_whose_scores_are_minus_infinity(splits):
+    """As in sparse_mla, they count for nothing in the merge, which cannot tell them from empty ones."""
+    inputs = inputs_of(splits * 128, s_q=1, s_kv=splits * 128)
+    inputs["q"] = torch.full((1, 64, 576), 1e25, dtype=BF16)
+    inputs["kv"] = torch.full((splits * 128, 576), -1e25, dtype=BF16)
+    inputs["indices"][:] = torch.arange(splits * 128)
+    nothing = torch.full((1, 64), float("-inf")).double()
+    run(inputs, module=load(splits=splits), results=(torch.zeros(1, 64, 512), nothing, nothing))
+    inputs["kv"][128:256] = torch.randn(128, 576).mul(1e-25).to(BF16)
+    few = {**inputs, "indices": inputs["indices"][:, 128:256]}
+    run(inputs, module=load(splits=splits), results=expected(few))
+
+
+def test_strides_in_splits(splits):
+    inputs = inputs_of(299, s_q=2, topk_length=int32(299, 130), attn_sink=torch.randn(64))
+    run({n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()}, module=load(splits=splits))
 
 
 # Broken on purpose: waits, arrivals, fences and commits removed or moved past a neighbouring access, phases
@@ -231,7 +326,7 @@ def test_every_mutant_is_killed():
     found, alive = set(), set()
     for what, source in mutants():
         found.add(what)
-        module = emulator.load_module(source)
+        module = load(source)
         try:
             for seed in range(3):
                 for case, results in cases:
@@ -261,6 +356,9 @@ class Hopper:
         return 0
 
 
+FEW, MANY = 4, 512  # queries of 128 heads: in splits, and not
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """A function of the sizes -> the kernel that the launcher would launch."""
@@ -278,7 +376,7 @@ def compiled():
     def meta(*shape, dtype=BF16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def launch(s_q=64, h_q=128, s_kv=100_000, topk=2048, every_option=False):
+    def launch(s_q=MANY, h_q=128, s_kv=100_000, topk=2048, every_option=False):
         options = []
         if every_option:
             extra = meta(999, 576), meta(s_q, topk // 2, dtype=torch.int32)
@@ -291,6 +389,7 @@ def compiled():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, kernel.__name__, Launch())
+        patch.setattr(module, "merge_parts", lambda *args: None)
         patch.setattr("triton.runtime.driver._active", Hopper())
         yield launch
 
@@ -320,9 +419,10 @@ def main_loops(kernel, path):
     return loops
 
 
+@pytest.mark.parametrize("s_q", [FEW, MANY])
 @pytest.mark.parametrize("every_option", [False, True])
-def test_machine_code(compiled, every_option, tmp_path):
-    kernel = compiled(every_option=every_option)
+def test_machine_code(compiled, every_option, s_q, tmp_path):
+    kernel = compiled(s_q, every_option=every_option)
     assert kernel.metadata.shared <= 227 * 1024
     loops = main_loops(kernel, tmp_path / "kernel.cubin")
     consumers = [loop for loop in loops if count(loop, "HGMMA")]
@@ -339,9 +439,10 @@ def test_machine_code(compiled, every_option, tmp_path):
     assert issued_a_tile <= 780
 
 
-def test_threads_of_a_partition_meet_before_they_arrive(compiled):
+@pytest.mark.parametrize("s_q", [FEW, MANY])
+def test_threads_of_a_partition_meet_before_they_arrive(compiled, s_q):
     """What the emulator takes for granted: one thread arrives, when all have done their part."""
-    code = compiled().asm["ptx"]
+    code = compiled(s_q).asm["ptx"]
     before = code.split("mbarrier.arrive.shared")[:-1]
     assert len(before) == 13  # 4 in either loop, 1 behind it; 2 in the gathering loop, 1 behind it
     work = re.compile(r"(ld|st)\.shared|stmatrix|wgmma\.|cp\.async|try_wait")
@@ -354,8 +455,11 @@ def test_threads_of_a_partition_meet_before_they_arrive(compiled):
 
 
 def test_sizes_do_not_recompile(compiled):
-    sizes = [{}, {"s_q": 1}, {"s_q": 33, "s_kv": 100_003, "h_q": 64}, {"s_kv": 1}, {"topk": 1}, {"topk": 33}]
-    assert len({id(compiled(**size)) for size in sizes}) == 1
+    many = [{}, {"s_q": 777, "s_kv": 100_003}, {"h_q": 64}, {"s_kv": 1}, {"topk": 1}, {"topk": 33}]
+    assert len({id(compiled(**size)) for size in [*many, {"s_q": 1, "topk": 33}]}) == 1
+    few = [{}, {"s_q": 1}, {"s_q": 3, "h_q": 64}, {"s_kv": 1}, {"s_kv": 100_003}, {"topk": 1025}]
+    assert len({id(compiled(**{"s_q": FEW, **size})) for size in few}) == 1
+    assert compiled(FEW) is not compiled(MANY)
 
 
 # Where it is refused.

@@ -163,7 +163,9 @@ CASES = [
         for h in (8, 16, 32, 64, 128)
     ),
     Case("sparse_mla", "128 heads, 584 bytes, 2 segments", mla(128, 512, packed=584, extra=True)),
-    Case("sparse_mla_hopper", "128 heads", mla(128), quick=HOPPER, archs=HOPPER),
+    # So many queries that no keys are split, and so few that they are.
+    Case("sparse_mla_hopper", "128 heads", mla(128, s_q=512), quick=HOPPER, archs=HOPPER),
+    Case("sparse_mla_hopper", "128 heads, 4 queries", mla(128, s_q=4), quick=HOPPER, archs=HOPPER),
     Case("sparse_gqa", "8 / 8 heads x 64", gqa(8, 8, 64)),
     Case("sparse_gqa", "32 / 8 heads x 128", gqa(32, 8, 128)),
     Case("sparse_gqa", "24 / 2 heads x 256", gqa(24, 2, 256), quick=ALL),

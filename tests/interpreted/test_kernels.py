@@ -303,6 +303,30 @@ def test_number_of_splits():
             assert n == 1 or (full and (n - 1) * share < tiles and programs * n <= 108)
 
 
+def test_balanced_splits():
+    """Against every other number, by the same count of waves."""
+    splits = configs.balanced_splits
+
+    def rounds_of(programs, rounds, n):
+        merged = configs.MERGE_ROUNDS if n > 1 else 0
+        return -(-programs * n // 132) * (-(-rounds // n) + configs.PROGRAM_ROUNDS + merged)
+
+    assert splits(2, 16, 132) == 16 and splits(16, 16, 132) == 8 and splits(66, 16, 132) == 2
+    assert splits(67, 16, 132) == splits(128, 16, 132) == 1  # a second wave would take longer
+    assert splits(88, 32, 132) == 3  # and here less: 2 waves that are full
+    assert splits(140, 32, 132) > 1  # a second wave for 8 programs
+    assert splits(8192, 16, 132) == splits(8193, 1024, 132) == 1
+    assert splits(1, 0, 132) == splits(1, 1, 132) == 1
+    for programs in range(1, 513):
+        for rounds in range(8, 33):
+            n = splits(programs, rounds, 132)
+            taken = rounds_of(programs, rounds, n)
+            assert taken <= rounds_of(programs, rounds, 1)
+            assert taken * 0.85 <= min(rounds_of(programs, rounds, other) for other in range(1, rounds + 1))
+            assert n == 1 or programs * n <= configs.MOST_WAVES * 132
+            assert (n - 1) * -(-rounds // n) < rounds  # none is idle
+
+
 @pytest.fixture(params=[pytest.param(1, marks=slow), pytest.param(6, marks=slow), 24, 1000])
 def multiprocessors(request, monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: request.param)
