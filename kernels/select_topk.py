@@ -1,17 +1,18 @@
-"""The topk highest logits of each row, exactly: a radix select.
+"""The topk highest logits of each row, exactly: a guess from a sample, then a radix select.
 
     out[t] = the positions s of the topk highest logits[t, s], ks[t] <= s < ke[t], ascending, then -1
 
 A logit becomes a 32-bit key of the same order; -0.0 equals +0.0, and NaN and -inf are never selected.
-Histograms of three digits (12, 12 and 8 bits) find the topk-th key, and how many ties to keep, leftmost
-first.
 
-A row is read twice. The second read lists the keys that the first digit selects or leaves undecided, with
-their positions; the later steps read the list. It has room for an eighth of the row. Where that is too little
-(plateaus of equal logits), the list is not used and the row is read two more times.
+A sample of the row suggests a key, the floor, that a little more than topk keys reach. One read of the row
+lists the logits above the floor, with their positions, and the first topk that equal it: no plateau is too
+large. Histograms of 8-bit digits find the topk-th key of the list, and how many ties to keep, leftmost first.
+A bad guess costs time only: where the list lacks keys, or has no room, the same steps read the row instead.
+An even larger sample would not do without them, nor would wider digits: Triton before 3.8 makes thousands of
+instructions of a histogram of 4096 bins.
 
-Many rows: one program per row. Few long rows: each is cut into segments, one program per segment, and each
-step is a launch. Only sums of integers combine the segments, so their order changes nothing.
+Many rows: one program per row. Few long rows: each is cut into segments, one program per segment, which
+count what they will list, then list it; one program per row does the rest. No program waits for another.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,16 +26,20 @@ from .arguments import refuse_fp64
 if TYPE_CHECKING:
     from ..ops.index import SelectTopkOp
 
-BLOCK = 2048  # logits at a time, 8 per thread: at most 128 registers, so two programs per SM
+BLOCK = 2048  # logits at a time, 8 per thread, and in a sample
 NUM_WARPS = 8
-LIST_SHARE = 8  # a list has room for 1 / LIST_SHARE of what its program reads
-# Segments: long enough to be worth four launches, as many as fill a GPU, few enough for one tile of counts.
+LIST_SHARE = 8  # a list has room for 1 / LIST_SHARE of the row
+# Segments: long enough to be worth two more launches, as many as fill a GPU, few enough for one tile of sizes.
 MIN_SEGMENT = 4 * BLOCK
 MIN_SEGMENTS, MAX_SEGMENTS = 4, 64
 PROGRAMS = 256
 
-BINS_1, BINS_2, BINS_3 = tl.constexpr(1 << 12), tl.constexpr(1 << 12), tl.constexpr(1 << 8)
+BITS = tl.constexpr(8)  # of a digit
+BINS = tl.constexpr(1 << 8)
+GROUP = tl.constexpr(4)  # neighbours in a sample: fewer would fetch more memory for the same sample
 NEVER = tl.constexpr(0)  # the key of NaN and -inf, below every other
+LOWEST = tl.constexpr(0x00800000)  # the key of the lowest finite number
+MAX_SIZES = tl.constexpr(MAX_SEGMENTS)
 
 
 def refuses(a: "SelectTopkOp") -> str | None:
@@ -49,33 +54,21 @@ def select_topk(a: "SelectTopkOp") -> None:
         a.out.fill_(-1)
         return
     segments = _segments(s_q, s_kv)
-    room = triton.cdiv(s_kv, segments) // LIST_SHARE
+    room = s_kv // LIST_SHARE
     new = a.logits.new_empty
-    arguments = (
-        a.logits,
-        *a.logits.stride(),
-        a.ks.contiguous(),
-        a.ke.contiguous(),
-        new(s_q, segments, 2, room, dtype=torch.int32),
+    row = a.logits, *a.logits.stride(), a.ks.contiguous(), a.ke.contiguous(), s_kv, a.topk
+    listed = (
+        new(s_q, room, dtype=torch.int64),
         room,
-        a.out,
-        *a.out.stride(),
-        s_kv,
-        a.topk,
+        new(s_q, 1 + 2 * segments if segments > 1 else 0, dtype=torch.int32),
+        segments,
     )
     options = {"BLOCK": BLOCK, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
     with torch.cuda.device_of(a.logits):
-        if segments == 1:
-            _select_topk_kernel[(s_q,)](*arguments, **options)
-            return
-        counts = a.logits.new_zeros(s_q, BINS_1.value + BINS_2.value, dtype=torch.int32)
-        third = new(s_q, segments, BINS_3.value, dtype=torch.int32)
-        sizes = new(s_q, segments, 2, dtype=torch.int32)
-        state = new(s_q, 5, dtype=torch.int32)
-        for step in range(4):
-            _select_topk_step_kernel[(s_q * segments,)](
-                *arguments, counts, third, sizes, state, SEGMENTS=segments, STEP=step, **options
-            )
+        if segments > 1:
+            _count_segment_kernel[(s_q * segments,)](*row, *listed, **options)
+            _list_segment_kernel[(s_q * segments,)](*row, *listed, **options)
+        _select_topk_kernel[(s_q,)](*row, *listed, a.out, *a.out.stride(), **options)
 
 
 def _segments(s_q: int, s_kv: int) -> int:
@@ -85,260 +78,295 @@ def _segments(s_q: int, s_kv: int) -> int:
 
 
 class Row(NamedTuple):
-    """What one program reads, positions [start, stop) of a row, and its list."""
+    """What one program reads: positions [start, stop) of a row, or the row's list."""
 
     ptr: Any  # position 0
     stride: Any
     start: Any
     stop: Any
     width: Any
-    list_ptr: Any
+    list_ptr: Any  # [room]: a position in the upper half, the bits of its logit in the lower
     room: Any
 
 
-@triton.jit(do_not_specialize=["room", "stride_out_t", "topk"])
+@triton.jit(do_not_specialize=["topk", "room", "segments", "stride_out_t"])
 def _select_topk_kernel(
     logits_ptr,  # [s_q, width]
     stride_logits_t,
     stride_logits_n,
     ks_ptr,  # [s_q]
     ke_ptr,  # [s_q]
-    list_ptr,  # [s_q, 1, 2, room]: keys, and their positions
+    width,
+    topk,
+    list_ptr,  # [s_q, room]
     room,
+    sizes_ptr,  # [s_q, 1 + 2 * segments], if there are segments
+    segments,
     out_ptr,  # [s_q, topk]
     stride_out_t,
     stride_out_n,
-    width,
-    topk,
     BLOCK: tl.constexpr,
 ):
-    """One program: one row."""
+    """One program: one row, whose list exists already if there are segments."""
     t = tl.program_id(0).to(tl.int64)
-    start = tl.maximum(tl.load(ks_ptr + t), 0)
-    stop = tl.minimum(tl.load(ke_ptr + t), width)
-    row_ptr = logits_ptr + t * stride_logits_t
-    row = Row(row_ptr, stride_logits_n, start, stop, width, list_ptr + t * 2 * room, room)
+    row = _row(t, logits_ptr, stride_logits_t, stride_logits_n, ks_ptr, ke_ptr, width, list_ptr, room)
+    floor, none = tl.full([], 0, tl.uint32), tl.full([], 0, tl.int32)
+    above, equal = none, none
+    if segments > 1:
+        floor, above, equal, _above_before, _equal_before = _sizes(sizes_ptr, t, segments, 0)
+    elif _worth_listing(row, topk):
+        floor = _guess(row, topk, BLOCK)
+        above, equal = _write(row, False, 0, floor, topk, none, none, row.list_ptr, 1, True, BLOCK)
+        tl.debug_barrier()  # other threads read the list than wrote it
+    entries = above + tl.minimum(equal, topk)
+    listed = _is_good(row, floor, above, equal, topk)
+
+    key, ties = _find_key(row, listed, entries, topk, BLOCK)
     out_row = out_ptr + t * stride_out_t
-
-    counts = _count_first_digits(row, BLOCK)
-    chosen = tl.minimum(tl.sum(counts, 0), topk)
-    first, wanted = _find_digit(counts, chosen, BINS_1)
-    counts, entries = _list_and_count_second_digits(row, first, BLOCK)
-    tl.debug_barrier()  # other threads read the list than wrote it
-    second, wanted = _find_digit(counts, wanted, BINS_2)
-    prefix = first * BINS_2 + second
-    counts, _above = _count_third_digits(row, entries, prefix, BLOCK)
-    third, wanted = _find_digit(counts, wanted, BINS_3)
-    none = tl.full([], 0, tl.int32)
-    _write(row, entries, prefix, third, wanted, none, none, out_row, stride_out_n, BLOCK)
-    _pad(chosen, topk, out_row, stride_out_n, BLOCK)
+    above, equal = _write(row, listed, entries, key, ties, none, none, out_row, stride_out_n, False, BLOCK)
+    for n in range(above + tl.minimum(equal, ties), topk, BLOCK):
+        offs_n = n + tl.arange(0, BLOCK)
+        tl.store(out_row + offs_n.to(tl.int64) * stride_out_n, -1, mask=offs_n < topk)
 
 
-@triton.jit(do_not_specialize=["room", "stride_out_t", "topk"])
-def _select_topk_step_kernel(
-    logits_ptr,  # [s_q, width]
+@triton.jit(do_not_specialize=["topk", "room", "segments"])
+def _count_segment_kernel(
+    logits_ptr,
     stride_logits_t,
     stride_logits_n,
-    ks_ptr,  # [s_q]
-    ke_ptr,  # [s_q]
-    list_ptr,  # [s_q, SEGMENTS, 2, room]
-    room,
-    out_ptr,  # [s_q, topk]
-    stride_out_t,
-    stride_out_n,
+    ks_ptr,
+    ke_ptr,
     width,
     topk,
-    counts_ptr,  # [s_q, BINS_1 + BINS_2]: first and second digits of all segments, zero before step 0
-    third_ptr,  # [s_q, SEGMENTS, BINS_3]: third digits of each segment
-    sizes_ptr,  # [s_q, SEGMENTS, 2]: entries of the list, keys above the prefix
-    state_ptr,  # [s_q, 5]: chosen; first, wanted after step 1; prefix, wanted after step 2
-    SEGMENTS: tl.constexpr,
-    STEP: tl.constexpr,
+    list_ptr,
+    room,
+    sizes_ptr,
+    segments,
     BLOCK: tl.constexpr,
 ):
-    """One program: one step of _select_topk_kernel, for one segment of one row."""
-    t = (tl.program_id(0) // SEGMENTS).to(tl.int64)
-    segment = tl.program_id(0) % SEGMENTS
-    start = tl.maximum(tl.load(ks_ptr + t), 0)
-    stop = tl.minimum(tl.load(ke_ptr + t), width)
-    # Segments divide the visible range, not the row, in whole blocks.
-    origin = start // BLOCK * BLOCK
-    length = tl.cdiv(tl.cdiv(stop - origin, SEGMENTS), BLOCK) * BLOCK
-    start = tl.maximum(start, origin + segment * length)
-    stop = tl.minimum(stop, origin + (segment + 1) * length)
-    row_ptr = logits_ptr + t * stride_logits_t
-    list_ptr += (t * SEGMENTS + segment) * 2 * room
-    row = Row(row_ptr, stride_logits_n, start, stop, width, list_ptr, room)
-    counts_ptr += t * (BINS_1 + BINS_2)
-    third_ptr += t * SEGMENTS * BINS_3
-    sizes_ptr += t * SEGMENTS * 2
-    state_ptr += t * 5
+    """One program: the floor of one row, and how many keys of one segment are above it, and equal to it."""
+    t = (tl.program_id(0) // segments).to(tl.int64)
+    segment = tl.program_id(0) % segments
+    row = _row(t, logits_ptr, stride_logits_t, stride_logits_n, ks_ptr, ke_ptr, width, list_ptr, room)
+    sizes_ptr += t * (1 + 2 * segments)
+    floor = tl.full([], 0, tl.uint32)
+    above, equal = 0, 0
+    if _worth_listing(row, topk):
+        floor = _guess(row, topk, BLOCK)  # the same in all segments
+        row = _segment(row, segment, segments, BLOCK)
+        logit = _logit(floor)
+        begin, end = _range(row, False, 0, BLOCK)
+        for n in range(begin, end, BLOCK):
+            x, _positions = _read(row, False, 0, n, BLOCK)
+            both = ((x > logit).to(tl.int32) << 16) | (x == logit).to(tl.int32)
+            both = tl.sum(both, 0)
+            above += both >> 16
+            equal += both & 0xFFFF
+    if segment == 0:
+        tl.store(sizes_ptr, floor.to(tl.int32, bitcast=True))
+    tl.store(sizes_ptr + 1 + segment, above)
+    tl.store(sizes_ptr + 1 + segments + segment, equal)
 
-    if STEP == 0:
-        _add(counts_ptr, _count_first_digits(row, BLOCK), BINS_1)
-    if STEP == 1:
-        counts = tl.load(counts_ptr + tl.arange(0, BINS_1))  # [BINS_1]
-        chosen = tl.minimum(tl.sum(counts, 0), topk)
-        first, wanted = _find_digit(counts, chosen, BINS_1)
-        counts, entries = _list_and_count_second_digits(row, first, BLOCK)
-        _add(counts_ptr + BINS_1, counts, BINS_2)
-        tl.store(sizes_ptr + segment * 2, entries)
-        if segment == 0:
-            tl.store(state_ptr, chosen)
-            tl.store(state_ptr + 1, first)
-            tl.store(state_ptr + 2, wanted)
-    if STEP == 2:
-        counts = tl.load(counts_ptr + BINS_1 + tl.arange(0, BINS_2))  # [BINS_2]
-        second, wanted = _find_digit(counts, tl.load(state_ptr + 2), BINS_2)
-        prefix = tl.load(state_ptr + 1) * BINS_2 + second
-        counts, above = _count_third_digits(row, tl.load(sizes_ptr + segment * 2), prefix, BLOCK)
-        tl.store(third_ptr + segment * BINS_3 + tl.arange(0, BINS_3), counts)
-        tl.store(sizes_ptr + segment * 2 + 1, above)
-        if segment == 0:
-            tl.store(state_ptr + 3, prefix)
-            tl.store(state_ptr + 4, wanted)
-    if STEP == 3:
-        prefix = tl.load(state_ptr + 3)
-        offs_s = tl.arange(0, SEGMENTS)  # [SEGMENTS]
-        offs_b = tl.arange(0, BINS_3)  # [BINS_3]
-        counts = tl.load(third_ptr + offs_s[:, None] * BINS_3 + offs_b[None, :])  # [SEGMENTS, BINS_3]
-        third, wanted = _find_digit(tl.sum(counts, 0), tl.load(state_ptr + 4), BINS_3)
-        above = tl.load(sizes_ptr + offs_s * 2 + 1)  # [SEGMENTS]
-        above += tl.sum(tl.where(offs_b[None, :] > third, counts, 0), 1)
-        equal = tl.sum(tl.where(offs_b[None, :] == third, counts, 0), 1)  # [SEGMENTS]
-        above_before = tl.sum(tl.where(offs_s < segment, above, 0), 0)
-        equal_before = tl.sum(tl.where(offs_s < segment, equal, 0), 0)
-        entries = tl.load(sizes_ptr + segment * 2)
-        out_row = out_ptr + t * stride_out_t
-        _write(row, entries, prefix, third, wanted, above_before, equal_before, out_row, stride_out_n, BLOCK)
-        if segment == 0:
-            _pad(tl.load(state_ptr), topk, out_row, stride_out_n, BLOCK)
+
+@triton.jit(do_not_specialize=["topk", "room", "segments"])
+def _list_segment_kernel(
+    logits_ptr,
+    stride_logits_t,
+    stride_logits_n,
+    ks_ptr,
+    ke_ptr,
+    width,
+    topk,
+    list_ptr,
+    room,
+    sizes_ptr,
+    segments,
+    BLOCK: tl.constexpr,
+):
+    """One program: what one segment adds to the list of its row, after the earlier segments."""
+    t = (tl.program_id(0) // segments).to(tl.int64)
+    segment = tl.program_id(0) % segments
+    row = _row(t, logits_ptr, stride_logits_t, stride_logits_n, ks_ptr, ke_ptr, width, list_ptr, room)
+    floor, above, equal, above_before, equal_before = _sizes(sizes_ptr, t, segments, segment)
+    if _is_good(row, floor, above, equal, topk):
+        row = _segment(row, segment, segments, BLOCK)
+        _write(row, False, 0, floor, topk, above_before, equal_before, row.list_ptr, 1, True, BLOCK)
 
 
 @triton.jit
-def _read(row, n, BLOCK: tl.constexpr):
-    """Keys and positions of one block from n, a multiple of BLOCK; NEVER outside the range."""
+def _row(t, logits_ptr, stride_logits_t, stride_logits_n, ks_ptr, ke_ptr, width, list_ptr, room):
+    start = tl.minimum(tl.maximum(tl.load(ks_ptr + t), 0), width)
+    stop = tl.maximum(tl.minimum(tl.load(ke_ptr + t), width), start)
+    row_ptr = logits_ptr + t * stride_logits_t
+    return Row(row_ptr, stride_logits_n, start, stop, width, list_ptr + t * room, room)
+
+
+@triton.jit
+def _segment(row, segment, segments, BLOCK: tl.constexpr):
+    """Segments divide the visible range, not the row, in whole blocks."""
+    origin = row.start // BLOCK * BLOCK
+    length = tl.cdiv(tl.cdiv(row.stop - origin, segments), BLOCK) * BLOCK
+    start = tl.maximum(row.start, origin + segment * length)
+    stop = tl.minimum(row.stop, origin + (segment + 1) * length)
+    return Row(row.ptr, row.stride, start, stop, row.width, row.list_ptr, row.room)
+
+
+@triton.jit
+def _sizes(sizes_ptr, t, segments, segment):
+    """The floor; keys above and equal to it, in all segments, and in those before ``segment``."""
+    sizes_ptr += t * (1 + 2 * segments)
+    floor = tl.load(sizes_ptr).to(tl.uint32, bitcast=True)
+    offs_s = tl.arange(0, MAX_SIZES)  # [MAX_SIZES]
+    above = tl.load(sizes_ptr + 1 + offs_s, mask=offs_s < segments, other=0)
+    equal = tl.load(sizes_ptr + 1 + segments + offs_s, mask=offs_s < segments, other=0)
+    above_before = tl.sum(tl.where(offs_s < segment, above, 0), 0)
+    equal_before = tl.sum(tl.where(offs_s < segment, equal, 0), 0)
+    return floor, tl.sum(above, 0), tl.sum(equal, 0), above_before, equal_before
+
+
+@triton.jit
+def _worth_listing(row, topk):
+    return (topk < row.room) | (row.stop - row.start <= row.room)
+
+
+@triton.jit
+def _is_good(row, floor, above, equal, topk):
+    """Whether a list of the keys from ``floor`` on has room and holds all that may be selected."""
+    return (above + tl.minimum(equal, topk) <= row.room) & ((above + equal >= topk) | (floor == LOWEST))
+
+
+@triton.jit
+def _read(row, listed, entries, n, BLOCK: tl.constexpr):
+    """Logits and positions of one block from n, of the list or the row; -inf outside of it."""
     offs_n = n + tl.arange(0, BLOCK)  # [BLOCK]
-    # A bound at a multiple of 4, where the width is one, keeps loads 16 bytes wide.
-    bound = tl.minimum(tl.cdiv(row.stop, 4) * 4, row.width)
-    x = tl.load(row.ptr + offs_n.to(tl.int64) * row.stride, mask=offs_n < bound, other=float("-inf"))
+    if listed:
+        entry = tl.load(row.list_ptr + offs_n, mask=offs_n < entries, other=0xFF800000)
+        x = (entry & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
+        positions = (entry >> 32).to(tl.int32)
+    else:
+        # A bound at a multiple of 4, where the width is one, keeps loads 16 bytes wide.
+        bound = tl.minimum(tl.cdiv(row.stop, 4) * 4, row.width)
+        x = tl.load(row.ptr + offs_n.to(tl.int64) * row.stride, mask=offs_n < bound, other=float("-inf"))
+        x = tl.where((offs_n >= row.start) & (offs_n < row.stop), x, float("-inf"))
+        positions = offs_n
+    return x, positions
+
+
+@triton.jit
+def _range(row, listed, entries, BLOCK: tl.constexpr):
+    """The blocks of the list or the row, as (begin, end) of a loop."""
+    return tl.where(listed, 0, row.start // BLOCK * BLOCK), tl.where(listed, entries, row.stop)
+
+
+@triton.jit
+def _keys(x):
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # -0.0 becomes +0.0
     keys = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
-    eligible = (x > float("-inf")) & (offs_n >= row.start) & (offs_n < row.stop)  # NaN compares false
-    return tl.where(eligible, keys, NEVER), offs_n
+    return tl.where(x > float("-inf"), keys, NEVER)  # NaN compares false
 
 
 @triton.jit
-def _range(row, BLOCK: tl.constexpr):
-    """The blocks of the row, as (begin, end) of a loop."""
-    return row.start // BLOCK * BLOCK, row.stop
+def _logit(key):
+    """The logit of a key that is not NEVER."""
+    return tl.where(key >> 31 != 0, key & 0x7FFFFFFF, ~key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _read_again(row, entries, n, BLOCK: tl.constexpr):
-    """Keys and positions of one block from n: of the list if it holds all entries, else of the row."""
-    if entries <= row.room:
-        offs = n + tl.arange(0, BLOCK)  # [BLOCK]
-        listed = offs < entries
-        keys = tl.load(row.list_ptr + offs, mask=listed, other=NEVER).to(tl.uint32, bitcast=True)
-        positions = tl.load(row.list_ptr + row.room + offs, mask=listed, other=0)
-    else:
-        keys, positions = _read(row, n, BLOCK)
-    return keys, positions
+def _guess(row, topk, SAMPLE: tl.constexpr):
+    """A key that at least topk keys probably reach, but no more than the list has room for."""
+    STRATA: tl.constexpr = SAMPLE // GROUP
+    visible = row.stop - row.start
+    # Groups lie evenly but for a jitter, lest they all meet one part of something periodic.
+    offs = tl.arange(0, SAMPLE)  # [SAMPLE]
+    group = offs // GROUP
+    places = (group * STRATA + group * 1265 % STRATA).to(tl.int64)
+    positions = row.start + (places * visible // (STRATA * STRATA)).to(tl.int32) + offs % GROUP
+    x = tl.load(row.ptr + positions.to(tl.int64) * row.stride, mask=positions < row.stop, other=float("-inf"))
+    keys = _keys(x)
+
+    # Of the sample, the topk would be about ``few`` with a deviation of sqrt(few), twice that if neighbours
+    # are alike.
+    share = SAMPLE / tl.maximum(visible, 1).to(tl.float32)
+    few = topk * share
+    aim = tl.minimum(few + 6 * tl.sqrt(few) + 8, (topk + row.room) * share / 2).to(tl.int32)
+    eligible = tl.sum((keys != NEVER).to(tl.int32), 0)
+    prefix, wanted, surplus, shift = tl.full([], 0, tl.uint32), aim, aim + 1, 32
+    while (shift > 0) & (surplus > aim // 16):
+        shift -= BITS
+        counts = _histogram(keys, prefix, shift)
+        prefix, wanted, surplus = _find_digit(counts, prefix, wanted)
+    floor = tl.maximum(prefix << shift, LOWEST)
+    everything = (visible <= row.room) | (eligible <= aim)
+    return tl.where(everything, LOWEST, floor).to(tl.uint32)
 
 
 @triton.jit
-def _range_again(row, entries, BLOCK: tl.constexpr):
-    begin, end = _range(row, BLOCK)
-    listed = entries <= row.room
-    return tl.where(listed, 0, begin), tl.where(listed, entries, end)
+def _find_key(row, listed, entries, topk, BLOCK: tl.constexpr):
+    """A key, and how many that equal it, which make topk with those above it."""
+    begin, end = _range(row, listed, entries, BLOCK)
+    prefix, wanted, surplus, shift = tl.full([], 0, tl.uint32), topk, 1, 32
+    while (shift > 0) & (surplus > 0):
+        shift -= BITS
+        counts = tl.zeros([BINS], tl.int32)
+        for n in range(begin, end, BLOCK):
+            x, _positions = _read(row, listed, entries, n, BLOCK)
+            counts += _histogram(_keys(x), prefix, shift)
+        prefix, wanted, surplus = _find_digit(counts, prefix, wanted)
+    return prefix << shift, wanted
 
 
 @triton.jit
-def _count_first_digits(row, BLOCK: tl.constexpr):
-    counts = tl.zeros([BINS_1], tl.int32)
-    begin, end = _range(row, BLOCK)
-    for n in range(begin, end, BLOCK):
-        keys, _positions = _read(row, n, BLOCK)
-        counts += tl.histogram((keys >> 20).to(tl.int32), BINS_1, mask=keys != NEVER)
-    return counts
+def _histogram(keys, prefix, shift):
+    """How many keys that begin with ``prefix`` have each digit next."""
+    begins = keys >> shift
+    return tl.histogram(
+        (begins & 0xFF).to(tl.int32), BINS, mask=(begins >> BITS == prefix) & (keys != NEVER)
+    )
 
 
 @triton.jit
-def _list_and_count_second_digits(row, first, BLOCK: tl.constexpr):
-    """List the keys whose first digit is ``first`` or above; count the second digits after ``first``.
+def _find_digit(counts, prefix, wanted):
+    """Lengthens ``prefix`` by the digit of the ``wanted``-th highest key, or of the lowest if there are fewer.
 
     Returns:
-        counts [BINS_2], and the number of these keys, which the list may be too short for.
+        the prefix, how many keys that begin with it are still wanted, and how many more there are.
     """
-    counts = tl.zeros([BINS_2], tl.int32)
-    entries = 0
-    begin, end = _range(row, BLOCK)
-    for n in range(begin, end, BLOCK):
-        keys, positions = _read(row, n, BLOCK)
-        digits = (keys >> 20).to(tl.int32)
-        counts += tl.histogram(((keys >> 8) & 0xFFF).to(tl.int32), BINS_2, mask=digits == first)
-        kept = (digits >= first) & (keys != NEVER)
-        slots = entries + tl.cumsum(kept.to(tl.int32), 0) - 1
-        fits = kept & (slots < row.room)
-        tl.store(row.list_ptr + slots, keys.to(tl.int32, bitcast=True), mask=fits)
-        tl.store(row.list_ptr + row.room + slots, positions, mask=fits)
-        entries += tl.sum(kept.to(tl.int32), 0)
-    return counts, entries
-
-
-@triton.jit
-def _count_third_digits(row, entries, prefix, BLOCK: tl.constexpr):
-    """Count the third digits after ``prefix``, and the keys above it."""
-    counts = tl.zeros([BINS_3], tl.int32)
-    above = 0
-    begin, end = _range_again(row, entries, BLOCK)
-    for n in range(begin, end, BLOCK):
-        keys, _positions = _read_again(row, entries, n, BLOCK)
-        prefixes = (keys >> 8).to(tl.int32)
-        counts += tl.histogram((keys & 0xFF).to(tl.int32), BINS_3, mask=prefixes == prefix)
-        above += tl.sum((prefixes > prefix).to(tl.int32), 0)
-    return counts, above
+    bins = tl.arange(0, BINS)
+    total = tl.sum(counts, 0)
+    at_least = total - tl.cumsum(counts, 0) + counts  # [BINS]
+    wanted = tl.minimum(wanted, total)
+    digit = tl.max(tl.where(at_least >= wanted, bins, 0), 0)
+    wanted -= tl.sum(tl.where(bins > digit, counts, 0), 0)
+    surplus = tl.sum(tl.where(bins == digit, counts, 0), 0) - wanted
+    return (prefix << BITS) | digit.to(tl.uint32), wanted, surplus
 
 
 @triton.jit
 def _write(
-    row, entries, prefix, third, ties, above, equal, out_ptr, stride_out_n, BLOCK: tl.constexpr
+    row, listed, entries, key, ties, above, equal, out_ptr, stride_out_n, LIST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write the positions of keys above the topk-th, and of the first ``ties`` equal to it.
+    """Write the positions of keys above ``key``, and of the first ``ties`` equal to it; or list them.
 
     ``above`` and ``equal`` count the keys of either kind in earlier segments.
+
+    Returns:
+        both, with what was found.
     """
-    kth = (prefix.to(tl.uint32) << 8) | third.to(tl.uint32)
-    begin, end = _range_again(row, entries, BLOCK)
+    logit = _logit(key)
+    begin, end = _range(row, listed, entries, BLOCK)
     for n in range(begin, end, BLOCK):
-        keys, positions = _read_again(row, entries, n, BLOCK)
-        is_above, is_equal = keys > kth, keys == kth
+        x, positions = _read(row, listed, entries, n, BLOCK)
+        is_above, is_equal = x > logit, x == logit
         both = tl.cumsum((is_above.to(tl.int32) << 16) | is_equal.to(tl.int32), 0)  # one scan for two counts
         equals = equal + (both & 0xFFFF)
         slots = above + (both >> 16) + tl.minimum(equals, ties) - 1
         chosen = is_above | (is_equal & (equals <= ties))
-        tl.store(out_ptr + slots.to(tl.int64) * stride_out_n, positions, mask=chosen)
-        above += tl.sum(is_above.to(tl.int32), 0)
-        equal += tl.sum(is_equal.to(tl.int32), 0)
-
-
-@triton.jit
-def _pad(chosen, topk, out_ptr, stride_out_n, BLOCK: tl.constexpr):
-    for n in range(chosen, topk, BLOCK):
-        offs_n = n + tl.arange(0, BLOCK)
-        tl.store(out_ptr + offs_n.to(tl.int64) * stride_out_n, -1, mask=offs_n < topk)
-
-
-@triton.jit
-def _find_digit(counts, wanted, BINS: tl.constexpr):
-    """The digit of the ``wanted``-th highest key, and how many keys with that digit are still wanted."""
-    bins = tl.arange(0, BINS)
-    at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # [BINS]
-    digit = tl.max(tl.where(at_least >= wanted, bins, 0), 0)
-    return digit, wanted - tl.sum(tl.where(bins > digit, counts, 0), 0)
-
-
-@triton.jit
-def _add(counts_ptr, counts, BINS: tl.constexpr):
-    tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
+        if LIST:
+            entry = (positions.to(tl.int64) << 32) | x.to(tl.uint32, bitcast=True).to(tl.int64)
+            tl.store(out_ptr + slots, entry, mask=chosen & (slots < row.room))
+        else:
+            tl.store(out_ptr + slots.to(tl.int64) * stride_out_n, positions, mask=chosen)
+        both = tl.max(both, 0)
+        above += both >> 16
+        equal += both & 0xFFFF
+    return above, equal
