@@ -43,9 +43,11 @@ def pytest_configure(config):
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-# Files whose tests share something that takes long to make, and one whose every case takes long.
+# Files whose tests share something that takes long to make, one whose every case takes long, and those whose
+# cases compile kernels of their own.
 TOGETHER = {f"test_{name}.py" for name in ("cpu_instructions", "demo_model", "kernels_compile", "packaging")}
 APART = "test_kernels_interpreted.py"
+GPU = "test_gpu.py", "test_gpu_hopper.py"
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -69,7 +71,8 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             file, function = nodeid.partition("[")[0].split("::", 1)
             name = file.rpartition("/")[2]
-            return file if name in TOGETHER else nodeid if name == APART else f"{file}::{function}"
+            apart = name == APART or name in GPU
+            return file if name in TOGETHER else nodeid if apart else f"{file}::{function}"
 
     config.option.loadscopereorder = False  # keeps the order above
     return Scheduler(config, log)
