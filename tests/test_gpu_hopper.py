@@ -1,0 +1,201 @@
+"""The warp-specialised kernel for sm_90 on a GPU, against the fp64 reference.
+
+    timeout 60 pytest -m gpu tests/test_gpu_hopper.py
+
+Its partitions wait for each other: a mistake in its barriers hangs. So it has a file of its own, that can run
+in a process of its own, with a timeout.
+"""
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn import reference
+from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, mla_inputs
+
+DEVICE = "cuda"
+
+
+def why_not():
+    """The reason why the kernel cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "needs a GPU of sm_90, got sm_{}{}".format(*torch.cuda.get_device_capability())
+    triton = pytest.importorskip("triton")
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+        return f"needs Triton 3.9 or newer, got {triton.__version__}"
+    return None
+
+
+if reason := why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+BF16, NAN, INF = torch.bfloat16, float("nan"), float("inf")
+D_QK, D_V, SCALE = 576, 512, 0.05
+TOPK = 2048
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def lengths(s_q, longest):
+    """For topk_length: a part of the row, more than it, nothing, negative."""
+    kinds = [longest - 1, longest // 2, INT_MAX, 1, longest, 0, INT_MIN, 64, 129]
+    return int32(*(kinds[t % len(kinds)] for t in range(s_q)))
+
+
+def sinks(heads):
+    sink = torch.randn(heads, device=DEVICE)
+    sink[:3] = torch.tensor([INF, -INF, 30.0])
+    return sink
+
+
+def case(s_q, heads, topk=TOPK, seed=0, **more):
+    """NaN in all that nobody selects, indices of every invalid kind; of several queries the last has no valid
+    index, and the one before none in its first 192.
+    """
+    made = mla_inputs(max(s_q, 2), 20_000, 1, topk, D_QK, dtype=BF16, device=DEVICE, seed=seed)
+    inputs = {"kv": made["kv"], "indices": made["indices"][:s_q], **more}
+    if s_q > 1:
+        inputs["indices"][-2, :192] = -1
+    return {"q": torch.randn(s_q, heads, D_QK, device=DEVICE).to(BF16), **inputs}
+
+
+def extra_segment(s_q, topk, lengths=None):
+    made = case(s_q, 64, topk, seed=1)
+    segment = {"extra_kv": made["kv"], "extra_indices": made["indices"]}
+    return segment if lengths is None else {**segment, "extra_topk_length": lengths}
+
+
+def run(inputs, **options):
+    options = {"d_v": D_V, "softmax_scale": SCALE, "variant": "warp_specialized", **options}
+    return sparse_attn.sparse_mla(**inputs, **options, return_lse=True, return_max_logits=True)
+
+
+def check(inputs):
+    """Some of the rows against the fp64 reference, then the same call once more: not one bit may change."""
+    actual = run(inputs)
+    s_q = len(inputs["q"])
+    t = torch.linspace(0, s_q - 1, min(s_q, 12)).round().long().to(DEVICE)
+    t = torch.cat([t, t[-1:] - (s_q > 1)])  # the row before the last too
+    rows = {n: x if n in ("kv", "extra_kv", "attn_sink") else x[t] for n, x in inputs.items()}
+    rows["q"] = rows["q"].double()  # the reference gathers first, and computes in the dtype of q
+    expected = reference.sparse_mla(**rows, d_v=D_V, softmax_scale=SCALE)
+    assert_close(actual[0][t], expected[0], factor=2.5)  # probabilities are rounded to bf16 too
+    for found, right in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(found[t].double(), right, rtol=1e-3, atol=1e-3)
+    assert not any(x.isnan().any() for x in actual), "NaN in a row that was not compared"
+    for _ in range(2):
+        assert all(torch.equal(x, y) for x, y in zip(run(inputs), actual, strict=True)), "it does not repeat"
+
+
+@pytest.mark.parametrize("s_q", [1, 37, 300])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_one_segment(heads, s_q):
+    check(case(s_q, heads))
+
+
+@pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 127, 128, 129, 257, 2047])
+def test_partial_tiles(topk):
+    for s_q in (1, 9):
+        check(case(s_q, 64, topk))
+
+
+@pytest.mark.parametrize("s_q", [1, 37, 300])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_every_option(heads, s_q):
+    for topk, extra in ((TOPK, 128), (1000, 77), (65, 2047)):
+        more = extra_segment(s_q, extra, lengths(s_q, extra).flip(0))
+        check(case(s_q, heads, topk, topk_length=lengths(s_q, topk), attn_sink=sinks(heads), **more))
+
+
+def test_a_second_segment_alone():
+    for extra in (1, 64, 200, 2048):
+        check(case(37, 128, 300, **extra_segment(37, extra)))
+        check(case(37, 128, 300, topk_length=int32(*[0] * 37), **extra_segment(37, extra)))
+
+
+def test_lengths_and_sinks():
+    check(case(40, 64, 300, topk_length=lengths(40, 300)))
+    check(case(40, 64, 300, attn_sink=sinks(64)))
+
+
+def test_scores_that_grow_and_shrink():
+    """The maximum moves in every tile, in both directions."""
+    inputs = case(2, 64, 512)
+    inputs["kv"] = torch.randn(512, D_QK, device=DEVICE).mul(
+        torch.linspace(0.1, 20, 512, device=DEVICE)[:, None]
+    )
+    inputs["kv"] = inputs["kv"].to(BF16)
+    inputs["indices"][0] = torch.arange(512)
+    inputs["indices"][1] = torch.arange(511, -1, -1)
+    check(inputs)
+
+
+def test_strided_rows():
+    inputs = case(37, 64, 300)
+    for name in ("q", "kv"):
+        wide = torch.full((*(2 * n for n in inputs[name].shape[:-1]), D_QK), NAN, dtype=BF16, device=DEVICE)
+        inputs[name] = wide[(slice(1, None, 2),) * (wide.dim() - 1)].copy_(inputs[name])
+    inputs["indices"] = inputs["indices"].repeat_interleave(3, 1)[:, ::3]
+    check(inputs)
+
+
+def test_a_cache_beyond_32_bits():
+    """9 GB, of which the selected rows are not NaN."""
+    kv = torch.empty(8_000_000, D_QK, dtype=BF16, device=DEVICE)  # NaN, by the fixture poisoned_memory
+    inputs = case(40, 64, 700)
+    indices = torch.randint(0, len(kv), inputs["indices"].shape, device=DEVICE, dtype=torch.int32)
+    indices[:, 0], indices[:, 1], indices[0, 2] = len(kv) - 1, INT_MIN, len(kv)
+    slots = indices[(indices >= 0) & (indices < len(kv))].unique().long()
+    kv[slots] = torch.randn(len(slots), D_QK, device=DEVICE).to(BF16)
+    check({**inputs, "kv": kv, "indices": indices})
+
+
+def test_it_agrees_with_the_other_kernel():
+    inputs = case(300, 128, topk_length=lengths(300, TOPK), attn_sink=sinks(128), **extra_segment(300, 130))
+    for found, other in zip(run(inputs), run(inputs, variant=None), strict=True):
+        torch.testing.assert_close(found.float(), other.float(), rtol=2e-2, atol=2e-3)
+
+
+def test_many_calls_beside_a_busy_stream():
+    inputs = case(64, 128, 1000)
+    first = run(inputs)
+    torch.cuda.synchronize()
+    x, other = torch.randn(2048, 2048, device=DEVICE).to(BF16), torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        for _ in range(50):
+            x = (x @ x).clamp(-1, 1)
+    for _ in range(50):
+        assert all(torch.equal(x, y) for x, y in zip(run(inputs), first, strict=True))
+    torch.cuda.synchronize()
+
+
+def test_a_graph_follows_its_inputs():
+    inputs = case(64, 64, 1000)
+    inputs["kv"].normal_()
+    run(inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(inputs)
+    for name in ("q", "kv", "indices"):
+        inputs[name].copy_(inputs[name].roll(1, 0))
+    graph.replay()
+    replayed = [x.clone() for x in outputs]
+    assert all(torch.equal(x, y) for x, y in zip(replayed, run(inputs), strict=True))
+
+
+def test_it_does_not_wait_for_the_gpu():
+    inputs = case(5, 64, attn_sink=sinks(64), topk_length=lengths(5, TOPK))
+    run(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
