@@ -81,7 +81,7 @@ def check(inputs):
     actual = run(inputs)
     s_q = len(inputs["q"])
     t = torch.linspace(0, s_q - 1, min(s_q, 12)).round().long().to(DEVICE)
-    t = torch.cat([t, t[-1:] - (s_q > 1)])  # the row before the last too
+    t = torch.cat([t, t[-1:] - int(s_q > 1)])  # the row before the last too
     rows = {n: x if n in ("kv", "extra_kv", "attn_sink") else x[t] for n, x in inputs.items()}
     rows["q"] = rows["q"].double()  # the reference gathers first, and computes in the dtype of q
     expected = reference.sparse_mla(**rows, d_v=D_V, softmax_scale=SCALE)
