@@ -107,6 +107,7 @@ def measure(
     for name, function in case.functions.items():
         try:
             function()
+            clock(function, 1)  # of a GPU: captures it
             able[name] = function
         except Exception as error:  # not built for this machine, or out of memory
             line["failed"][name] = _words(error)

@@ -10,6 +10,7 @@ from sparse_attn import quantise_index_q, write_index_k, write_kv
 from .case import Case, Cases, Sizes
 from .limits import Work
 from .tensors import normal
+from .timing import eager
 
 PAGE_SIZE = 64
 
@@ -47,7 +48,7 @@ def _writers(heads: int, tokens: int, device: torch.device) -> Case:
         "write_kv": latents,
         "write_index_k": keys,
         "quantise_index_q": lambda: quantise_index_q(q, weights, **turn, pairing="half")[0],
-        "write_kv, torch": partial(latents, "reference"),
-        "write_index_k, torch": partial(keys, "reference"),
+        "write_kv, torch": eager(partial(latents, "reference")),
+        "write_index_k, torch": eager(partial(keys, "reference")),
     }
     return Case(functions, check, Work(bytes=tokens * (2 * 576 + 656)))
