@@ -313,6 +313,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="sweeps whose name it matches")
+    parser.add_argument("--first", type=int, metavar="N", help="only the N first configurations of each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile"
@@ -323,7 +324,11 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="names of the sweeps")
     options = parser.parse_args()
-    chosen = [sweep for sweep in sweeps() if re.search(options.only, sweep.label)]
+    chosen = [
+        sweep._replace(candidates=sweep.candidates[: options.first])
+        for sweep in sweeps()
+        if re.search(options.only, sweep.label)
+    ]
     if options.list or not chosen:
         print(*(sweep.label for sweep in sweeps()), sep="\n")
         return

@@ -144,14 +144,9 @@ MLA_QUERIES = sized((1, 37, 300), (1, 3))
 TOPK = sized(2048, 200)  # with few queries, programs share the keys of each
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("d_qk", [576, 512])
-@pytest.mark.parametrize("heads", [1, 16, 32, 64, 128])
-=======
 @pytest.mark.parametrize(
     "heads, d_qk", [(1, 576), (16, 576), (32, 576), (64, 576), (128, 576), (16, 512), (128, 512)]
 )
->>>>>>> gpu-tests
 def test_mla(heads, d_qk):
     for s_q in MLA_QUERIES:
         check_mla(mla_case(s_q, heads, TOPK, d_qk))

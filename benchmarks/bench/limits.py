@@ -76,7 +76,7 @@ def measure_limits() -> Limits:
 
 
 def measure_gpu_limits(device: torch.device, clock: Clock, size: int = 8192) -> Limits:
-    """A product of bf16 matrices of ``size``; the better of a sum and a scaled copy of 8 times their bytes."""
+    """A product of bf16 matrices of ``size``; the better of a sum and a scaled copy of 1 GB."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in "ab")
     source = a.repeat(8, 1)
     target = torch.empty_like(source)
