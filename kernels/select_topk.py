@@ -114,14 +114,16 @@ def _select_topk_kernel(
     above, equal = none, none
     if segments > 1:
         floor, above, equal, _above_before, _equal_before = _sizes(sizes_ptr, t, segments, 0)
-    elif _worth_listing(row, topk):
+    elif topk < _limit(row, BLOCK):
         floor = _guess(row, topk, BLOCK)
         above, equal = _write(row, False, 0, floor, topk, none, none, row.list_ptr, 1, True, BLOCK)
         tl.debug_barrier()  # other threads read the list than wrote it
     entries = above + tl.minimum(equal, topk)
     listed = _is_good(row, floor, above, equal, topk)
 
-    key, ties = _find_key(row, listed, entries, topk, BLOCK)
+    key, ties = floor, topk - above
+    if (ties <= 0) | (ties > equal):
+        key, ties = _find_key(row, listed, entries, topk, BLOCK)
     out_row = out_ptr + t * stride_out_t
     above, equal = _write(row, listed, entries, key, ties, none, none, out_row, stride_out_n, False, BLOCK)
     for n in range(above + tl.minimum(equal, ties), topk, BLOCK):
@@ -151,7 +153,7 @@ def _count_segment_kernel(
     sizes_ptr += t * (1 + 2 * segments)
     floor = tl.full([], 0, tl.uint32)
     above, equal = 0, 0
-    if _worth_listing(row, topk):
+    if topk < _limit(row, BLOCK):
         floor = _guess(row, topk, BLOCK)  # the same in all segments
         row = _segment(row, segment, segments, BLOCK)
         logit = _logit(floor)
@@ -225,8 +227,10 @@ def _sizes(sizes_ptr, t, segments, segment):
 
 
 @triton.jit
-def _worth_listing(row, topk):
-    return (topk < row.room) | (row.stop - row.start <= row.room)
+def _limit(row, BLOCK: tl.constexpr):
+    """The most entries of a list that is worth its making; 0 where the row is short itself."""
+    visible = row.stop - row.start
+    return tl.where(visible > 2 * BLOCK, tl.minimum(row.room, visible // 4), 0)
 
 
 @triton.jit
@@ -273,7 +277,7 @@ def _logit(key):
 
 @triton.jit
 def _guess(row, topk, SAMPLE: tl.constexpr):
-    """A key that at least topk keys probably reach, but no more than the list has room for."""
+    """A key that at least topk keys probably reach, but no more than the limit of a list."""
     STRATA: tl.constexpr = SAMPLE // GROUP
     visible = row.stop - row.start
     # Groups lie evenly but for a jitter, lest they all meet one part of something periodic.
@@ -286,18 +290,16 @@ def _guess(row, topk, SAMPLE: tl.constexpr):
 
     # Of the sample, the topk would be about ``few`` with a deviation of sqrt(few), twice that if neighbours
     # are alike.
-    share = SAMPLE / tl.maximum(visible, 1).to(tl.float32)
+    share = SAMPLE / visible.to(tl.float32)
     few = topk * share
-    aim = tl.minimum(few + 6 * tl.sqrt(few) + 8, (topk + row.room) * share / 2).to(tl.int32)
+    aim = tl.minimum(few + 6 * tl.sqrt(few) + 8, (topk + _limit(row, SAMPLE)) * share / 2).to(tl.int32)
     eligible = tl.sum((keys != NEVER).to(tl.int32), 0)
     prefix, wanted, surplus, shift = tl.full([], 0, tl.uint32), aim, aim + 1, 32
     while (shift > 0) & (surplus > aim // 16):
         shift -= BITS
         counts = _histogram(keys, prefix, shift)
         prefix, wanted, surplus = _find_digit(counts, prefix, wanted)
-    floor = tl.maximum(prefix << shift, LOWEST)
-    everything = (visible <= row.room) | (eligible <= aim)
-    return tl.where(everything, LOWEST, floor).to(tl.uint32)
+    return tl.where(eligible > aim, tl.maximum(prefix << shift, LOWEST), LOWEST).to(tl.uint32)
 
 
 @triton.jit
@@ -319,9 +321,7 @@ def _find_key(row, listed, entries, topk, BLOCK: tl.constexpr):
 def _histogram(keys, prefix, shift):
     """How many keys that begin with ``prefix`` have each digit next."""
     begins = keys >> shift
-    return tl.histogram(
-        (begins & 0xFF).to(tl.int32), BINS, mask=(begins >> BITS == prefix) & (keys != NEVER)
-    )
+    return tl.histogram((begins & 0xFF).to(tl.int32), BINS, mask=(begins >> BITS == prefix) & (keys != NEVER))
 
 
 @triton.jit
@@ -363,7 +363,7 @@ def _write(
         chosen = is_above | (is_equal & (equals <= ties))
         if LIST:
             entry = (positions.to(tl.int64) << 32) | x.to(tl.uint32, bitcast=True).to(tl.int64)
-            tl.store(out_ptr + slots, entry, mask=chosen & (slots < row.room))
+            tl.store(out_ptr + slots.to(tl.int64), entry, mask=chosen & (slots < row.room))
         else:
             tl.store(out_ptr + slots.to(tl.int64) * stride_out_n, positions, mask=chosen)
         both = tl.max(both, 0)
