@@ -4,15 +4,17 @@
 
 A logit becomes a 32-bit key of the same order; -0.0 equals +0.0, and NaN and -inf are never selected.
 
-A sample of the row suggests a key, the floor, that a little more than topk keys reach. One read of the row
-lists the logits above the floor, with their positions, and the first topk that equal it: no plateau is too
-large. Histograms of 8-bit digits find the topk-th key of the list, and how many ties to keep, leftmost first.
-A bad guess costs time only: where the list lacks keys, or has no room, the same steps read the row instead.
-An even larger sample would not do without them, nor would wider digits: Triton before 3.8 makes thousands of
-instructions of a histogram of 4096 bins.
+A sample of the row suggests a floor, a key that somewhat more than topk keys reach. One read of the row lists
+the logits above the floor, with their positions, and the first topk that equal it. Histograms of 8-bit digits
+find the topk-th key of the list, and how many ties to keep, leftmost first. A bad guess costs time and no
+more: where the list lacks keys or has no room, the same steps read the row instead, five times at most. Where
+the topk-th key is the floor itself, a plateau, no digits are needed.
+
+Digits are small because Triton before 3.8 makes thousands of instructions of a histogram of 4096 bins.
 
 Many rows: one program per row. Few long rows: each is cut into segments, one program per segment, which
-count what they will list, then list it; one program per row does the rest. No program waits for another.
+count what they will list, then list it behind the earlier segments; one program per row does the rest. No
+program waits for another, and no sum depends on their order.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 BLOCK = 2048  # logits at a time, 8 per thread, and in a sample
 NUM_WARPS = 8
 LIST_SHARE = 8  # a list has room for 1 / LIST_SHARE of the row
-# Segments: long enough to be worth two more launches, as many as fill a GPU, few enough for one tile of sizes.
-MIN_SEGMENT = 4 * BLOCK
+# Segments: enough to be worth two more launches, as many as fill a GPU, few enough for one tile of sizes.
+MIN_SEGMENT = 2 * BLOCK
 MIN_SEGMENTS, MAX_SEGMENTS = 4, 64
 PROGRAMS = 256
 
@@ -53,14 +55,14 @@ def select_topk(a: "SelectTopkOp") -> None:
     if s_q == 0 or s_kv == 0:
         a.out.fill_(-1)
         return
-    segments = _segments(s_q, s_kv)
     room = s_kv // LIST_SHARE
+    segments = _segments(s_q, s_kv) if a.topk < room else 1  # else there are no lists
     new = a.logits.new_empty
     row = a.logits, *a.logits.stride(), a.ks.contiguous(), a.ke.contiguous(), s_kv, a.topk
     listed = (
         new(s_q, room, dtype=torch.int64),
         room,
-        new(s_q, 1 + 2 * segments if segments > 1 else 0, dtype=torch.int32),
+        new(s_q, 1 + 2 * segments, dtype=torch.int32),
         segments,
     )
     options = {"BLOCK": BLOCK, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
@@ -100,28 +102,30 @@ def _select_topk_kernel(
     topk,
     list_ptr,  # [s_q, room]
     room,
-    sizes_ptr,  # [s_q, 1 + 2 * segments], if there are segments
+    sizes_ptr,  # [s_q, 1 + 2 * segments]: the floor, keys above it in each segment, and equal to it
     segments,
     out_ptr,  # [s_q, topk]
     stride_out_t,
     stride_out_n,
     BLOCK: tl.constexpr,
 ):
-    """One program: one row, whose list exists already if there are segments."""
+    """One program: one row, whose list is made already if there are segments."""
     t = tl.program_id(0).to(tl.int64)
     row = _row(t, logits_ptr, stride_logits_t, stride_logits_n, ks_ptr, ke_ptr, width, list_ptr, room)
     floor, none = tl.full([], 0, tl.uint32), tl.full([], 0, tl.int32)
     above, equal = none, none
     if segments > 1:
         floor, above, equal, _above_before, _equal_before = _sizes(sizes_ptr, t, segments, 0)
-    elif _worth_listing(row, topk):
+    elif topk < _limit(row, BLOCK):
         floor = _guess(row, topk, BLOCK)
         above, equal = _write(row, False, 0, floor, topk, none, none, row.list_ptr, 1, True, BLOCK)
         tl.debug_barrier()  # other threads read the list than wrote it
     entries = above + tl.minimum(equal, topk)
     listed = _is_good(row, floor, above, equal, topk)
 
-    key, ties = _find_key(row, listed, entries, topk, BLOCK)
+    key, ties = floor, topk - above
+    if (ties <= 0) | (ties > equal):
+        key, ties = _find_key(row, listed, entries, topk, BLOCK)
     out_row = out_ptr + t * stride_out_t
     above, equal = _write(row, listed, entries, key, ties, none, none, out_row, stride_out_n, False, BLOCK)
     for n in range(above + tl.minimum(equal, ties), topk, BLOCK):
@@ -151,7 +155,7 @@ def _count_segment_kernel(
     sizes_ptr += t * (1 + 2 * segments)
     floor = tl.full([], 0, tl.uint32)
     above, equal = 0, 0
-    if _worth_listing(row, topk):
+    if topk < _limit(row, BLOCK):
         floor = _guess(row, topk, BLOCK)  # the same in all segments
         row = _segment(row, segment, segments, BLOCK)
         logit = _logit(floor)
@@ -225,8 +229,10 @@ def _sizes(sizes_ptr, t, segments, segment):
 
 
 @triton.jit
-def _worth_listing(row, topk):
-    return (topk < row.room) | (row.stop - row.start <= row.room)
+def _limit(row, BLOCK: tl.constexpr):
+    """The most entries of a list that is worth its making; 0 where the row is short itself."""
+    visible = row.stop - row.start
+    return tl.where(visible > 2 * BLOCK, tl.minimum(row.room, visible // 4), 0)
 
 
 @triton.jit
@@ -273,7 +279,7 @@ def _logit(key):
 
 @triton.jit
 def _guess(row, topk, SAMPLE: tl.constexpr):
-    """A key that at least topk keys probably reach, but no more than the list has room for."""
+    """A key that at least topk keys probably reach, but no more than the limit of a list."""
     STRATA: tl.constexpr = SAMPLE // GROUP
     visible = row.stop - row.start
     # Groups lie evenly but for a jitter, lest they all meet one part of something periodic.
@@ -286,18 +292,16 @@ def _guess(row, topk, SAMPLE: tl.constexpr):
 
     # Of the sample, the topk would be about ``few`` with a deviation of sqrt(few), twice that if neighbours
     # are alike.
-    share = SAMPLE / tl.maximum(visible, 1).to(tl.float32)
+    share = SAMPLE / visible.to(tl.float32)
     few = topk * share
-    aim = tl.minimum(few + 6 * tl.sqrt(few) + 8, (topk + row.room) * share / 2).to(tl.int32)
+    aim = tl.minimum(few + 6 * tl.sqrt(few) + 8, (topk + _limit(row, SAMPLE)) * share / 2).to(tl.int32)
     eligible = tl.sum((keys != NEVER).to(tl.int32), 0)
     prefix, wanted, surplus, shift = tl.full([], 0, tl.uint32), aim, aim + 1, 32
     while (shift > 0) & (surplus > aim // 16):
         shift -= BITS
         counts = _histogram(keys, prefix, shift)
         prefix, wanted, surplus = _find_digit(counts, prefix, wanted)
-    floor = tl.maximum(prefix << shift, LOWEST)
-    everything = (visible <= row.room) | (eligible <= aim)
-    return tl.where(everything, LOWEST, floor).to(tl.uint32)
+    return tl.where(eligible > aim, tl.maximum(prefix << shift, LOWEST), LOWEST).to(tl.uint32)
 
 
 @triton.jit
@@ -317,16 +321,14 @@ def _find_key(row, listed, entries, topk, BLOCK: tl.constexpr):
 
 @triton.jit
 def _histogram(keys, prefix, shift):
-    """How many keys that begin with ``prefix`` have each digit next."""
+    """[BINS]: how many keys that begin with ``prefix`` go on with each digit."""
     begins = keys >> shift
-    return tl.histogram(
-        (begins & 0xFF).to(tl.int32), BINS, mask=(begins >> BITS == prefix) & (keys != NEVER)
-    )
+    return tl.histogram((begins & 0xFF).to(tl.int32), BINS, mask=(begins >> BITS == prefix) & (keys != NEVER))
 
 
 @triton.jit
 def _find_digit(counts, prefix, wanted):
-    """Lengthens ``prefix`` by the digit of the ``wanted``-th highest key, or of the lowest if there are fewer.
+    """Append to ``prefix`` the digit of the ``wanted``-th highest key, or of the lowest if there are fewer.
 
     Returns:
         the prefix, how many keys that begin with it are still wanted, and how many more there are.
@@ -343,7 +345,7 @@ def _find_digit(counts, prefix, wanted):
 
 @triton.jit
 def _write(
-    row, listed, entries, key, ties, above, equal, out_ptr, stride_out_n, LIST: tl.constexpr, BLOCK: tl.constexpr
+    row, listed, entries, key, ties, above, equal, out_ptr, stride, LIST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Write the positions of keys above ``key``, and of the first ``ties`` equal to it; or list them.
 
@@ -363,9 +365,10 @@ def _write(
         chosen = is_above | (is_equal & (equals <= ties))
         if LIST:
             entry = (positions.to(tl.int64) << 32) | x.to(tl.uint32, bitcast=True).to(tl.int64)
-            tl.store(out_ptr + slots, entry, mask=chosen & (slots < row.room))
+            # As int32 they would be made pointers first, and these exchanged through shared memory.
+            tl.store(out_ptr + slots.to(tl.int64), entry, mask=chosen & (slots < row.room))
         else:
-            tl.store(out_ptr + slots.to(tl.int64) * stride_out_n, positions, mask=chosen)
+            tl.store(out_ptr + slots.to(tl.int64) * stride, positions, mask=chosen)
         both = tl.max(both, 0)
         above += both >> 16
         equal += both & 0xFFFF

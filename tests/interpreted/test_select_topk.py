@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from sparse_attn.kernels import select_topk as kernels
 
 from sparse_attn import ops, reference
@@ -51,6 +53,54 @@ def test_rows_in_segments(monkeypatch, kind, s_q, segments):
         check(logits, topk, torch.full((s_q,), ks).int(), torch.full((s_q,), ke).int())
 
 
+@triton.jit
+def _guess_all(row, topk, SAMPLE):
+    return tl.full([], kernels.LOWEST, tl.uint32)
+
+
+@triton.jit
+def _guess_zero(row, topk, SAMPLE):
+    return tl.full([], 1 << 31, tl.uint32)
+
+
+@triton.jit
+def _guess_infinity(row, topk, SAMPLE):
+    return tl.full([], 0xFF800000, tl.uint32)
+
+
+@pytest.mark.parametrize("guess", [_guess_all, _guess_zero, _guess_infinity])
+@pytest.mark.parametrize("s_q, segments", [(5, 1), (1, 8)])
+def test_a_bad_guess_changes_nothing(monkeypatch, guess, s_q, segments):
+    """Lists that are too long, too short, or end in a plateau."""
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    monkeypatch.setattr(kernels, "MIN_SEGMENT", 500 // segments)
+    monkeypatch.setattr(kernels, "_guess", guess)
+    for kind in ("gaussian", "relu_plateau", "few_values", "infinities", "all_minus_inf", "ascending"):
+        logits = adversarial_logits(kind, s_q, 500)
+        check(logits, 40, torch.full((s_q,), 3).int(), torch.full((s_q,), 499).int())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "clustered", "plateau", "few"])
+@pytest.mark.parametrize("s_q, segments", [(9, 1), (1, 8)])
+def test_a_row_is_read_once(monkeypatch, kind, s_q, segments):
+    """The list is good, also where the range is a small part of the row."""
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    monkeypatch.setattr(kernels, "MIN_SEGMENT", 4000 // segments)
+    lists, is_good = [], kernels._is_good
+    monkeypatch.setattr(kernels, "_is_good", lambda *args: lists.append(is_good(*args)) or lists[-1])
+    logits = torch.randn(s_q, 4000, generator=torch.Generator().manual_seed(0))
+    if kind == "clustered":
+        logits += 3 * logits[:, :125].repeat_interleave(32, 1)
+    if kind == "plateau":
+        logits = logits.relu() * (logits > 1.5)
+    if kind == "few":
+        logits[logits < 2.1] = -torch.inf
+    for start, stop in ((0, 4000), (1500, 2800)):
+        check(logits, 60, torch.full((s_q,), start).int(), torch.full((s_q,), stop).int())
+    assert len(lists) == 2 * (s_q if segments == 1 else 1 + segments)
+    assert all(lists)
+
+
 def test_segments_of_an_empty_range(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 64)
     monkeypatch.setattr(kernels, "MIN_SEGMENT", 100)
@@ -85,7 +135,7 @@ def test_strided_logits_and_out():
 
 
 def test_segments_follow_from_the_shapes():
-    counts = {(1, 32767): 1, (1, 32768): 4, (1, 1 << 17): 16, (8, 1 << 22): 32, (65, 1 << 20): 1}
+    counts = {(1, 16383): 1, (1, 16384): 4, (1, 1 << 17): 32, (8, 1 << 22): 32, (65, 1 << 20): 1}
     for shape, expected in counts.items():
         assert kernels._segments(*shape) == expected
 
