@@ -33,9 +33,7 @@ from sparse_attn.testing import assert_close
 DEVICE = torch.device("cuda", 0)
 ROWS = 1 << 20  # of the cache that queries select from: 1.2 GB, far more than an L2 cache
 TOPK = 2048
-HOPPER = "warp_specialized"
-VARIANT: str | None = None  # of sparse_mla
-HERE = sys.modules[__name__]
+HOPPER = "warp-specialised"  # the kernel for sm_90, which has no configurations
 
 
 class Inputs(NamedTuple):
@@ -65,7 +63,7 @@ def attention(queries: int, heads: int, fp8: bool) -> Inputs:
         exact = reference.sparse_mla(q[t].double(), values, rows, 512, SCALE)[0]
         assert_close(out[t], exact, FACTOR["cuda"])
 
-    return Inputs(lambda: sparse_mla(q, cache, indices, softmax_scale=SCALE, variant=VARIANT), check)
+    return Inputs(lambda: sparse_mla(q, cache, indices, softmax_scale=SCALE), check)
 
 
 def gqa(queries: int, h_q: int, h_kv: int, d: int) -> Inputs:
@@ -136,8 +134,7 @@ def top_k(rows: int, context: int) -> Inputs:
 def in_table(table: str, heads: int | None, config: Any) -> Iterator[None]:
     """Make ``config`` what this GPU takes: for heads per program of attention, or for the indexer's keys."""
     if config == HOPPER:
-        with constants(HERE, ("VARIANT",), (HOPPER,)):
-            yield
+        yield
         return
     entries, arch = getattr(configs, table), configs.architecture(DEVICE)
     before = entries.get(arch)
@@ -145,7 +142,8 @@ def in_table(table: str, heads: int | None, config: Any) -> Iterator[None]:
         config = {heads: config}
     entries[arch] = config
     try:
-        yield
+        with constants(configs, ("WARP_SPECIALISED",), (False,)):
+            yield
     finally:
         entries.pop(arch)
         if before is not None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+WARP_SPECIALISED = True  # whether sparse_mla_hopper.py is used where it can be
 MIN_KEYS = 128  # a split's least work: below it the partial results cost as much memory traffic as the gather
 # What balanced_splits counts beside the rounds of a program's main loop, in rounds.
 PROGRAM_ROUNDS = 1  # start, load of q, the first gather, store
@@ -91,6 +93,8 @@ SPARSE_MLA_FP8 = {
         32: AttentionConfig(16, 4, 5, KEYS_ON_M=True),
     },
 }
+# Keys of more columns than 512 + 64, up to 1024.
+SPARSE_MLA_WIDE = {80: {16: AttentionConfig(16, 4, 2)}}
 # Rows of twice the size, IEEE products on the FMA units.
 SPARSE_MLA_FP32 = {80: {16: AttentionConfig(16, 8, 1)}}
 
@@ -137,6 +141,7 @@ TABLES: dict[str, dict[str, dict[int, Any]]] = {  # op -> its tables; other ops 
     "sparse_mla": {
         "CONFIGS": SPARSE_MLA,
         "CONFIGS_FP8": SPARSE_MLA_FP8,
+        "CONFIGS_WIDE": SPARSE_MLA_WIDE,
         "CONFIGS_FP32": SPARSE_MLA_FP32,
     },
     "sparse_gqa": {"CONFIGS": SPARSE_GQA, "CONFIGS_FP32": SPARSE_GQA_FP32},
@@ -240,7 +245,9 @@ def balanced_splits(programs: int, rounds: int, multiprocessors: int) -> int:
 
 def chosen(kernel: str, architecture: int) -> dict[str, Any]:
     """What each table of a kernel gives an architecture; by heads per program where it depends on them."""
-    found = {}
+    found: dict[str, Any] = {}
+    if kernel == "sparse_mla" and architecture == 90:
+        found["warp-specialised"] = {"used": WARP_SPECIALISED and TRITON >= (3, 9)}
     for name, table in TABLES.get(kernel, {}).items():
         entry = nearest(table, architecture)
         if isinstance(entry, dict):

@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import configs
 from .arguments import contiguous, refuse_fp64
-from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, attention_tiling, has_native_fp8
+from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_WIDE
 from .latent_rows import Segment, load_ropes, load_values
 from .merge_attention import merge_parts
 from .online_softmax import LOG2_E, add_tile, empty_softmax, result, row_length
@@ -26,8 +27,11 @@ from .online_softmax import LOG2_E, add_tile, empty_softmax, result, row_length
 if TYPE_CHECKING:
     from ..ops.attention import SparseMLAOp
 
+if configs.TRITON >= (3, 9):  # it is written in what that brought
+    from .sparse_mla_hopper import sparse_mla_hopper, suits
 
 PACKED_BYTES = (656, 584)  # per token, in the quantised caches that latent_rows.py reads
+USUAL_COLUMNS, MOST_COLUMNS = 576, 1024  # of a key, each part padded to a power of two
 
 
 def refuses(a: "SparseMLAOp") -> str | None:
@@ -40,6 +44,8 @@ def refuses(a: "SparseMLAOp") -> str | None:
             return f"{name}: the triton backend reads {sizes} bytes per token, got {kv.shape[-1]}; unpack it"
         if a.q.dtype == torch.float16:  # a value times its scale need not fit
             return f"q: expected bfloat16 or float32, as {name} is quantised, got float16 (triton backend)"
+    if sum(_blocks(a.q.shape[2], a.d_v)) > MOST_COLUMNS:
+        return f"q: expected d_qk of at most {MOST_COLUMNS}, got {a.q.shape[2]} (triton backend)"
     return refuse_fp64(a.q, a.kv, a.attn_sink, a.extra_kv)
 
 
@@ -50,12 +56,26 @@ def sparse_mla(a: "SparseMLAOp") -> None:
     """
     if a.lse.numel() == 0:
         return
+    if warp_specialised(a):
+        sparse_mla_hopper(a)
+    else:
+        _sparse_mla(a)
+
+
+def warp_specialised(a: "SparseMLAOp") -> bool:
+    """Whether the kernel for sm_90 takes ``a``: it is up to twice as fast."""
+    return configs.WARP_SPECIALISED and configs.TRITON >= (3, 9) and suits(a)
+
+
+def _sparse_mla(a: "SparseMLAOp") -> None:
     s_q, h_q, d_qk = a.q.shape
-    d_rope = d_qk - a.d_v
+    block_v, block_rope = _blocks(d_qk, a.d_v)
     layouts = _layout(a.kv), _layout(a.extra_kv)
     table = SPARSE_MLA_FP32 if a.q.dtype == torch.float32 else SPARSE_MLA_FP8 if any(layouts) else SPARSE_MLA
+    if block_v + block_rope > USUAL_COLUMNS and table is SPARSE_MLA:
+        table = SPARSE_MLA_WIDE
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
-    block_h, config, programs, splits = attention_tiling(table, h_q, s_q, topks, a.q.device)
+    block_h, config, programs, splits = configs.attention_tiling(table, h_q, s_q, topks, a.q.device)
     out, lse, max_logits, sink = a.out, a.lse, a.max_logits, contiguous(a.attn_sink)
     if splits > 1:
         out = a.out.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -76,17 +96,18 @@ def sparse_mla(a: "SparseMLAOp") -> None:
             s_q,
             h_q,
             a.softmax_scale * LOG2_E.value,
-            D_V=a.d_v,
-            D_ROPE=d_rope,
+            D_OUT=a.d_v,
+            D_V=min(block_v, d_qk),
+            D_ROPE=max(0, d_qk - block_v),
             LAYOUT=layouts[0],
             PAGE_SIZE=_page_size(a.kv),
             EXTRA_LAYOUT=layouts[1],
             EXTRA_PAGE_SIZE=_page_size(a.extra_kv),
-            NATIVE_FP8=has_native_fp8(a.q.device),
+            NATIVE_FP8=configs.has_native_fp8(a.q.device),
             BLOCK_H=block_h,
             BLOCK_N=config.BLOCK_N,
-            BLOCK_V=max(16, triton.next_power_of_2(a.d_v)),
-            BLOCK_ROPE=max(16, triton.next_power_of_2(d_rope)),
+            BLOCK_V=block_v,
+            BLOCK_ROPE=max(16, block_rope),
             SKIP_EMPTY=config.SKIP_EMPTY,
             KEYS_ON_M=config.KEYS_ON_M,
             num_warps=config.num_warps,
@@ -95,6 +116,21 @@ def sparse_mla(a: "SparseMLAOp") -> None:
         )
         if splits > 1:
             merge_parts(out, lse, a.out, a.lse, sink, max_logits, a.max_logits)
+
+
+def _blocks(d_qk: int, d_v: int) -> tuple[int, int]:
+    """Columns of the tile that is key and value, and of the tile of the key's other columns.
+
+    Both are powers of two, together as few as can be. The first may hold more than the value: its product is
+    then wider than the result, but d_qk = 576 and d_v = 128 fill 512 + 64 columns and not 128 + 512.
+    """
+
+    def others(first: int) -> int:
+        return max(16, triton.next_power_of_2(d_qk - first)) if first < d_qk else 0
+
+    first, most = max(16, triton.next_power_of_2(d_v)), max(16, triton.next_power_of_2(d_qk))
+    sizes = [1 << n for n in range(first.bit_length() - 1, most.bit_length())]
+    return min(((size, others(size)) for size in sizes), key=sum)
 
 
 def _segment(kv, indices, topk_length) -> tuple:
@@ -167,8 +203,9 @@ def _sparse_mla_kernel(
     s_q,
     h_q,
     scale_log2,  # softmax_scale * log2(e)
-    D_V: tl.constexpr,
-    D_ROPE: tl.constexpr,  # columns of the key after those of the value: d_qk - d_v
+    D_OUT: tl.constexpr,  # columns of the value
+    D_V: tl.constexpr,  # columns of the tile that is key and value, see _blocks
+    D_ROPE: tl.constexpr,  # the other columns of the key
     LAYOUT: tl.constexpr,  # of a row, see latent_rows.py
     PAGE_SIZE: tl.constexpr,
     EXTRA_LAYOUT: tl.constexpr,
@@ -233,7 +270,7 @@ def _sparse_mla_kernel(
     tl.store(
         out_ptr + row * stride_out_t + heads[:, None] * stride_out_h + offs_v[None, :] * stride_out_d,
         out.to(out_ptr.dtype.element_ty),
-        mask=head_ok[:, None] & (offs_v < D_V)[None, :],
+        mask=head_ok[:, None] & (offs_v < D_OUT)[None, :],
     )
     tl.store(lse_ptr + row * stride_lse_t + heads * stride_lse_h, lse, mask=head_ok)
     tl.store(max_ptr + row * stride_max_t + heads * stride_max_h, highest, mask=head_ok)

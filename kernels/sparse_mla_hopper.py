@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .configs import balanced_splits, multiprocessors
+from .configs import architecture, balanced_splits, multiprocessors
 from .merge_attention import merge_parts
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 byte
 
 def refuses(a: "SparseMLAOp") -> str | None:
     """Why this kernel cannot run ``a``, or None."""
-    major, minor = torch.cuda.get_device_capability(a.q.device)
-    if (major, minor) != (9, 0):
-        return f"variant: {VARIANT} needs sm_90, {a.q.device} is sm_{major}{minor}"
+    arch = architecture(a.q.device)
+    if arch != 90:
+        return f"variant: {VARIANT} needs sm_90, {a.q.device} is sm_{arch}"
     _, h_q, d_qk = a.q.shape
     if h_q % BLOCK_H.value:
         return f"q: expected h_q to be a multiple of {BLOCK_H.value} for {VARIANT}, got {h_q}"
@@ -91,6 +91,11 @@ def refuses(a: "SparseMLAOp") -> str | None:
         if tensor is not None and tensor.shape[0] * tensor.stride(0) >= 2**36:
             return f"{name}: expected less than 128 GiB for {VARIANT}, got {list(tensor.shape)}"
     return None
+
+
+def suits(a: "SparseMLAOp") -> bool:
+    """Whether this kernel can run ``a`` on its device."""
+    return refuses(a) is None
 
 
 def sparse_mla_hopper(a: "SparseMLAOp") -> None:

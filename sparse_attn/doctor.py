@@ -30,7 +30,6 @@ NEEDED = {
     "avx2": {"avx2", "fma", "f16c"},
 }
 OLDEST_GPU = 80
-OPT_IN = {"sparse_mla_hopper": 'sm_90 only, opt-in by variant="warp_specialized", has never run on a GPU'}
 
 
 def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -72,13 +71,12 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
     usable = [device for device in cuda if found["triton"] and _architecture(device) >= OLDEST_GPU]
     for device in (torch.device("cpu"), *usable):
         for name in ops.RECORDS:
-            if device.type == "cuda" or name not in OPT_IN:
-                found["ops"].setdefault(name, {})[str(device)] = _op(name, device, problems)
+            found["ops"].setdefault(name, {})[str(device)] = _op(name, device, problems)
     if found["triton"]:
         # Needs Triton. The folder is mapped by setup.py, which no type checker reads.
         from .kernels import configs  # pyright: ignore[reportMissingImports]
 
-        kernels = [name for name in ops.RECORDS if name not in OPT_IN and name not in ops.COMPOSED]
+        kernels = [name for name in ops.RECORDS if name not in ops.COMPOSED]
         for architecture in sorted({*map(_architecture, usable), *architectures}):
             chosen = {name: configs.chosen(name, architecture) for name in kernels}
             found["kernels"][f"sm_{architecture}"] = chosen
@@ -154,10 +152,8 @@ def _problems(found: dict[str, Any], flags: set[str], cuda: list[torch.device]) 
 
 
 def _op(name: str, device: torch.device, problems: list[str]) -> dict[str, Any]:
-    """What runs it and why, and whether small hostile cases come out right; None where that is not tried."""
+    """What runs it and why, and whether small hostile cases come out right."""
     runs_on, why = _implementation(name, device)
-    if name in OPT_IN:
-        return {"runs_on": runs_on, "why": OPT_IN[name], "right": None}
     start = time.perf_counter()
     try:
         CHECKS[name]("triton" if device.type == "cuda" else "cpu", device)
@@ -200,7 +196,7 @@ def show(found: dict[str, Any]) -> None:
     for name, value in facts.items():
         print(f"{name:12} {value}")
     print()
-    verdicts = {True: "right", False: "WRONG", None: "not tried"}
+    verdicts = {True: "right", False: "WRONG"}
     reasons: dict[str, list[str]] = {}
     for name, by_device in found["ops"].items():
         for device, op in by_device.items():
@@ -219,8 +215,6 @@ def show(found: dict[str, Any]) -> None:
                     print(f"{name:18} {table:13} {heads:>3}  {', '.join(values)}")
             if not tables:
                 print(f"{name:18} one configuration on every architecture")
-        for name, words in OPT_IN.items():
-            print(f"{name:18} {words}")
     print()
     for problem in found["problems"]:
         print(f"Problem: {problem}")

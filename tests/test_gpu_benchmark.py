@@ -172,22 +172,6 @@ def test_flash_mla_is_called_as_documented(monkeypatch):
             assert torch.equal(functions["attend, fp8 cache"](), functions["attend, FlashMLA fp8 cache"]())
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.1])
-@pytest.mark.parametrize("operation", ["attention", "layer"])
-def test_the_warp_specialised_kernel_is_judged_apart(console, monkeypatch, operation, wrong):
-    right = attention.sparse_mla
-
-    def sparse_mla(*args, variant=None, **options):
-        return right(*args, **options) * (1 + wrong if variant else 1)
-
-    monkeypatch.setattr(attention, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(attention, "sparse_mla", sparse_mla)
-    name = "attend, warp-specialised"
-    for line in timed(console, operation):
-        assert (name in line["failed"]) == (wrong > 0) and (name in line["seconds"]) == (wrong == 0)
-        assert "attend" in line["seconds"]
-
-
 def test_a_wrong_fp8_attention_is_not_timed(console, monkeypatch):
     right = attention.packed
     monkeypatch.setattr(attention, "packed", lambda kv: right(kv).flip(1))

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from functools import cache as once
 from functools import partial
 from typing import Any
 
@@ -99,12 +98,6 @@ def attend(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> tuple[Functi
     def fp8_cache() -> Tensor:
         return sparse_mla(q, fp8, indices, softmax_scale=scale)
 
-    @once
-    def warp_specialised() -> Callable[[], Tensor]:  # if it is wrong, the others are still timed
-        function = partial(sparse_mla, q, kv, indices, softmax_scale=scale, variant="warp_specialized")
-        assert_close(function()[t], exact(*gathered(indices[t], kv)), factor)
-        return function
-
     def exact(rows: Tensor, selected: Tensor) -> Tensor:
         return reference.sparse_mla(q[t].double(), selected.double(), rows, D_V, scale)[0]
 
@@ -119,18 +112,12 @@ def attend(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> tuple[Functi
         return {"errors": {"attention": relative_error(result, expected), "bf16_rounding": rounding}}
 
     functions = {"attend": ours, "attend, fp8 cache": fp8_cache}
-    if _is_hopper(q.device):
-        functions["attend, warp-specialised"] = lambda: warp_specialised()()
     return functions | peers.flash_mla(q, kv, fp8, indices, scale), check
 
 
 def spread(count: int) -> list[int]:
     """Which of ``count`` queries are compared with fp64: a few, with the first and the last."""
     return sorted({*range(0, count, max(1, count // 4)), count - 1})
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def dense_mla(q: Tensor, kv: Tensor, scale: float) -> Functions:

@@ -37,13 +37,11 @@ def register(
     name: str,
     *,
     composed: Callable[..., None] | None = None,
-    backends: tuple[str, ...] = tuple(DISPATCH_KEYS),
 ) -> Callable[[Record], Record]:
     """Make a record the op ``name``.
 
     Args:
         composed: ``composed(a, backend)`` runs the op where a backend has no implementation of its own.
-        backends: those that have the op.
     """
 
     def define(record: Record) -> Record:
@@ -53,7 +51,7 @@ def register(
         op = f"sparse_attn::{name}"
         torch.library.define(op, schema(record), tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(op, lambda *args: _fake(name, record(*args)))
-        for backend in backends:
+        for backend in DISPATCH_KEYS:
             run = functools.partial(_run_record, name, record, backend)
             torch.library.impl(op, DISPATCH_KEYS[backend], run)
         _OPS[name] = getattr(torch.ops.sparse_attn, name).default

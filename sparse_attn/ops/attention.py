@@ -18,7 +18,6 @@ from .records import Output
 QUANTISED_D_V = 512  # of every latent format
 
 
-@register("sparse_mla_hopper", backends=("triton",))
 @register("sparse_mla")
 class SparseMLAOp(NamedTuple):
     q: Tensor  # [s_q, h_q, d_qk]
@@ -74,7 +73,6 @@ if TYPE_CHECKING:  # the result's type follows from return_*, whatever else is p
         extra_kv: Tensor | None
         extra_indices: Tensor | None
         extra_topk_length: Tensor | None
-        variant: str | None
 
 
 @overload
@@ -113,7 +111,6 @@ def sparse_mla(
     return_max_logits: bool = False,
     out: Tensor | tuple[Tensor, ...] | None = None,
     backend: str = "auto",
-    variant: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Multi-head latent attention in absorbed form over the selected tokens of each query.
 
@@ -138,10 +135,6 @@ def sparse_mla(
         return_lse: also return the log of the softmax's denominator.
         return_max_logits: also return the highest logit, ``softmax_scale * q . kv``.
         out: the tensor to fill, or the tuple of those that are returned.
-        variant: None, or "warp_specialized" for the triton kernel written for sm_90 (Hopper). **That one
-            has never run on a GPU**, so it is never chosen by itself. It takes bf16, d_qk = 576,
-            d_v = 512, h_q a multiple of 64, a positive scale, and rows of q, kv and out that are
-            contiguous and begin at multiples of 32 bytes; the rest is refused.
 
     Returns:
         out ``[s_q, h_q, d_v]`` in q's dtype, then what was asked for, ``[s_q, h_q]`` fp32 (fp64 with
@@ -168,13 +161,12 @@ def sparse_mla(
     elif extra_topk_length is not None:
         raise ValueError("extra_topk_length: expected None without extra_kv")
     check.call(backend, q.device, q, kv, attn_sink, extra_kv)
-    name, backend = _check_variant(variant, backend, q.device)
     asked = {"lse": return_lse, "max_logits": return_max_logits}
     result, lse, max_logits = _check_outputs(out, q, d_v, asked)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     required = q, kv, indices, d_v, scale, result, lse, max_logits
     extra = extra_kv, extra_indices, extra_topk_length
-    call(name, SparseMLAOp(*required, topk_length, attn_sink, *extra), backend)
+    call("sparse_mla", SparseMLAOp(*required, topk_length, attn_sink, *extra), backend)
     logits = [x for x, wanted in ((lse, return_lse), (max_logits, return_max_logits)) if wanted]
     return (result, *logits) if logits else result
 
@@ -260,19 +252,6 @@ def merge_attention(
     merged, lse = _check_outputs(out, outs, outs.shape[3], {"lse": True})
     call("merge_attention", MergeAttentionOp(outs, lses, merged, lse), backend)
     return merged, lse
-
-
-def _check_variant(variant: str | None, backend: str, device: torch.device) -> tuple[str, str]:
-    """The op and the backend to run; what the variant cannot do its kernel refuses."""
-    if variant is None:
-        return "sparse_mla", backend
-    if variant != "warp_specialized":
-        raise ValueError(f"variant: expected None or 'warp_specialized', got {variant!r}")
-    if backend not in ("auto", "triton") or device.type != "cuda":
-        raise ValueError(
-            f"variant: {variant!r} needs backend 'triton' and cuda tensors, got {backend!r} and {device}"
-        )
-    return "sparse_mla_hopper", "triton"
 
 
 def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: int) -> Tensor:
