@@ -250,10 +250,14 @@ def _read(row, listed, entries, n, BLOCK: tl.constexpr):
         x = (entry & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
         positions = (entry >> 32).to(tl.int32)
     else:
-        # A bound at a multiple of 4, where the width is one, keeps loads 16 bytes wide.
-        bound = tl.minimum(tl.cdiv(row.stop, 4) * 4, row.width)
-        x = tl.load(row.ptr + offs_n.to(tl.int64) * row.stride, mask=offs_n < bound, other=float("-inf"))
-        x = tl.where((offs_n >= row.start) & (offs_n < row.stop), x, float("-inf"))
+        ptrs = row.ptr + offs_n.to(tl.int64) * row.stride
+        if (n >= row.start) & (n + BLOCK <= row.stop):  # most blocks: no comparison per logit
+            x = tl.load(ptrs)
+        else:
+            # A bound at a multiple of 4, where the width is one, keeps loads 16 bytes wide.
+            bound = tl.minimum(tl.cdiv(row.stop, 4) * 4, row.width)
+            x = tl.load(ptrs, mask=offs_n < bound, other=float("-inf"))
+            x = tl.where((offs_n >= row.start) & (offs_n < row.stop), x, float("-inf"))
         positions = offs_n
     return x, positions
 
