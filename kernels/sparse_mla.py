@@ -11,6 +11,7 @@ is gathered once and serves as both. The other columns of the key are its RoPE p
 several programs share the tiles of each, and their partial results are merged in order.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from . import configs
 from .arguments import contiguous, refuse_fp64
-from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_WIDE
+from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_V4, SPARSE_MLA_WIDE
 from .latent_rows import Segment, load_ropes, load_values
 from .merge_attention import merge_parts
 from .online_softmax import LOG2_E, add_tile, empty_softmax, result, row_length
@@ -31,7 +32,7 @@ if configs.TRITON >= (3, 9):  # it is written in what that brought
     from .sparse_mla_hopper import sparse_mla_hopper, suits
 
 PACKED_BYTES = (656, 584)  # per token, in the quantised caches that latent_rows.py reads
-USUAL_COLUMNS, MOST_COLUMNS = 576, 1024  # of a key, each part padded to a power of two
+USUAL_COLUMNS, MOST_COLUMNS = 576, 1024  # of a key, see _blocks; the former in fp32
 
 
 def refuses(a: "SparseMLAOp") -> str | None:
@@ -44,8 +45,14 @@ def refuses(a: "SparseMLAOp") -> str | None:
             return f"{name}: the triton backend reads {sizes} bytes per token, got {kv.shape[-1]}; unpack it"
         if a.q.dtype == torch.float16:  # a value times its scale need not fit
             return f"q: expected bfloat16 or float32, as {name} is quantised, got float16 (triton backend)"
-    if sum(_blocks(a.q.shape[2], a.d_v)) > MOST_COLUMNS:
-        return f"q: expected d_qk of at most {MOST_COLUMNS}, got {a.q.shape[2]} (triton backend)"
+    columns = _blocks(a.q.shape[2], a.d_v)
+    most = USUAL_COLUMNS if a.q.dtype == torch.float32 else MOST_COLUMNS
+    if sum(columns) > most:
+        padded = " + ".join(str(n) for n in columns if n)
+        return (
+            f"q, d_v: expected keys that fill at most {most} columns in {_name(a.q.dtype)}, got {padded} "
+            f"for d_qk={a.q.shape[2]}, d_v={a.d_v} (triton backend)"
+        )
     return refuse_fp64(a.q, a.kv, a.attn_sink, a.extra_kv)
 
 
@@ -71,9 +78,12 @@ def _sparse_mla(a: "SparseMLAOp") -> None:
     s_q, h_q, d_qk = a.q.shape
     block_v, block_rope = _blocks(d_qk, a.d_v)
     layouts = _layout(a.kv), _layout(a.extra_kv)
-    table = SPARSE_MLA_FP32 if a.q.dtype == torch.float32 else SPARSE_MLA_FP8 if any(layouts) else SPARSE_MLA
-    if block_v + block_rope > USUAL_COLUMNS and table is SPARSE_MLA:
-        table = SPARSE_MLA_WIDE
+    if a.q.dtype == torch.float32:
+        table = SPARSE_MLA_FP32
+    elif any(layouts):
+        table = SPARSE_MLA_V4 if 584 in layouts else SPARSE_MLA_FP8
+    else:
+        table = SPARSE_MLA if block_v + block_rope <= USUAL_COLUMNS else SPARSE_MLA_WIDE
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
     block_h, config, programs, splits = configs.attention_tiling(table, h_q, s_q, topks, a.q.device)
     out, lse, max_logits, sink = a.out, a.lse, a.max_logits, contiguous(a.attn_sink)
@@ -118,6 +128,11 @@ def _sparse_mla(a: "SparseMLAOp") -> None:
             merge_parts(out, lse, a.out, a.lse, sink, max_logits, a.max_logits)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
 def _blocks(d_qk: int, d_v: int) -> tuple[int, int]:
     """Columns of the tile that is key and value, and of the tile of the key's other columns.
 

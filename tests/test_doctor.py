@@ -111,7 +111,7 @@ def test_kernel_configurations_are_those_that_are_launched(capsys):
             launched = configs.for_device(configs.SPARSE_MLA, torch.device("cuda"))
         assert table == {str(heads): config._asdict() for heads, config in launched.items()}
     said = doctor_says(capsys, "--arch", "90")[1]
-    assert "Triton kernels on sm_90" in said and "has never run on a GPU" in said
+    assert "Triton kernels on sm_90" in said and "warp-specialised" in said
 
 
 def test_a_gpu_that_is_too_old_and_a_missing_triton(monkeypatch):

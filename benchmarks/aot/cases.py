@@ -37,7 +37,9 @@ def int32(*shape: int) -> torch.Tensor:
     return empty(*shape, dtype=torch.int32)
 
 
-def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0) -> SparseMLAOp:
+def mla(
+    h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0, d_v=512
+) -> SparseMLAOp:
     def cache(slots: int) -> torch.Tensor:
         if not packed:
             return empty(slots, d_qk, dtype=dtype)
@@ -47,7 +49,7 @@ def mla(h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, p
     inputs = empty(s_q, h_q, d_qk, dtype=dtype), cache(s_kv), int32(s_q, topk)
     logits = empty(s_q, h_q, dtype=FP32)
     return SparseMLAOp(
-        *(*inputs, 512, 0.1, empty(s_q, h_q, 512, dtype=dtype), logits, logits),
+        *(*inputs, d_v, 0.1, empty(s_q, h_q, d_v, dtype=dtype), logits, logits),
         *(int32(s_q), empty(h_q, dtype=FP32)),
         *((cache(999), int32(s_q, 128), int32(s_q)) if extra else ()),
     )
@@ -150,6 +152,8 @@ CASES = [
     ),
     Case("sparse_mla", "64 heads, d_qk 512, 2 segments", mla(64, 512, extra=True)),
     Case("sparse_mla", "128 heads, d_qk 512, 2 segments", mla(128, 512, extra=True), quick=(80, 90, 100)),
+    Case("sparse_mla", "40 heads, d_v 128", mla(40, d_v=128), quick=(86, 90)),
+    Case("sparse_mla", "40 heads, d_qk 1024", mla(40, 1024), quick=(86, 90)),
     Case("sparse_mla", "64 heads, fp16", mla(64, dtype=FP16)),
     Case("sparse_mla", "64 heads, fp32", mla(64, dtype=FP32), quick=(86, 90)),
     *(

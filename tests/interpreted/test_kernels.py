@@ -124,7 +124,9 @@ def test_heads_of_the_indexer(h):
 
 
 @pytest.mark.parametrize("topk", [1, 33])
-@pytest.mark.parametrize("d_qk, d_v", [(576, 512), (512, 512), (40, 24)])
+@pytest.mark.parametrize(
+    "d_qk, d_v", [(576, 512), (512, 512), (40, 24), (576, 128), (320, 96), (600, 600), (640, 512)]
+)
 def test_mla_widths(d_qk, d_v, topk):
     run_mla(mla_inputs(2, 50, h_q=3, topk=topk, d_qk=d_qk, dtype=torch.bfloat16), d_v)
 

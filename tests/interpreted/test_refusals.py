@@ -41,6 +41,19 @@ def test_latent_caches(size):
         sparse_attn.sparse_mla(q, plain, INDICES, **extra, backend="triton")
 
 
+@pytest.mark.parametrize(
+    "dtype, d_qk, d_v, words",
+    [
+        (torch.bfloat16, 1040, 512, r"at most 1024 columns in bfloat16, got 1024 \+ 16 for d_qk=1040"),
+        (torch.float32, 580, 560, r"at most 576 columns in float32, got 1024 for d_qk=580, d_v=560"),
+    ],
+)
+def test_wide_keys(dtype, d_qk, d_v, words):
+    q, kv = torch.zeros(1, 2, d_qk, dtype=dtype), torch.zeros(8, d_qk, dtype=dtype)
+    with pytest.raises(ValueError, match=words):
+        sparse_attn.sparse_mla(q, kv, INDICES, d_v=d_v, backend="triton")
+
+
 def test_index_keys():
     inputs = index_inputs(1, 8, 2, 128, dtype=torch.float16)
     inputs["k"] = torch.zeros(4, 8, 68, dtype=torch.uint8)
