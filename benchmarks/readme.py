@@ -1,9 +1,10 @@
-"""The measured part of README.md, made from a record of ``benchmarks/run.py``; no figure is typed by hand.
+"""The measured parts of README.md, each made from a record; no figure is typed by hand.
 
-    python benchmarks/readme.py benchmarks/records/RECORD.jsonl            prints it
+    python benchmarks/readme.py benchmarks/records/RECORD.jsonl            prints the part of this record
     python benchmarks/readme.py benchmarks/records/RECORD.jsonl --write    puts it into README.md
 
-It lies between two comments in README.md; the first names the record, and a test compares the two.
+A record of ``benchmarks/run.py`` gives the part on CPUs, one of ``benchmarks/gpu.py`` that on GPUs. A part
+lies between two comments in README.md; the first names the record, and a test compares the two.
 """
 
 import argparse
@@ -18,6 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured: {} by benchmarks/readme.py -->", "<!-- measured: end -->"
 PART = re.compile(r"<!-- measured: (\S+) by [^>]*-->\n.*?<!-- measured: end -->", re.DOTALL)
 DENSE = {"dense_sdpa": "torch SDPA", "dense_gemm": "torch GEMM", "dense_own": "our own kernel"}
+COLUMNS = [
+    "indexer",
+    "top-k",
+    "attend",
+    "**all**",
+    "of limit",
+    *(f"dense, {name}" for name in DENSE.values()),
+]
 SHORTEST = 8192  # contexts below it select nearly everything
 
 
@@ -34,30 +43,39 @@ def main() -> None:
     if not options.write:
         print(text)
         return
-    readme = ROOT / "README.md"
-    new, count = PART.subn(lambda _: text, readme.read_text())
-    if count != 1:
-        sys.exit(f"README.md: expected one part from '{BEGIN.format('RECORD')}' to '{END}', found {count}")
-    readme.write_text(new)
+    readme, kind = ROOT / "README.md", _read(options.record)[0]["benchmark"]
+    before = readme.read_text()
+    parts = [part for part in PART.finditer(before) if _read(ROOT / part[1])[0]["benchmark"] == kind]
+    if len(parts) != 1:
+        sys.exit(f"README.md: expected one part of a {kind} record, up to '{END}', found {len(parts)}")
+    readme.write_text(before[: parts[0].start()] + text + before[parts[0].end() :])
+
+
+def _read(record: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in record.read_text().splitlines()]
 
 
 def measured(record: Path) -> str:
-    """The part of README.md, its two comments included."""
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    """A part of README.md, its two comments included."""
+    lines = _read(record)
     layer = [line for line in lines if line["operation"] == "layer"]
     if not layer:
         sys.exit(f"{record}: holds no layer; run `python benchmarks/run.py layer --json {record}`")
+    name = record.resolve().relative_to(ROOT).as_posix()
+    make = _gpu_part if lines[0]["benchmark"] == "gpu" else _cpu_part
+    return "\n".join([BEGIN.format(name), "\n\n".join(make(lines, layer, name)), END])
+
+
+def _cpu_part(lines: list[dict[str, Any]], layer: list[dict[str, Any]], name: str) -> list[str]:
     decode = [line for line in layer if line["data"] == "decode" and line["context"] >= SHORTEST]
     prefill = next(line for line in layer if line["data"].startswith("prefill"))
-    name = record.resolve().relative_to(ROOT).as_posix()
-    parts = [
+    return [
         _wrapped(_introduction(layer[0], name)),
         _table(decode),
         _prefill(prefill),
         _wrapped(_errors(layer)),
         _wrapped(_projections(decode)),
     ]
-    return "\n".join([BEGIN.format(name), "\n\n".join(parts), END])
 
 
 def _wrapped(text: str) -> str:
@@ -80,16 +98,19 @@ def _introduction(line: dict[str, Any], name: str) -> str:
 
 
 def _table(decode: list[dict[str, Any]]) -> str:
-    head = ["context", "indexer", "top-k", "attend", "**all**", "of limit"]
-    rows = [head + [f"dense, {name}" for name in DENSE.values()], ["---"] * (len(head) + len(DENSE))]
+    rows = [["context", *COLUMNS]]
     for line in decode:
         own = [f"{line[part] * 1e3:.2f}" for part in ("indexer", "topk", "attend")]
         share = f"{line['limit_seconds'] / line['sparse']:.0%}"
         dense = [f"{_ms(line[name])} ({_ratio(line[name] / line['sparse'])})" for name in DENSE]
         rows.append([f"{line['context']:,}", *own, f"**{line['sparse'] * 1e3:.2f}**", share, *dense])
-    return "\n".join(
-        "|" + "|".join(f" {cell} " if cell != "---" else cell for cell in row) + "|" for row in rows
-    )
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *others = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *others])
 
 
 def _prefill(line: dict[str, Any]) -> str:
@@ -119,6 +140,93 @@ def _projections(decode: list[dict[str, Any]]) -> str:
         f"left to torch. With them a decode step of the layer takes {first[0]} tokens, {first[1]} of it in "
         f"projections, and {last[0]} ({last[1]})."
     )
+
+
+# On a GPU
+
+
+def _gpu_part(lines: list[dict[str, Any]], layer: list[dict[str, Any]], name: str) -> list[str]:
+    decode = [line for line in layer if line["data"].startswith("decode")]
+    return [
+        _wrapped(_gpu_introduction(lines[0], name)),
+        _gpu_table(decode),
+        _wrapped(_gpu_prefill(next(line for line in layer if line["data"].startswith("prefill")))),
+        _gpu_attention(lines),
+        _wrapped(_errors([line for line in layer if "errors" in line])),
+    ]
+
+
+def _gpu_introduction(line: dict[str, Any], name: str) -> str:
+    machine, limits = line["machine"], line["limits"]
+    peak, bandwidth = limits["operations_per_second"] / 1e12, limits["bytes_per_second"] / 1e12
+    return (
+        f"The same layer's step on one {line['card']} ({peak:.0f} TFLOP/s in bf16 and {bandwidth:.1f} TB/s, "
+        f"measured in the run), torch {machine['torch']}, Triton {machine['triton']}: a token of each of "
+        "several sequences. Microseconds of captured graphs, the L2 cache flushed before each: "
+        f"`python {line['command']}`, {line['date']}, [record]({name})."
+    )
+
+
+def _gpu_table(decode: list[dict[str, Any]]) -> str:
+    rows = [["sequences", "context", *COLUMNS]]
+    for line in decode:
+        own = [f"{line[part] * 1e6:.0f}" for part in ("indexer", "topk", "attend")]
+        share = f"{line['limit_seconds'] / line['sparse']:.0%}"
+        dense = [
+            f"{line[n] * 1e6:,.0f} ({_ratio(line[n] / line['sparse'])})" if n in line else "-" for n in DENSE
+        ]
+        total = f"**{line['sparse'] * 1e6:.0f}**"
+        rows.append([_sequences(line), f"{line['context']:,}", *own, total, share, *dense])
+    return _markdown(rows)
+
+
+def _sequences(line: dict[str, Any]) -> str:
+    found = re.search(r"(\d+) sequences", line["data"])
+    return found[1] if found else "1"
+
+
+def _gpu_prefill(line: dict[str, Any]) -> str:
+    parts = ", ".join(
+        f"{name} {line[key] * 1e3:.1f}" for name, key in (("indexer", "indexer"), ("top-k", "topk"))
+    )
+    against = (
+        f", against {line['dense_sdpa'] * 1e3:.1f} ms of torch SDPA (per head)"
+        if "dense_sdpa" in line
+        else ""
+    )
+    return (
+        f"Prefill of {line['tokens']:,} tokens at {line['context']:,}, 128 heads: "
+        f"{line['sparse'] * 1e3:.1f} ms ({parts}, attention {line['attend'] * 1e3:.1f}){against}."
+    )
+
+
+def _gpu_attention(lines: list[dict[str, Any]]) -> str:
+    """Attention alone over bf16 and fp8 caches, for each number of heads that a process may hold."""
+    rows = [["attention", "bf16, us", "TFLOP/s", "fp8 cache, us", "TFLOP/s"]]
+    for line in lines:
+        heads = re.match(r"(\d+) heads", line["data"])
+        whole = line["operation"] == "layer" and line["data"].startswith("prefill")
+        most = (
+            line["operation"] == "attention"
+            and line["data"].startswith("gaussian")
+            and line["context"] == 32768
+        )
+        if "attend" not in line["seconds"] or not (heads or whole or most):
+            continue
+        cells = []
+        for name in ("attend", "attend, fp8 cache"):
+            seconds = line["seconds"][name]["median"]
+            operations = _attention_operations(line, int(heads[1]) if heads else 128)
+            cells += [f"{seconds * 1e6:,.0f}", f"{operations / seconds / 1e12:.0f}"]
+        what = "prefill of 4,096" if "prefill" in line["data"] else f"decode, {_sequences(line)} sequences"
+        rows.append([f"{heads[1] if heads else 128} heads, {what}", *cells])
+    return _markdown(rows)
+
+
+def _attention_operations(line: dict[str, Any], heads: int) -> float:
+    """Two for each multiply-add over 2048 tokens a query, of 576 columns and then of 512."""
+    queries = line.get("tokens") or (4096 if "prefill" in line["data"] else int(_sequences(line)))
+    return 2.0 * queries * 2048 * heads * (576 + 512)
 
 
 def _ms(seconds: float) -> str:
