@@ -75,6 +75,7 @@ def record(options: argparse.Namespace, folder: Path) -> bool:
     passed, tests = (True, "skipped") if options.skip_tests else run_tests(options.dry_run, options.jobs)
     console.print(f"tests: {tests}", highlight=False)
     names = [name for name in operations.OPERATIONS if options.only in name]
+    names.sort(key=lambda name: name != "layer")  # first what says most: time on a GPU may be short
     if not options.dry_run:
         compile_all(names, sizes, options.jobs)
     path = folder / f"{now:%Y-%m-%d-%H%M}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.jsonl"

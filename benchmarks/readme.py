@@ -218,7 +218,7 @@ def _gpu_attention(lines: list[dict[str, Any]]) -> str:
             seconds = line["seconds"][name]["median"]
             operations = _attention_operations(line, int(heads[1]) if heads else 128)
             cells += [f"{seconds * 1e6:,.0f}", f"{operations / seconds / 1e12:.0f}"]
-        what = "prefill of 4,096" if "prefill" in line["data"] else f"decode, {_sequences(line)} sequences"
+        what = "prefill of 4,096" if "prefill" in line["data"] else f"decode of {_sequences(line)}"
         rows.append([f"{heads[1] if heads else 128} heads, {what}", *cells])
     return _markdown(rows)
 

@@ -289,8 +289,8 @@ def test_the_part_on_a_gpu_says_what_its_record_holds(tmp_path, monkeypatch):
     assert "one Card (800 TFLOP/s in bf16 and 4.0 TB/s" in words and "Triton 3.9" in words
     assert "Prefill of 4,096 tokens at 32,768, 128 heads: 0.0 ms" in words and "attention 5.0" in words
     flops = 2 * 2048 * 1088 / 1e-3 / 1e12
-    assert f"| 64 heads, decode, 128 sequences | 1,000 | {128 * 64 * flops:.0f} |" in text
-    assert f"| 128 heads, decode, 1 sequences | 1,000 | {128 * flops:.0f} |" in text
+    assert f"| 64 heads, decode of 128 | 1,000 | {128 * 64 * flops:.0f} |" in text
+    assert f"| 128 heads, decode of 1 | 1,000 | {128 * flops:.0f} |" in text
 
 
 def test_the_commands_explain_themselves(capsys):
