@@ -231,8 +231,8 @@ def balanced_splits(programs: int, rounds: int, multiprocessors: int) -> int:
     """
 
     def duration(splits: int) -> int:
-        waves = triton.cdiv(programs * splits, multiprocessors)
-        return waves * (triton.cdiv(rounds, splits) + PROGRAM_ROUNDS + (MERGE_ROUNDS if splits > 1 else 0))
+        waves = -(-programs * splits // multiprocessors)  # not triton.cdiv: it takes microseconds
+        return waves * (-(-rounds // splits) + PROGRAM_ROUNDS + (MERGE_ROUNDS if splits > 1 else 0))
 
     most = min(rounds, MOST_WAVES * multiprocessors // programs)
     return min(range(1, max(1, most) + 1), key=duration)  # the fewest of those that end first
