@@ -5,6 +5,7 @@ No GPU is needed, and none has run it yet.
 
 import ast
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_attn import reference, sparse_mla
+from sparse_attn import formats, reference, sparse_mla
 from sparse_attn.ops.attention import SparseMLAOp
 from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, mla_inputs
 
@@ -43,7 +44,29 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def pack(kv, page_size=None, gap=0):
+    """Pages of 656 bytes a token. What no value needs, rows of NaN too, is 0xFF: codes and scales of NaN."""
+    page_size = page_size or math.gcd(len(kv), 64)
+    kv = kv.unflatten(0, (-1, page_size))
+    used = ~kv.isnan().any(-1)
+    packed = formats.pack_v32_kv(kv.nan_to_num(), power_of_two=False, min_scale=1e-30)
+    buffer = torch.full((len(kv), page_size * 656 + gap), 0xFF, dtype=torch.uint8)
+    cache = buffer[:, : page_size * 656].unflatten(1, (page_size, 656))
+    cache[used] = packed[used]
+    return cache
+
+
+def packed(inputs):
+    return {n: pack(t, gap=16) if n in ("kv", "extra_kv") else t for n, t in inputs.items()}
+
+
+def values(kv):
+    """What the kernel computes with: an fp32 product, rounded to bf16."""
+    return formats.unpack(kv, BF16).flatten(0, 1) if kv.dtype == torch.uint8 else kv
+
+
 def expected(inputs, scale=0.05):
+    inputs = {n: values(t) if n in ("kv", "extra_kv") else t for n, t in inputs.items()}
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     return reference.sparse_mla(**wide, d_v=512, softmax_scale=scale)
 
@@ -70,7 +93,7 @@ def load(source=SOURCE, splits=1, merge=merge_parts):
     )
 
 
-def run(inputs, seed=0, scale=0.05, module=None, results=None):
+def launch(inputs, seed=0, scale=0.05, module=None, results=None):
     """Launch in the emulator, into outputs of NaN, and compare with the fp64 reference."""
     module = module or load()
     rows = inputs["q"].shape[:2]
@@ -84,6 +107,19 @@ def run(inputs, seed=0, scale=0.05, module=None, results=None):
         torch.testing.assert_close(actual.double(), right, rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(params=["rows", "packed"])
+def run(request):
+    """Launch over a cache of bf16, or over one of bytes; results may be ``like`` those of other inputs."""
+    prepared = packed if request.param == "packed" else lambda inputs: inputs
+
+    def run(inputs, *args, like=None, **options):
+        if like is not None:
+            options["results"] = expected(prepared(like))
+        launch(prepared(inputs), *args, **options)
+
+    return run
+
+
 def inputs_of(topk, s_q=2, h_q=64, s_kv=500, seed=0, **more):
     return {**mla_inputs(s_q, s_kv, h_q, topk, d_qk=576, dtype=BF16, seed=seed), **more}
 
@@ -94,46 +130,46 @@ def extra_segment(topk, s_q=2):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_interleavings(seed):
+def test_interleavings(run, seed):
     run(inputs_of(topk=420, seed=seed), seed)
 
 
 @pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 128, 129, 257])
-def test_partial_tiles(topk):
+def test_partial_tiles(run, topk):
     run(inputs_of(topk), seed=topk)
 
 
-def test_two_blocks_of_heads():
+def test_two_blocks_of_heads(run):
     run(inputs_of(200, h_q=128, attn_sink=torch.randn(128)))
 
 
-def test_topk_length():
+def test_topk_length(run):
     lengths = int32(0, 1, 128, 150, INT_MAX, INT_MIN)
     run(inputs_of(200, s_q=6, topk_length=lengths, attn_sink=torch.randn(64)))
 
 
 @pytest.mark.parametrize("extra_length", [None, int32(130, 0), int32(-5, 7)])
-def test_second_segment(extra_length):
+def test_second_segment(run, extra_length):
     inputs = inputs_of(70, topk_length=int32(0, 65), attn_sink=torch.randn(64), **extra_segment(140))
     if extra_length is not None:
         inputs["extra_topk_length"] = extra_length
     run(inputs)
 
 
-def test_sinks_at_the_limits():
+def test_sinks_at_the_limits(run):
     sink = torch.randn(64)
     sink[:3] = torch.tensor([float("inf"), float("-inf"), 1e4])
     run(inputs_of(100, attn_sink=sink))
 
 
-def test_a_tile_without_a_valid_index():
+def test_a_tile_without_a_valid_index(run):
     inputs = inputs_of(400)
     inputs["indices"][0, :128] = -1
     inputs["indices"][0, 192:320] = 500
     run(inputs)
 
 
-def test_scores_that_grow_and_shrink():
+def test_scores_that_grow_and_shrink(run):
     """The maximum moves in every tile, in both directions."""
     inputs = inputs_of(512, s_kv=512)
     inputs["indices"][0] = torch.arange(512)
@@ -143,7 +179,7 @@ def test_scores_that_grow_and_shrink():
     run(inputs)
 
 
-def test_scores_of_minus_infinity_are_not_an_empty_row():
+def test_scores_of_minus_infinity_are_not_an_empty_row(run):
     inputs = inputs_of(100, s_q=1)
     inputs["q"] = torch.full((1, 64, 576), 1e25, dtype=BF16)
     inputs["kv"] = torch.full((500, 576), -1e25, dtype=BF16)
@@ -158,9 +194,45 @@ def strided(tensor, last):
     return buffer[(slice(1, None, 2),) * (tensor.dim() - 1)][..., ::last].copy_(tensor)
 
 
-def test_strides():
+def test_strides(run):
     inputs = inputs_of(150, s_q=3, topk_length=int32(150, 3, 129), attn_sink=torch.randn(64))
     run({n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()})
+
+
+def packed_inputs(*args, page_size=None, gap=0, **options):
+    inputs = inputs_of(*args, **options)
+    return {**inputs, "kv": pack(inputs["kv"], page_size, gap)}
+
+
+@pytest.mark.parametrize("page_size, gap", [(1, 0), (1, 16), (25, 0), (20, 624)])
+def test_pages(page_size, gap):
+    launch(packed_inputs(200, page_size=page_size, gap=gap))
+
+
+def test_packed_rows():
+    """Not in pages."""
+    inputs = packed_inputs(200, page_size=1)
+    launch({**inputs, "kv": inputs["kv"][:, 0]}, results=expected(inputs))
+
+
+def test_a_packed_segment_of_other_pages():
+    inputs = {**packed_inputs(140, page_size=50), **extra_segment(200)}
+    launch({**inputs, "extra_kv": pack(inputs["extra_kv"], page_size=1)})
+
+
+def test_every_code_and_scales_of_every_size():
+    """One key at a time, so that a value is the result: bit for bit what unpacking gives."""
+    kv = torch.zeros(254, 1, 656, dtype=torch.uint8)
+    code, scale, rope = formats.v32_kv_views(kv)
+    codes = torch.tensor([n for n in range(256) if n % 128 != 127], dtype=torch.uint8)
+    code.view(torch.uint8)[:, 0] = codes[(torch.arange(254)[:, None] + torch.arange(512)) % 254]
+    scale[:, 0] = torch.exp2(torch.empty(254, 4).uniform_(-100, 100))
+    rope[:] = 0
+    indices = torch.randperm(254)[:4, None].int()
+    q = torch.zeros(4, 64, 576, dtype=BF16)
+    out, lse, max_logits = torch.full((4, 64, 512), NAN, dtype=BF16), *torch.full((2, 4, 64), NAN)
+    load()["sparse_mla_hopper"](SparseMLAOp(q, kv, indices, 512, 0.05, out, lse, max_logits))
+    assert torch.equal(out, values(kv)[indices[:, 0].long(), None, :512].expand(4, 64, 512))
 
 
 # Several programs for each query.
@@ -176,7 +248,7 @@ def splits(request, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_splits_of_two_segments(splits, seed):
+def test_splits_of_two_segments(run, splits, seed):
     """Of 3 + 2 pairs: their border lies within a share, or between two; the last row is empty."""
     inputs = inputs_of(331, s_q=5, seed=seed, attn_sink=torch.randn(64), **extra_segment(201, s_q=5))
     inputs["topk_length"] = int32(INT_MAX, 129, 0, 257, INT_MIN)
@@ -184,18 +256,18 @@ def test_splits_of_two_segments(splits, seed):
     run(inputs, seed, module=load(splits=splits))
 
 
-def test_splits_of_one_segment(splits):
+def test_splits_of_one_segment(run, splits):
     sink = torch.randn(128)
     sink[:3] = torch.tensor([float("inf"), float("-inf"), 1e4])
     run(inputs_of(421, s_q=1, h_q=128, attn_sink=sink), module=load(splits=splits))
     run(inputs_of(1025, s_q=1, s_kv=1100), module=load(splits=splits))
 
 
-def test_splits_of_no_indices(splits):
+def test_splits_of_no_indices(run, splits):
     run(inputs_of(0, attn_sink=torch.randn(64)), module=load(splits=splits))
 
 
-def test_splits_without_a_valid_index(splits):
+def test_splits_without_a_valid_index(run, splits):
     """They say so, and count for nothing. Query 1 has none at all."""
     parts = []
 
@@ -217,7 +289,7 @@ def test_splits_without_a_valid_index(splits):
     assert all(part[~empty].isfinite().all() for part in parts)
 
 
-def test_splits_whose_scores_are_minus_infinity(splits):
+def test_splits_whose_scores_are_minus_infinity(run, splits):
     """As in sparse_mla, they count for nothing in the merge, which cannot tell them from empty ones."""
     inputs = inputs_of(splits * 128, s_q=1, s_kv=splits * 128)
     inputs["q"] = torch.full((1, 64, 576), 1e25, dtype=BF16)
@@ -227,10 +299,10 @@ def test_splits_whose_scores_are_minus_infinity(splits):
     run(inputs, module=load(splits=splits), results=(torch.zeros(1, 64, 512), nothing, nothing))
     inputs["kv"][128:256] = torch.randn(128, 576).mul(1e-25).to(BF16)
     few = {**inputs, "indices": inputs["indices"][:, 128:256]}
-    run(inputs, module=load(splits=splits), results=expected(few))
+    run(inputs, module=load(splits=splits), like=few)
 
 
-def test_strides_in_splits(splits):
+def test_strides_in_splits(run, splits):
     inputs = inputs_of(299, s_q=2, topk_length=int32(299, 130), attn_sink=torch.randn(64))
     run({n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()}, module=load(splits=splits))
 
@@ -376,13 +448,18 @@ def compiled():
     def meta(*shape, dtype=BF16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def launch(s_q=MANY, h_q=128, s_kv=100_000, topk=2048, every_option=False):
+    def cache(slots, page_size):
+        if page_size is None:
+            return meta(slots, 576)
+        return meta(-(-slots // page_size), page_size, 656, dtype=torch.uint8)
+
+    def launch(s_q=MANY, h_q=128, s_kv=100_000, topk=2048, every_option=False, page_size=None):
         options = []
         if every_option:
-            extra = meta(999, 576), meta(s_q, topk // 2, dtype=torch.int32)
+            extra = cache(999, page_size), meta(s_q, topk // 2, dtype=torch.int32)
             lengths = [meta(s_q, dtype=torch.int32) for _ in range(2)]
             options = [lengths[0], meta(h_q, dtype=torch.float32), *extra, lengths[1]]
-        inputs = meta(s_q, h_q, 576), meta(s_kv, 576), meta(s_q, topk, dtype=torch.int32)
+        inputs = meta(s_q, h_q, 576), cache(s_kv, page_size), meta(s_q, topk, dtype=torch.int32)
         outputs = meta(s_q, h_q, 512), *(meta(s_q, h_q, dtype=torch.float32) for _ in range(2))
         module.sparse_mla_hopper(SparseMLAOp(*inputs, 512, 0.1, *outputs, *options))
         return result[-1]
@@ -437,6 +514,44 @@ def test_machine_code(compiled, every_option, s_q, tmp_path):
         assert count(loop, "LDL", "STL") <= 1
     issued_a_tile = (sum(len(loop) for loop in consumers) + max(len(loop) for loop in gathers)) / 2
     assert issued_a_tile <= 780
+
+
+@pytest.mark.parametrize("s_q", [FEW, MANY])
+@pytest.mark.parametrize("every_option", [False, True])
+def test_machine_code_of_packed_rows(compiled, every_option, s_q, tmp_path):
+    kernel = compiled(s_q, every_option=every_option, page_size=64)
+    assert kernel.metadata.shared <= 227 * 1024
+    loops = main_loops(kernel, tmp_path / "kernel.cubin")
+    consumers = [loop for loop in loops if count(loop, "HGMMA")]
+    gathers = [loop for loop in loops if not count(loop, "HGMMA")]
+    assert len(consumers) == 2 and len(gathers) == 1 + every_option
+    for loop in consumers:
+        assert (count(loop, "HGMMA.64x64x16"), count(loop, "HGMMA.64x256x16")) == (36, 4 + 4)
+        # They have fewer registers than over bf16: some constants are fetched anew, nothing is put away.
+        assert count(loop, "STL") == 0 and count(loop, "LDL") <= 24
+    for loop in gathers:
+        values = 2 * 64 * 512 // 128  # of a pair, for each thread
+        assert count(loop, r"LDG\.E\.128") == values // 16
+        assert count(loop, r"LDGSTS\.E\.BYPASS\.128") == 2 * 64 * 64 * 2 // (128 * 16)
+        assert count(loop, r"STS\.128") == values // 8 and count(loop, "STS") == values // 8 + 4
+        # Two values at a time to fp16 and to bf16; one at a time to fp32, and times the scale.
+        assert count(loop, r"F2FP\.F16\.E4M3\.UNPACK_B", r"F2FP\.BF16\.F32\.PACK_AB") == values
+        assert count(loop, r"HADD2\.F32") == count(loop, "FMUL") == values
+        assert count(loop, "LDL", "STL") <= 4
+        assert len(loop) <= 1950
+
+
+@pytest.mark.parametrize("s_q", [FEW, MANY])
+def test_packed_rows_are_fenced_before_they_arrive(compiled, s_q):
+    """Each thread makes what it stored visible to wgmma; then the threads meet, and one of them arrives."""
+    code = compiled(s_q, page_size=64).asm["ptx"]
+    before = code.split("mbarrier.arrive.shared")[:-1]
+    assert len(before) == 15  # 4 in either loop of a consumer, 1 behind it; 4 in the gathering loop, 1 behind
+    gathering = [part for part in before if "cvt.rn.f16x2.e4m3x2" in part]
+    assert len(gathering) == 4
+    for part in gathering:
+        stores, _, fence = part.rpartition("fence.proxy.async")
+        assert "st.shared" in stores and "bar.sync" in fence and "st.shared" not in fence
 
 
 @pytest.mark.parametrize("s_q", [FEW, MANY])
