@@ -55,9 +55,7 @@ D_V = gl.constexpr(512)
 D_HALF = gl.constexpr(256)
 D_ROPE = gl.constexpr(64)  # columns of the key after those of the value
 TOKEN_BYTES = gl.constexpr(656)  # of a packed row: 512 e4m3, 4 fp32 scales, 64 bf16 of the RoPE part
-UNIT = gl.constexpr(
-    16
-)  # rows begin at multiples of 16 elements or bytes; counted in these, offsets fit 32 bits
+UNIT = gl.constexpr(16)  # rows begin at multiples of 16 elements or bytes; so counted, offsets fit 32 bits
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -556,18 +554,22 @@ def _convert(sm, half, segment, rows, valid, NEXT: gl.constexpr, TILE: gl.conste
     """Store half of a tile in bf16. As registers become free, load half NEXT of ``rows`` into them."""
     a, b, c, d, scale_0, scale_1 = half
     tile = sm.latent.index(2 * TILE + HALF)
+    # The barriers are for the compiler, which would put the loads off to the end and then wait for them.
     _convert_part(tile, a, scale_0, 0)
     a = _load_part(segment, rows, valid, 4 * NEXT)
+    gl.barrier()
     _convert_part(tile, b, scale_0, 1)
     b = _load_part(segment, rows, valid, 4 * NEXT + 1)
     scale_0 = _load_scale(segment, rows, valid, 2 * NEXT)
+    gl.barrier()
     _convert_part(tile, c, scale_1, 2)
-    c = _load_part(segment, rows, valid, 4 * NEXT + 2)
     _convert_part(tile, d, scale_1, 3)
-    d = _load_part(segment, rows, valid, 4 * NEXT + 3)
-    scale_1 = _load_scale(segment, rows, valid, 2 * NEXT + 1)
     fence_async_shared()  # wgmma is to see what was stored
     mbarrier.arrive(sm.ready.index(2 * TILE + HALF), count=1)
+    # After the fence, which may wait for loads that were issued before it.
+    c = _load_part(segment, rows, valid, 4 * NEXT + 2)
+    d = _load_part(segment, rows, valid, 4 * NEXT + 3)
+    scale_1 = _load_scale(segment, rows, valid, 2 * NEXT + 1)
     return a, b, c, d, scale_0, scale_1
 
 

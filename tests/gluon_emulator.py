@@ -69,7 +69,18 @@ class Memory:
     flat: torch.Tensor
     exists: np.ndarray  # which of its elements belong to the tensor
     stored: np.ndarray
-    wider: dict = dataclasses.field(default_factory=dict)  # the same bytes as elements of another type
+    views: dict = dataclasses.field(default_factory=dict)  # by type, the same bytes as elements of it
+
+    def of(self, dtype) -> "Memory":
+        """The same bytes as elements of another type, not a narrower one."""
+        if dtype not in self.views:
+            ratio = DTYPES[dtype].itemsize // self.flat.element_size()
+            length = len(self.flat) // ratio
+            exists = self.exists[: length * ratio].reshape(length, ratio).all(1)
+            parts = self.flat[: length * ratio].view(DTYPES[dtype]), exists, np.zeros(length, bool)
+            fields = dict(zip(("flat", "exists", "stored"), parts, strict=True))
+            self.views[dtype] = dataclasses.replace(self, **fields, views={})
+        return self.views[dtype]
 
     def places(self, offset, mask) -> tuple[np.ndarray, np.ndarray]:
         offset, mask = np.broadcast_arrays(offset, True if mask is None else mask)
@@ -92,19 +103,11 @@ class Pointer:
         return Pointer(self.memory, self.offset[key])
 
     def to(self, dtype) -> "Pointer":
-        """The same address, to elements of a wider type. It is checked here, and then whenever it is used."""
-        size, old = DTYPES[dtype].itemsize, self.memory.flat.element_size()
-        if size == old:
-            return self
-        if size % old or self.offset * old % size:
+        """The same address, of wider elements; it must be that of one."""
+        ratio = DTYPES[dtype].itemsize // self.memory.flat.element_size()
+        if ratio == 0 or self.offset % ratio:
             raise KernelError("a pointer to wider elements is not aligned")
-        memory = self.memory.wider.get(dtype)
-        if memory is None:
-            whole = len(self.memory.flat) // (size // old) * (size // old)
-            exists = self.memory.exists[:whole].reshape(-1, size // old).all(1)
-            memory = Memory(self.memory.flat[:whole].view(DTYPES[dtype]), exists, np.zeros(len(exists), bool))
-            self.memory.wider[dtype] = memory
-        return Pointer(memory, self.offset * old // size)
+        return Pointer(self.memory.of(dtype), self.offset // ratio)
 
 
 def pointer(t: torch.Tensor) -> Pointer:
@@ -511,6 +514,7 @@ GL = types.SimpleNamespace(
     convert_layout=lambda value, layout, assert_trivial=False: value,
     load=load,
     store=store,
+    barrier=lambda: None,  # the threads of a partition are one here
     where=lambda condition, a, b: tensor(np.where(condition, np.float32(a), np.float32(b))),
     maximum=lambda a, b: tensor(np.fmax(a, b)),  # of a number and NaN, the number
     minimum=lambda a, b: tensor(np.fmin(a, b)),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -235,6 +236,42 @@ def test_every_code_and_scales_of_every_size():
     assert torch.equal(out, values(kv)[indices[:, 0].long(), None, :512].expand(4, 64, 512))
 
 
+APART = 2**31 + 4096  # bytes between pages
+
+
+class FarMemory(emulator.Memory):
+    """Only the pages exist, and lie close together."""
+
+    def places(self, offset, mask):
+        size = self.flat.element_size()
+        page, byte = np.divmod(np.asarray(offset, np.int64) * size, APART)
+        if (byte[np.broadcast_to(True if mask is None else mask, byte.shape)] >= 25 * 656).any():
+            raise emulator.KernelError("an address lies between two pages")
+        return super().places((page * 25 * 656 + byte) // size, mask)
+
+
+class FarCache(emulator.Pointer):
+    """What the launcher asks a tensor."""
+
+    dtype, shape = torch.uint8, torch.Size([20, 25, 656])
+
+    def stride(self, dim):
+        return (APART, 656, 1)[dim]
+
+    def dim(self):
+        return 3
+
+
+def test_a_cache_beyond_32_bits():
+    """43 GB: rows, counted in 16 bytes, reach the highest of 32 bits."""
+    inputs = inputs_of(300, s_kv=500)
+    inputs["kv"] = pack(torch.randn(500, 576).to(BF16), 25)
+    inputs["indices"][0] = torch.arange(499, 199, -1)
+    near = emulator.pointer(inputs["kv"]).memory
+    memory = FarMemory(near.flat, near.exists, near.stored)
+    launch({**inputs, "kv": FarCache(memory)}, results=expected(inputs))
+
+
 # Several programs for each query.
 
 
@@ -310,9 +347,13 @@ def test_strides_in_splits(run, splits):
 # Broken on purpose: waits, arrivals, fences and commits removed or moved past a neighbouring access, phases
 # flipped, tiles and barriers mistaken, counts off by one, masks dropped. Each must fail.
 
-OPENING = ("mbarrier.wait", "async_copy.wait_group", "fence_async_shared", "warpgroup_mma_wait")
+OPENING = ("mbarrier.wait", "async_copy.wait_group", "fence_async_shared", "warpgroup_mma_wait", "_acquire")
 CLOSING = ("mbarrier.arrive", "async_copy.mbarrier_arrive", "async_copy.commit_group", "fence_async_shared")
-ACCESS = re.compile(r"\b(load|store|async_load|warpgroup_mma|_scores|_exchange|_copy|_store)\(")
+ACCESS = re.compile(
+    r"\b(load|store|async_load|warpgroup_mma|_scores|_exchange|_copy|_store|_acquire|_convert|_convert_part)\("
+)
+# What numbers and names of these functions' arguments say which part of which tile.
+PARTS = ("_load_half", "_load_part", "_load_scale", "_acquire", "_convert", "_convert_part")
 HARMLESS = {
     # Slower: the first copies of a pair then wait for the last releases of the pair before.
     "index ^ 2: mbarrier.wait(sm.free.index(place), phase)",
@@ -370,6 +411,15 @@ def mutants_of_expression(node):
         return
     name, text = function_name(node), ast.unparse(node)
     line = SOURCE.splitlines()[node.lineno - 1].partition("#")[0].strip()
+    if name in PARTS and isinstance(node, ast.Call):
+        for argument in node.args:
+            if isinstance(argument, ast.Name) and re.search("_[01]$", argument.id):
+                other = argument.id[:-1] + str(1 - int(argument.id[-1]))
+                yield f"{other} for {argument.id}: {line}", edited((argument, other))
+            elif isinstance(argument, ast.Constant | ast.BinOp):
+                for bits in (1, 2) if name in ("_load_part", "_convert_part") else (1,):
+                    number = f"({ast.unparse(argument)}) ^ {bits}"
+                    yield f"{number} in {line}", edited((argument, number))
     if text in ("phase = 0", "phase = 1"):
         yield f"1 - {text}", edited((node.value, f"1 - {node.value.value}"))
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Lt):
@@ -394,7 +444,8 @@ def mutants_of_expression(node):
 def test_every_mutant_is_killed():
     inputs = inputs_of(300, seed=1, attn_sink=torch.randn(64), **extra_segment(100))
     one = {name: t[:1] if name in ("q", "indices", "extra_indices") else t for name, t in inputs.items()}
-    cases = [(case, expected(case)) for case in (one, inputs_of(130, s_q=1, topk_length=int32(0)))]
+    empty = inputs_of(130, s_q=1, topk_length=int32(0))
+    cases = [(case, expected(case)) for case in (one, packed(one), empty, packed(empty))]
     found, alive = set(), set()
     for what, source in mutants():
         found.add(what)
@@ -402,11 +453,11 @@ def test_every_mutant_is_killed():
         try:
             for seed in range(3):
                 for case, results in cases:
-                    run(case, seed, module=module, results=results)
+                    launch(case, seed, module=module, results=results)
             alive.add(what)
         except (AssertionError, TypeError) as failure:  # of types: arithmetic on what nobody waited for
             print(f"{what} | {failure!r:.80}")
-    assert len(found) > 100
+    assert len(found) > 200
     assert alive == HARMLESS, "\n".join(alive ^ HARMLESS)
 
 

@@ -172,14 +172,10 @@ CASES = [
     Case("sparse_mla_hopper", "128 heads, 4 queries", mla(128, s_q=4), quick=HOPPER, archs=HOPPER),
     *(
         Case(
-            *("sparse_mla_hopper", f"128 heads, {label}, 656 bytes", mla(128, packed=656, **options)),
-            *(HOPPER, HOPPER),
+            *("sparse_mla_hopper", f"128 heads, {s_q} queries, 656 bytes"),
+            *(mla(128, s_q=s_q, packed=656, page_size=64), HOPPER, HOPPER),
         )
-        for label, options in (
-            ("512 queries", {"s_q": 512, "page_size": 64}),
-            ("4 queries", {"s_q": 4, "page_size": 64}),
-            ("2 segments", {"s_q": 512, "extra": True}),
-        )
+        for s_q in (512, 4)
     ),
     Case("sparse_gqa", "8 / 8 heads x 64", gqa(8, 8, 64)),
     Case("sparse_gqa", "32 / 8 heads x 128", gqa(32, 8, 128)),
