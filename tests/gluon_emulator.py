@@ -103,7 +103,9 @@ class Pointer:
         return Pointer(self.memory, self.offset[key])
 
     def to(self, dtype) -> "Pointer":
-        """The same address, of wider elements; it must be that of one."""
+        """The same address, of wider elements; it must be that of one. As a number it stays what it is."""
+        if dtype == np.int64:
+            return self
         ratio = DTYPES[dtype].itemsize // self.memory.flat.element_size()
         if ratio == 0 or self.offset % ratio:
             raise KernelError("a pointer to wider elements is not aligned")
@@ -489,7 +491,13 @@ LAYOUTS = (
     "BlockedLayout SliceLayout DotOperandLayout NVMMADistributedLayout NVMMASharedLayout SwizzledSharedLayout"
 )
 ASSEMBLY = {  # what a kernel may have in lines of it
-    "mov.b32 {$0, $1}, $2;": lambda word: ((word & 0xFFFF).to(np.uint16), (word >> 16 & 0xFFFF).to(np.uint16))
+    "mov.b32 {$0, $1}, $2;": lambda word: (
+        (word & 0xFFFF).to(np.uint16),
+        (word >> 16 & 0xFFFF).to(np.uint16),
+    ),
+    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }": (
+        lambda pointer, ok: pointer.memory.places(pointer.offset, ok != 0)[1]
+    ),
 }
 GL = types.SimpleNamespace(
     **{name: lambda *args: args for name in LAYOUTS.split()},

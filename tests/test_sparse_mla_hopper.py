@@ -359,6 +359,11 @@ HARMLESS = {
     "index ^ 2: mbarrier.wait(sm.free.index(place), phase)",
     # Slower: the consumer then knows of both halves of its tile at once.
     "index ^ 1: async_copy.mbarrier_arrive(sm.ready.index(place), increment_count=False)",
+    # So it is of packed rows: the half that is stored last then says so for both.
+    "index ^ 1: mbarrier.arrive(sm.ready.index(2 * TILE + HALF), count=1)",
+    # Only the RoPE part is copied from there, which goes with the other half.
+    "rows_1 for rows_0: _acquire(sm, segment, rows_0, valid_0, phase, 0, 0)",
+    "rows_0 for rows_1: _acquire(sm, segment, rows_1, valid_1, phase, 1, 1)",
     # The last exchange has told both consumers that no tile is in use.
     *(f"index ^ {bits}: tile = sm.latent.index(2 * OWN + OWN)" for bits in (1, 2, 3)),
 }
@@ -455,7 +460,8 @@ def test_every_mutant_is_killed():
                 for case, results in cases:
                     launch(case, seed, module=module, results=results)
             alive.add(what)
-        except (AssertionError, TypeError) as failure:  # of types: arithmetic on what nobody waited for
+        # Of types: arithmetic on what nobody waited for. Of names: rows of a tile before they are known.
+        except (AssertionError, TypeError, NameError, IndexError) as failure:
             print(f"{what} | {failure!r:.80}")
     assert len(found) > 200
     assert alive == HARMLESS, "\n".join(alive ^ HARMLESS)
@@ -680,6 +686,45 @@ def test_rows_must_be_aligned(on_hopper, name):
         inputs[name] = torch.empty_strided(inputs[name].shape, stride, dtype=BF16, device="cuda")
         with pytest.raises(ValueError, match=f"^{name}: {message}"):
             sparse_mla(**inputs, variant="warp_specialized")
+
+
+def fake_cache(pages=8, page_size=64, size=656):
+    return torch.empty(pages, page_size, size, dtype=torch.uint8, device="cuda")
+
+
+def test_accepted_quantised(on_hopper):
+    inputs = {**fake_inputs(), "kv": fake_cache()}
+    assert sparse_mla(**inputs, variant="warp_specialized").shape == (3, 64, 512)
+    extra = {"extra_kv": fake_cache(500, 1), "extra_indices": inputs["indices"]}
+    assert sparse_mla(**inputs, **extra, variant="warp_specialized").shape == (3, 64, 512)
+
+
+def test_a_quantised_cache_beside_another_is_refused(on_hopper):
+    inputs = fake_inputs()
+    message = "^extra_kv: expected kv and extra_kv to be both quantised or both bfloat16"
+    for kv, extra_kv in ((inputs["kv"], fake_cache()), (fake_cache(), inputs["kv"])):
+        more = {"kv": kv, "extra_kv": extra_kv, "extra_indices": inputs["indices"]}
+        with pytest.raises(ValueError, match=message):
+            sparse_mla(**{**inputs, **more}, variant="warp_specialized")
+
+
+def test_refused_quantised(on_hopper):
+    inputs = fake_inputs()
+    storage = torch.empty(8 * 65 * 664, dtype=torch.uint8, device="cuda")
+    aligned = "kv: expected contiguous tokens that begin at multiples of 16 bytes"
+    for sizes, strides, offset, words in (
+        ((8, 64, 656), (65 * 656 + 8, 656, 1), 0, aligned),
+        ((8, 64, 656), (64 * 664, 664, 1), 0, aligned),
+        ((8, 64, 656), (64 * 656, 656, 1), 8, aligned),
+        ((2**16 + 1, 64, 656), (2**20, 656, 1), 0, "kv: expected less than 64 GiB"),
+    ):
+        size = max(len(storage), sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) + 16)
+        kv = torch.empty(size, dtype=torch.uint8, device="cuda").as_strided(sizes, strides, offset)
+        with pytest.raises(ValueError, match=words):
+            sparse_mla(**{**inputs, "kv": kv}, variant="warp_specialized")
+    inputs, kv = fake_inputs(d_qk=512), fake_cache(size=584)
+    with pytest.raises(ValueError, match="q, d_v: expected d_qk=576"):
+        sparse_mla(**{**inputs, "kv": kv}, variant="warp_specialized")
 
 
 def test_an_older_triton_is_refused():
