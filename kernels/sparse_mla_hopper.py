@@ -54,7 +54,8 @@ BLOCK_N = gl.constexpr(64)
 D_V = gl.constexpr(512)
 D_HALF = gl.constexpr(256)
 D_ROPE = gl.constexpr(64)  # columns of the key after those of the value
-UNIT = gl.constexpr(16)  # rows begin at multiples of 16 elements; counted in these, offsets fit 32 bits
+TOKEN_BYTES = gl.constexpr(656)  # of a packed row: 512 e4m3, 4 fp32 scales, 64 bf16 of the RoPE part
+UNIT = gl.constexpr(16)  # rows begin at multiples of 16 elements or bytes; so counted, offsets fit 32 bits
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -62,6 +63,14 @@ SCORE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 VALUE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 PROBABILITY = gl.constexpr(gl.DotOperandLayout(0, VALUE, 2))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes per thread
+
+# Of packed rows, 16 bytes per thread too. Four lanes share a row, so that each keeps few indices and
+# addresses; eight store 16 bytes each, of two rows, to all banks of the swizzled tile.
+WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
+ROWS_8 = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
+KEYS = gl.constexpr(gl.SliceLayout(1, WORDS))
+HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")  # of a word, the low one first
 
 
 def refuses(a: "SparseMLAOp") -> str | None:
@@ -76,9 +85,10 @@ def refuses(a: "SparseMLAOp") -> str | None:
         return f"q, d_v: expected d_qk=576 and d_v=512 for {VARIANT}, got {d_qk} and {a.d_v}"
     if not a.softmax_scale > 0:
         return f"softmax_scale: expected a positive number for {VARIANT}, got {a.softmax_scale}"
-    for name, tensor in (("q", a.q), ("kv", a.kv), ("extra_kv", a.extra_kv), ("out", a.out)):
-        if tensor is None:
-            continue
+    caches = [(name, kv) for name, kv in (("kv", a.kv), ("extra_kv", a.extra_kv)) if kv is not None]
+    packed = [(name, kv) for name, kv in caches if kv.dtype == torch.uint8]
+    rows = [(name, kv) for name, kv in caches if kv.dtype != torch.uint8]
+    for name, tensor in (("q", a.q), *rows, ("out", a.out)):
         if tensor.dtype != torch.bfloat16:
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"{name}: expected dtype bfloat16 for {VARIANT}, got {dtype}"
@@ -87,9 +97,23 @@ def refuses(a: "SparseMLAOp") -> str | None:
                 f"{name}: expected contiguous rows that begin at multiples of 32 bytes for {VARIANT}, "
                 f"got strides {tensor.stride()} and offset {tensor.storage_offset()}"
             )
-    for name, tensor in (("kv", a.kv), ("extra_kv", a.extra_kv)):
-        if tensor is not None and tensor.shape[0] * tensor.stride(0) >= 2**36:
-            return f"{name}: expected less than 128 GiB for {VARIANT}, got {list(tensor.shape)}"
+    if packed and rows:
+        return f"extra_kv: expected kv and extra_kv to be both quantised or both bfloat16 for {VARIANT}"
+    for name, kv in rows:
+        if kv.shape[0] * kv.stride(0) >= 2**36:
+            return f"{name}: expected less than 128 GiB for {VARIANT}, got {list(kv.shape)}"
+    for name, kv in packed:
+        if kv.shape[-1] != TOKEN_BYTES.value:
+            return f"{name}: expected {TOKEN_BYTES.value} bytes per token for {VARIANT}, got {kv.shape[-1]}"
+        # The stride of a dimension of one element says nothing.
+        used = [n for size, n in zip(kv.shape, kv.stride(), strict=True) if size > 1]
+        if used[-1] != 1 or any(n % 16 for n in (kv.storage_offset(), *used[:-1])):
+            return (
+                f"{name}: expected contiguous tokens that begin at multiples of 16 bytes for {VARIANT}, "
+                f"got strides {kv.stride()} and offset {kv.storage_offset()}"
+            )
+        if sum((size - 1) * n for size, n in zip(kv.shape, kv.stride(), strict=True)) >= 2**36:
+            return f"{name}: expected less than 64 GiB for {VARIANT}, got {list(kv.shape)}"
     return None
 
 
@@ -129,6 +153,8 @@ def sparse_mla_hopper(a: "SparseMLAOp") -> None:
             s_q if splits > 1 else None,
             h_q,
             a.softmax_scale * LOG2_E.value,
+            _page_size(a.kv),
+            _page_size(a.extra_kv),
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -138,11 +164,13 @@ def sparse_mla_hopper(a: "SparseMLAOp") -> None:
 
 def _segment(kv, indices, topk_length) -> tuple:
     if kv is None:
-        return (None, 0, 0, None, 0, 0, 0, None)
+        return (None, 0, None, 0, None, 0, 0, 0, None)
+    paged = kv.dim() == 3 and kv.shape[1] > 1  # else the stride of a slot says nothing
     return (
         kv,
         kv.stride(0) // UNIT.value,
-        kv.shape[0],
+        kv.stride(1) // UNIT.value if paged else None,
+        kv.shape[:-1].numel(),
         indices,
         *indices.stride(),
         indices.shape[1],
@@ -150,11 +178,20 @@ def _segment(kv, indices, topk_length) -> tuple:
     )
 
 
+def _page_size(kv) -> int | None:
+    """None of rows in bf16."""
+    if kv is None or kv.dtype != torch.uint8:
+        return None
+    return kv.shape[1] if kv.dim() == 3 else 1
+
+
 class Segment(NamedTuple):
     """What one program attends to in one cache."""
 
-    kv_ptr: Any  # [s_kv, 576]
-    units_kv_n: Any
+    kv_ptr: Any  # [s_kv, 576], or packed pages [pages, page_size, 656]
+    units_kv_0: Any  # of the first and of the second dimension; None where it is never needed
+    units_kv_1: Any
+    page_size: Any  # a constant, as every index is divided by it; None: rows are not packed
     s_kv: Any
     indices_ptr: Any  # of the query
     stride_indices_n: Any
@@ -200,7 +237,8 @@ class Shared:
 @gluon.jit(
     do_not_specialize=[
         *("s_kv", "stride_indices_t", "topk", "extra_s_kv", "stride_extra_indices_t", "extra_topk"),
-        *("units_kv_n", "units_extra_kv_n", "stride_lse_t", "stride_lse_h", "stride_max_t", "stride_max_h"),
+        *("units_kv_0", "units_kv_1", "units_extra_kv_0", "units_extra_kv_1"),
+        *("stride_lse_t", "stride_lse_h", "stride_max_t", "stride_max_h"),
         *("s_q", "h_q"),
     ]
 )
@@ -208,16 +246,18 @@ def _sparse_mla_hopper_kernel(
     q_ptr,  # [s_q, h_q, 576]
     stride_q_t,
     stride_q_h,
-    kv_ptr,  # [s_kv, 576]
-    units_kv_n,
+    kv_ptr,  # [s_kv, 576], or packed pages [pages, PAGE_SIZE, 656]
+    units_kv_0,
+    units_kv_1,  # None: a page is a row
     s_kv,
     indices_ptr,  # [s_q, topk]
     stride_indices_t,
     stride_indices_n,
     topk,
     topk_length_ptr,  # [s_q] or None
-    extra_kv_ptr,  # [extra_s_kv, 576] or None
-    units_extra_kv_n,
+    extra_kv_ptr,  # as kv_ptr, or None
+    units_extra_kv_0,
+    units_extra_kv_1,
     extra_s_kv,
     extra_indices_ptr,  # [s_q, extra_topk]
     stride_extra_indices_t,
@@ -237,6 +277,8 @@ def _sparse_mla_hopper_kernel(
     s_q,  # None: there is one split
     h_q,
     scale_log2,  # softmax_scale * log2(e), positive
+    PAGE_SIZE: gl.constexpr,  # None: rows are bf16
+    EXTRA_PAGE_SIZE: gl.constexpr,
 ):
     t, first_head = _query_and_head(h_q)
     length = _row_length(topk, topk_length_ptr, t)
@@ -267,8 +309,12 @@ def _sparse_mla_hopper_kernel(
     )
     for i in gl.static_range(2):
         # Copies of each of 128 threads arrive on their own; the bound of tile i arrives with half i.
-        mbarrier.init(sm.ready.index(2 * i + i), count=128 + 1)
-        mbarrier.init(sm.ready.index(2 * i + 1 - i), count=128)
+        if PAGE_SIZE is None:
+            mbarrier.init(sm.ready.index(2 * i + i), count=128 + 1)
+            mbarrier.init(sm.ready.index(2 * i + 1 - i), count=128)
+        else:  # values arrive when they are stored; copies are those of the RoPE part
+            mbarrier.init(sm.ready.index(2 * i + i), count=1)
+            mbarrier.init(sm.ready.index(2 * i + 1 - i), count=128 + 1)
         mbarrier.init(sm.free.index(2 * i), count=1)
         mbarrier.init(sm.free.index(2 * i + 1), count=1)
         mbarrier.init(sm.mail_ready.index(i), count=1)
@@ -287,25 +333,39 @@ def _sparse_mla_hopper_kernel(
     indices_ptr += t * stride_indices_t
     if extra_kv_ptr is not None:
         extra_indices_ptr += t * stride_extra_indices_t
-    segment = Segment(kv_ptr, units_kv_n, s_kv, indices_ptr, stride_indices_n, first, length)
+    segment = Segment(
+        *(kv_ptr, units_kv_0, units_kv_1, PAGE_SIZE, s_kv),
+        *(indices_ptr, stride_indices_n, first, length),
+    )
     extra = Segment(
-        *(extra_kv_ptr, units_extra_kv_n, extra_s_kv),
+        *(extra_kv_ptr, units_extra_kv_0, units_extra_kv_1, EXTRA_PAGE_SIZE, extra_s_kv),
         *(extra_indices_ptr, stride_extra_indices_n, extra_first, extra_length),
     )
     output = Output(
         *(s_q, h_q, attn_sink_ptr, out_ptr, stride_out_t, stride_out_h),
         *(lse_ptr, stride_lse_t, stride_lse_h, max_ptr, stride_max_t, stride_max_h),
     )
-    # Registers per thread: the block starts with 3 x 168, and the first partition keeps 224 of them.
-    gl.warp_specialize(
-        [
-            (_consume, (sm, pairs, scale_log2, output, 0)),
-            (_consume, (sm, pairs, scale_log2, output, 1)),
-            (_gather, (sm, segment, extra)),
-        ],
-        worker_num_warps=[4, 4],
-        worker_num_regs=[232, 48],
-    )
+    # Registers per thread: the block starts with 3 x 168, and the first partition keeps what others leave.
+    if PAGE_SIZE is None:  # 224
+        gl.warp_specialize(
+            [
+                (_consume, (sm, pairs, scale_log2, output, 0)),
+                (_consume, (sm, pairs, scale_log2, output, 1)),
+                (_gather, (sm, segment, extra)),
+            ],
+            worker_num_warps=[4, 4],
+            worker_num_regs=[232, 48],
+        )
+    else:  # 208
+        gl.warp_specialize(
+            [
+                (_consume, (sm, pairs, scale_log2, output, 0)),
+                (_consume, (sm, pairs, scale_log2, output, 1)),
+                (_gather_packed, (sm, segment, extra)),
+            ],
+            worker_num_warps=[4, 4],
+            worker_num_regs=[208, 88],
+        )
 
 
 @gluon.jit
@@ -373,7 +433,7 @@ def _rows(segment, start):
         mask=offs_n < segment.stop,
         other=-1,
     ).to(gl.uint32)  # so that a negative index is too large
-    return segment.kv_ptr + (index * segment.units_kv_n).to(gl.int64) * UNIT, index < segment.s_kv
+    return segment.kv_ptr + (index * segment.units_kv_0).to(gl.int64) * UNIT, index < segment.s_kv
 
 
 @gluon.jit
@@ -390,6 +450,144 @@ def _copy(sm, rows, valid, phase, TILE: gl.constexpr, HALF: gl.constexpr):
     else:
         async_copy.async_load(sm.rope.index(TILE), rows[:, None] + offs_rope[None, :], mask=valid[:, None])
     async_copy.mbarrier_arrive(sm.ready.index(place), increment_count=False)
+
+
+@gluon.jit
+def _gather_packed(sm, segment, extra):
+    """As _gather, from packed rows: bytes pass through registers, where they become bf16."""
+    phase = 1  # of `free`: at first a wait for it passes
+    seen = gl.full([BLOCK_N], 0, gl.int32, layout=KEYS)
+    phase, seen = _gather_packed_segment(sm, segment, phase, seen)
+    if extra.kv_ptr is not None:
+        phase, seen = _gather_packed_segment(sm, extra, phase, seen)
+    sm.seen.store(seen)
+    mbarrier.arrive(sm.seen_ready, count=1)
+
+
+@gluon.jit
+def _gather_packed_segment(sm, segment, phase, seen):
+    """Half a tile is on its way, in registers, while the one before it waits for its place."""
+    index_0, index_1 = _indices(segment, segment.first), _indices(segment, segment.first + BLOCK_N)
+    rows_0, valid_0 = _packed_rows(segment, index_0)
+    half = _load_half(segment, rows_0, valid_0, 0)
+    for start in range(segment.first, segment.stop, 2 * BLOCK_N):
+        rows_1, valid_1 = _packed_rows(segment, index_1)
+        seen |= (valid_0 | valid_1).to(gl.int32)
+        index_0 = _indices(segment, start + 2 * BLOCK_N)  # of the next pair
+        index_1 = _indices(segment, start + 3 * BLOCK_N)
+        # In the order in which the consumers release them.
+        _acquire(sm, segment, rows_0, valid_0, phase, 0, 0)
+        half = _convert(sm, half, segment, rows_1, valid_1, 1, 0, 0)
+        _acquire(sm, segment, rows_1, valid_1, phase, 1, 1)
+        half = _convert(sm, half, segment, rows_0, valid_0, 1, 1, 1)
+        _acquire(sm, segment, rows_0, valid_0, phase, 0, 1)
+        half = _convert(sm, half, segment, rows_1, valid_1, 0, 0, 1)
+        _acquire(sm, segment, rows_1, valid_1, phase, 1, 0)
+        rows_0, valid_0 = _packed_rows(segment, index_0)
+        half = _convert(sm, half, segment, rows_0, valid_0, 0, 1, 0)
+        phase ^= 1
+    return phase, seen
+
+
+@gluon.jit
+def _indices(segment, start):
+    """Of a tile; -1 behind the last."""
+    offs_n = start + gl.arange(0, BLOCK_N, layout=KEYS)  # [64]
+    return gl.load(
+        segment.indices_ptr + offs_n.to(gl.int64) * segment.stride_indices_n,
+        mask=offs_n < segment.stop,
+        other=-1,
+    ).to(gl.uint32)  # so that a negative index is too large
+
+
+@gluon.jit
+def _packed_rows(segment, index):
+    """Where 64 selected rows begin, in units of 16 bytes, and which of them are valid."""
+    if segment.units_kv_1 is None:
+        units = index * segment.units_kv_0
+    else:
+        page_size = gl.cast(segment.page_size, gl.uint32)
+        page, slot = index // page_size, index % page_size
+        units = page * segment.units_kv_0 + slot * segment.units_kv_1
+    return units, index < segment.s_kv
+
+
+@gluon.jit
+def _load_half(segment, rows, valid, HALF: gl.constexpr):
+    """Start to load half of a tile: two groups of 128 columns, in two parts each."""
+    a, b = _load_part(segment, rows, valid, 4 * HALF), _load_part(segment, rows, valid, 4 * HALF + 1)
+    scale_0 = _load_scale(segment, rows, valid, 2 * HALF)
+    c, d = _load_part(segment, rows, valid, 4 * HALF + 2), _load_part(segment, rows, valid, 4 * HALF + 3)
+    scale_1 = _load_scale(segment, rows, valid, 2 * HALF + 1)
+    return a, b, c, d, scale_0, scale_1
+
+
+@gluon.jit
+def _load_part(segment, rows, valid, PART: gl.constexpr):
+    """64 columns of the value, as words [64, 16] of four bytes."""
+    offs_word = gl.arange(0, 16, layout=gl.SliceLayout(0, WORDS))  # [16]
+    # The lane's part of the address first: it is the same for all rows.
+    words = (segment.kv_ptr.to(gl.pointer_type(gl.int32)) + 16 * PART + offs_word)[None, :]
+    return gl.load(words + (rows.to(gl.int64) * 4)[:, None], mask=valid[:, None], other=0)
+
+
+@gluon.jit
+def _load_scale(segment, rows, valid, GROUP: gl.constexpr):
+    """[64], of 128 columns"""
+    scales = segment.kv_ptr.to(gl.pointer_type(gl.float32)) + (D_V // 4 + GROUP)
+    return gl.load(scales + rows.to(gl.int64) * 4, mask=valid, other=0.0)
+
+
+@gluon.jit
+def _acquire(sm, segment, rows, valid, phase, TILE: gl.constexpr, HALF: gl.constexpr):
+    """Wait until half of a tile may be overwritten, and write what goes with it: bound or RoPE part."""
+    place: gl.constexpr = 2 * TILE + HALF
+    mbarrier.wait(sm.free.index(place), phase)
+    if TILE == HALF:
+        sm.bound.index(TILE).store(gl.where(valid, float("inf"), float("-inf")))
+    else:
+        offs_rope = (D_V + 16) // 2 + gl.arange(0, D_ROPE, layout=gl.SliceLayout(0, ROWS_8))  # [64]
+        units = gl.convert_layout(rows, gl.SliceLayout(1, ROWS_8), assert_trivial=True).to(gl.int64)
+        ok = gl.convert_layout(valid, gl.SliceLayout(1, ROWS_8), assert_trivial=True)
+        ropes = (segment.kv_ptr.to(gl.pointer_type(gl.bfloat16)) + offs_rope)[None, :]
+        async_copy.async_load(sm.rope.index(TILE), ropes + (units * 8)[:, None], mask=ok[:, None])
+        async_copy.mbarrier_arrive(sm.ready.index(place), increment_count=False)
+
+
+@gluon.jit
+def _convert(sm, half, segment, rows, valid, NEXT: gl.constexpr, TILE: gl.constexpr, HALF: gl.constexpr):
+    """Store half of a tile in bf16. As registers become free, load half NEXT of ``rows`` into them."""
+    a, b, c, d, scale_0, scale_1 = half
+    tile = sm.latent.index(2 * TILE + HALF)
+    # The barriers are for the compiler, which would put the loads off to the end and then wait for them.
+    _convert_part(tile, a, scale_0, 0)
+    a = _load_part(segment, rows, valid, 4 * NEXT)
+    gl.barrier()
+    _convert_part(tile, b, scale_0, 1)
+    b = _load_part(segment, rows, valid, 4 * NEXT + 1)
+    scale_0 = _load_scale(segment, rows, valid, 2 * NEXT)
+    gl.barrier()
+    _convert_part(tile, c, scale_1, 2)
+    _convert_part(tile, d, scale_1, 3)
+    fence_async_shared()  # wgmma is to see what was stored
+    mbarrier.arrive(sm.ready.index(2 * TILE + HALF), count=1)
+    # After the fence, which may wait for loads that were issued before it.
+    c = _load_part(segment, rows, valid, 4 * NEXT + 2)
+    d = _load_part(segment, rows, valid, 4 * NEXT + 3)
+    scale_1 = _load_scale(segment, rows, valid, 2 * NEXT + 1)
+    return a, b, c, d, scale_0, scale_1
+
+
+@gluon.jit
+def _convert_part(tile, word, scale, PART: gl.constexpr):
+    """64 columns: e4m3 is exact in fp32, and times its scale it is rounded once."""
+    # Pairs of codes, which one instruction converts. Shifts in their place would become byte permutes.
+    pairs = gl.join(*gl.inline_asm_elementwise(HALVES, "=h,=h,r", [word], (gl.uint16, gl.uint16), True, 1))
+    code = gl.join(pairs.to(gl.uint8), (pairs >> 8).to(gl.uint8)).reshape([BLOCK_N, 64])
+    code = gl.convert_layout(code, BYTES, assert_trivial=True).to(gl.float8e4nv, bitcast=True)
+    scale = gl.convert_layout(scale, gl.SliceLayout(1, BYTES), assert_trivial=True)
+    value = code.to(gl.float32) * scale[:, None]
+    tile.slice(64 * PART, 64, 1).store(value.to(gl.bfloat16))
 
 
 @gluon.jit

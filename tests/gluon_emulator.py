@@ -38,12 +38,17 @@ class KernelError(AssertionError):
 
 # Values. Arrays of NumPy; bf16 is fp32 that has been rounded.
 
-BF16 = "bfloat16"
-TORCH = {torch.bfloat16: BF16, torch.float32: np.float32, torch.int32: np.int32}
+BF16, E4M3 = "bfloat16", "float8e4nv"
+TORCH = {torch.bfloat16: BF16, torch.float32: np.float32, torch.int32: np.int32, torch.uint8: np.uint8}
+DTYPES = {dtype: torch_dtype for torch_dtype, dtype in TORCH.items()}
 
 
 class Tensor(np.ndarray):
-    def to(self, dtype) -> "Tensor":
+    def to(self, dtype, bitcast=False) -> "Tensor":
+        if bitcast:
+            assert (self.dtype, dtype) == (np.uint8, E4M3)  # of which a tensor knows its fp32 alone
+            codes = torch.from_numpy(np.ascontiguousarray(self)).view(torch.float8_e4m3fn)
+            return codes.float().numpy().view(Tensor)
         if dtype == BF16:
             rounded = torch.from_numpy(np.ascontiguousarray(self, np.float32)).bfloat16().float()
             return rounded.numpy().reshape(self.shape).view(Tensor)
@@ -64,6 +69,18 @@ class Memory:
     flat: torch.Tensor
     exists: np.ndarray  # which of its elements belong to the tensor
     stored: np.ndarray
+    views: dict = dataclasses.field(default_factory=dict)  # by type, the same bytes as elements of it
+
+    def of(self, dtype) -> "Memory":
+        """The same bytes as elements of another type, not a narrower one."""
+        if dtype not in self.views:
+            ratio = DTYPES[dtype].itemsize // self.flat.element_size()
+            length = len(self.flat) // ratio
+            exists = self.exists[: length * ratio].reshape(length, ratio).all(1)
+            parts = self.flat[: length * ratio].view(DTYPES[dtype]), exists, np.zeros(length, bool)
+            fields = dict(zip(("flat", "exists", "stored"), parts, strict=True))
+            self.views[dtype] = dataclasses.replace(self, **fields, views={})
+        return self.views[dtype]
 
     def places(self, offset, mask) -> tuple[np.ndarray, np.ndarray]:
         offset, mask = np.broadcast_arrays(offset, True if mask is None else mask)
@@ -84,6 +101,15 @@ class Pointer:
 
     def __getitem__(self, key) -> "Pointer":
         return Pointer(self.memory, self.offset[key])
+
+    def to(self, dtype) -> "Pointer":
+        """The same address, of wider elements; it must be that of one. As a number it stays what it is."""
+        if dtype == np.int64:
+            return self
+        ratio = DTYPES[dtype].itemsize // self.memory.flat.element_size()
+        if ratio == 0 or self.offset % ratio:
+            raise KernelError("a pointer to wider elements is not aligned")
+        return Pointer(self.memory.of(dtype), self.offset // ratio)
 
 
 def pointer(t: torch.Tensor) -> Pointer:
@@ -464,10 +490,25 @@ def jit(function=None, **options):
 LAYOUTS = (
     "BlockedLayout SliceLayout DotOperandLayout NVMMADistributedLayout NVMMASharedLayout SwizzledSharedLayout"
 )
+ASSEMBLY = {  # what a kernel may have in lines of it
+    "mov.b32 {$0, $1}, $2;": lambda word: (
+        (word & 0xFFFF).to(np.uint16),
+        (word >> 16 & 0xFFFF).to(np.uint16),
+    ),
+    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }": (
+        lambda pointer, ok: pointer.memory.places(pointer.offset, ok != 0)[1]
+    ),
+}
 GL = types.SimpleNamespace(
     **{name: lambda *args: args for name in LAYOUTS.split()},
-    **{name: getattr(np, name) for name in ("int8", "int32", "uint32", "int64", "float32")},
+    **{name: getattr(np, name) for name in ("int8", "int32", "int64", "float32")},
+    **{name: getattr(np, name) for name in ("uint8", "uint16", "uint32")},
     bfloat16=BF16,
+    float8e4nv=E4M3,
+    pointer_type=lambda dtype: dtype,
+    cast=lambda value, dtype: tensor(value, dtype),
+    join=lambda a, b: np.stack([a, b], -1).view(Tensor),
+    inline_asm_elementwise=lambda asm, constraints, args, dtype, is_pure, pack: ASSEMBLY[asm](*args),
     constexpr=constexpr,
     shared_memory_descriptor=Shared,
     allocate_shared_memory=allocate_shared_memory,
@@ -478,9 +519,10 @@ GL = types.SimpleNamespace(
     arange=lambda start, end, layout: tensor(np.arange(start, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout: tensor(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout: tensor(np.full(shape, value, dtype)),
-    convert_layout=lambda value, layout: value,
+    convert_layout=lambda value, layout, assert_trivial=False: value,
     load=load,
     store=store,
+    barrier=lambda: None,  # the threads of a partition are one here
     where=lambda condition, a, b: tensor(np.where(condition, np.float32(a), np.float32(b))),
     maximum=lambda a, b: tensor(np.fmax(a, b)),  # of a number and NaN, the number
     minimum=lambda a, b: tensor(np.fmin(a, b)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import reference
+from sparse_attn import formats, reference
 from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, mla_inputs
 
 DEVICE = "cuda"
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gpu
 
 BF16, NAN, INF = torch.bfloat16, float("nan"), float("inf")
 D_QK, D_V, SCALE = 576, 512, 0.05
-TOPK = 2048
+TOPK, S_KV = 2048, 20_032
 
 
 def int32(*values):
@@ -58,7 +58,7 @@ def case(s_q, heads, topk=TOPK, seed=0, **more):
     """NaN in all that nobody selects, indices of every invalid kind; of several queries the last has no valid
     index, and the one before none in its first 192.
     """
-    made = mla_inputs(max(s_q, 2), 20_000, 1, topk, D_QK, dtype=BF16, device=DEVICE, seed=seed)
+    made = mla_inputs(max(s_q, 2), S_KV, 1, topk, D_QK, dtype=BF16, device=DEVICE, seed=seed)
     inputs = {"kv": made["kv"], "indices": made["indices"][:s_q], **more}
     if s_q > 1:
         inputs["indices"][-2, :192] = -1
@@ -69,6 +69,25 @@ def extra_segment(s_q, topk, lengths=None):
     made = case(s_q, 64, topk, seed=1)
     segment = {"extra_kv": made["kv"], "extra_indices": made["indices"]}
     return segment if lengths is None else {**segment, "extra_topk_length": lengths}
+
+
+def pack(kv, page_size=64):
+    """Pages of 656 bytes a token; a row of NaN becomes 0xFF, which is NaN in codes, scales and RoPE part."""
+    made = formats.pack_v32_kv(kv.nan_to_num(), power_of_two=False)
+    made[kv.isnan().any(-1)] = 0xFF
+    return made.unflatten(0, (-1, page_size))
+
+
+def packed(inputs, page_size=64):
+    return {n: pack(x, page_size) if n in ("kv", "extra_kv") else x for n, x in inputs.items()}
+
+
+def unpacked(inputs):
+    """As the kernel computes: fp32 products, rounded to bf16."""
+    return {
+        n: formats.unpack(x, BF16).flatten(0, 1) if n in ("kv", "extra_kv") and x.dtype == torch.uint8 else x
+        for n, x in inputs.items()
+    }
 
 
 def run(inputs, **options):
@@ -82,7 +101,7 @@ def check(inputs):
     s_q = len(inputs["q"])
     t = torch.linspace(0, s_q - 1, min(s_q, 12)).round().long().to(DEVICE)
     t = torch.cat([t, t[-1:] - int(s_q > 1)])  # the row before the last too
-    rows = {n: x if n in ("kv", "extra_kv", "attn_sink") else x[t] for n, x in inputs.items()}
+    rows = {n: x if n in ("kv", "extra_kv", "attn_sink") else x[t] for n, x in unpacked(inputs).items()}
     rows["q"] = rows["q"].double()  # the reference gathers first, and computes in the dtype of q
     expected = reference.sparse_mla(**rows, d_v=D_V, softmax_scale=SCALE)
     assert_close(actual[0][t], expected[0], factor=2.5)  # probabilities are rounded to bf16 too
@@ -91,6 +110,14 @@ def check(inputs):
     assert not any(x.isnan().any() for x in actual), "NaN in a row that was not compared"
     for _ in range(2):
         assert all(torch.equal(x, y) for x, y in zip(run(inputs), actual, strict=True)), "it does not repeat"
+
+
+def check_packed(inputs, page_size=64):
+    """As check, over quantised caches, whose values in bf16 give the same bits."""
+    inputs = packed(inputs, page_size)
+    check(inputs)
+    for found, other in zip(run(inputs), run(unpacked(inputs)), strict=True):
+        assert torch.equal(found, other), "not what its values in bf16 give"
 
 
 @pytest.mark.parametrize("s_q", [1, 37, 300])
@@ -154,6 +181,98 @@ def test_a_cache_beyond_32_bits():
     slots = indices[(indices >= 0) & (indices < len(kv))].unique().long()
     kv[slots] = torch.randn(len(slots), D_QK, device=DEVICE).to(BF16)
     check({**inputs, "kv": kv, "indices": indices})
+
+
+@pytest.mark.parametrize("s_q", [1, 37, 300])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_a_packed_segment(heads, s_q):
+    check_packed(case(s_q, heads))
+
+
+@pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 127, 128, 129, 257, 2047])
+def test_partial_tiles_of_packed_rows(topk):
+    for s_q in (1, 9):
+        check_packed(case(s_q, 64, topk))
+
+
+@pytest.mark.parametrize("s_q", [1, 37, 300])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_every_option_over_packed_caches(heads, s_q):
+    for topk, extra in ((TOPK, 128), (1000, 77), (65, 2047)):
+        more = extra_segment(s_q, extra, lengths(s_q, extra).flip(0))
+        check_packed(case(s_q, heads, topk, topk_length=lengths(s_q, topk), attn_sink=sinks(heads), **more))
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 313])
+def test_pages_of_packed_rows(page_size):
+    check_packed(case(37, 64, 300, **extra_segment(37, 200)), page_size)
+
+
+def test_packed_rows_and_pages_apart():
+    inputs = packed(case(37, 64, 300))
+    kv = inputs["kv"]
+    check({**inputs, "kv": kv.flatten(0, 1)[:, None]})
+    wide = torch.full((2 * len(kv), 64, 656 + 16), 0xFF, dtype=torch.uint8, device=DEVICE)
+    apart = wide[1::2, :, 16:].copy_(kv)
+    check({**inputs, "kv": apart})
+    assert all(torch.equal(x, y) for x, y in zip(run(inputs), run({**inputs, "kv": apart}), strict=True))
+
+
+def test_every_code_of_every_scale():
+    """One key for each query: the value is the result."""
+    code = torch.randint(0, 127, (S_KV, 512), device=DEVICE) + 128 * torch.randint(
+        0, 2, (S_KV, 512), device=DEVICE
+    )
+    kv = torch.zeros(S_KV, 656, dtype=torch.uint8, device=DEVICE)
+    kv[:, :512] = code.to(torch.uint8)
+    kv[:, 512:528].view(torch.float32).copy_(
+        torch.exp2(torch.empty(S_KV, 4, device=DEVICE).uniform_(-100, 100))
+    )
+    kv = kv.unflatten(0, (-1, 64))
+    q = torch.zeros(S_KV, 64, D_QK, dtype=BF16, device=DEVICE)
+    indices = torch.randperm(S_KV, device=DEVICE).int()[:, None]
+    out = run({"q": q, "kv": kv, "indices": indices})[0]
+    value = unpacked({"kv": kv})["kv"][indices[:, 0].long(), :D_V]
+    assert (out == value[:, None]).all()
+
+
+def test_a_packed_cache_beyond_32_bits():
+    """5.2 GB, of which the selected rows are not NaN."""
+    kv = torch.full((125_000, 64, 656), 0xFF, dtype=torch.uint8, device=DEVICE)
+    inputs, slots = case(40, 64, 700), kv.shape[:-1].numel()
+    indices = torch.randint(0, slots, inputs["indices"].shape, device=DEVICE, dtype=torch.int32)
+    indices[:, 0], indices[:, 1], indices[0, 2] = slots - 1, INT_MIN, slots
+    valid = (indices >= 0) & (indices < slots)
+    used, place = indices[valid].long().unique(return_inverse=True)
+    few = torch.randn(len(used), D_QK, device=DEVICE).to(BF16)
+    made = pack(few, 1)
+    kv.view(-1, 656)[used] = made[:, 0]
+    compact = torch.full_like(indices, -1)
+    compact[valid] = place.int()
+    small = {**inputs, "kv": made, "indices": compact}
+    check(small)
+    found = run({**inputs, "kv": kv, "indices": indices})
+    assert all(torch.equal(x, y) for x, y in zip(found, run(small), strict=True))
+
+
+def test_packed_rows_agree_with_the_other_kernel():
+    inputs = case(300, 128, topk_length=lengths(300, TOPK), attn_sink=sinks(128), **extra_segment(300, 130))
+    inputs = packed(inputs)
+    for found, other in zip(run(inputs), run(inputs, variant=None), strict=True):
+        torch.testing.assert_close(found.float(), other.float(), rtol=2e-2, atol=2e-3)
+
+
+def test_many_calls_over_packed_rows_beside_a_busy_stream():
+    inputs = packed(case(64, 128, 1000))
+    first = run(inputs)
+    torch.cuda.synchronize()
+    x, other = torch.randn(2048, 2048, device=DEVICE).to(BF16), torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        for _ in range(50):
+            x = (x @ x).clamp(-1, 1)
+    for _ in range(50):
+        assert all(torch.equal(x, y) for x, y in zip(run(inputs), first, strict=True))
+    torch.cuda.synchronize()
 
 
 def test_it_agrees_with_the_other_kernel():

@@ -5,16 +5,18 @@ No GPU is needed, and none has run it yet.
 
 import ast
 import importlib.util
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sparse_attn import reference, sparse_mla
+from sparse_attn import formats, reference, sparse_mla
 from sparse_attn.ops.attention import SparseMLAOp
 from sparse_attn.testing import INT_MAX, INT_MIN, assert_close, mla_inputs
 
@@ -43,7 +45,29 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def pack(kv, page_size=None, gap=0):
+    """Pages of 656 bytes a token. What no value needs, rows of NaN too, is 0xFF: codes and scales of NaN."""
+    page_size = page_size or math.gcd(len(kv), 64)
+    kv = kv.unflatten(0, (-1, page_size))
+    used = ~kv.isnan().any(-1)
+    packed = formats.pack_v32_kv(kv.nan_to_num(), power_of_two=False, min_scale=1e-30)
+    buffer = torch.full((len(kv), page_size * 656 + gap), 0xFF, dtype=torch.uint8)
+    cache = buffer[:, : page_size * 656].unflatten(1, (page_size, 656))
+    cache[used] = packed[used]
+    return cache
+
+
+def packed(inputs):
+    return {n: pack(t, gap=16) if n in ("kv", "extra_kv") else t for n, t in inputs.items()}
+
+
+def values(kv):
+    """What the kernel computes with: an fp32 product, rounded to bf16."""
+    return formats.unpack(kv, BF16).flatten(0, 1) if kv.dtype == torch.uint8 else kv
+
+
 def expected(inputs, scale=0.05):
+    inputs = {n: values(t) if n in ("kv", "extra_kv") else t for n, t in inputs.items()}
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     return reference.sparse_mla(**wide, d_v=512, softmax_scale=scale)
 
@@ -70,7 +94,7 @@ def load(source=SOURCE, splits=1, merge=merge_parts):
     )
 
 
-def run(inputs, seed=0, scale=0.05, module=None, results=None):
+def launch(inputs, seed=0, scale=0.05, module=None, results=None):
     """Launch in the emulator, into outputs of NaN, and compare with the fp64 reference."""
     module = module or load()
     rows = inputs["q"].shape[:2]
@@ -84,6 +108,19 @@ def run(inputs, seed=0, scale=0.05, module=None, results=None):
         torch.testing.assert_close(actual.double(), right, rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(params=["rows", "packed"])
+def run(request):
+    """Launch over a cache of bf16, or over one of bytes; results may be ``like`` those of other inputs."""
+    prepared = packed if request.param == "packed" else lambda inputs: inputs
+
+    def run(inputs, *args, like=None, **options):
+        if like is not None:
+            options["results"] = expected(prepared(like))
+        launch(prepared(inputs), *args, **options)
+
+    return run
+
+
 def inputs_of(topk, s_q=2, h_q=64, s_kv=500, seed=0, **more):
     return {**mla_inputs(s_q, s_kv, h_q, topk, d_qk=576, dtype=BF16, seed=seed), **more}
 
@@ -94,46 +131,46 @@ def extra_segment(topk, s_q=2):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_interleavings(seed):
+def test_interleavings(run, seed):
     run(inputs_of(topk=420, seed=seed), seed)
 
 
 @pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 128, 129, 257])
-def test_partial_tiles(topk):
+def test_partial_tiles(run, topk):
     run(inputs_of(topk), seed=topk)
 
 
-def test_two_blocks_of_heads():
+def test_two_blocks_of_heads(run):
     run(inputs_of(200, h_q=128, attn_sink=torch.randn(128)))
 
 
-def test_topk_length():
+def test_topk_length(run):
     lengths = int32(0, 1, 128, 150, INT_MAX, INT_MIN)
     run(inputs_of(200, s_q=6, topk_length=lengths, attn_sink=torch.randn(64)))
 
 
 @pytest.mark.parametrize("extra_length", [None, int32(130, 0), int32(-5, 7)])
-def test_second_segment(extra_length):
+def test_second_segment(run, extra_length):
     inputs = inputs_of(70, topk_length=int32(0, 65), attn_sink=torch.randn(64), **extra_segment(140))
     if extra_length is not None:
         inputs["extra_topk_length"] = extra_length
     run(inputs)
 
 
-def test_sinks_at_the_limits():
+def test_sinks_at_the_limits(run):
     sink = torch.randn(64)
     sink[:3] = torch.tensor([float("inf"), float("-inf"), 1e4])
     run(inputs_of(100, attn_sink=sink))
 
 
-def test_a_tile_without_a_valid_index():
+def test_a_tile_without_a_valid_index(run):
     inputs = inputs_of(400)
     inputs["indices"][0, :128] = -1
     inputs["indices"][0, 192:320] = 500
     run(inputs)
 
 
-def test_scores_that_grow_and_shrink():
+def test_scores_that_grow_and_shrink(run):
     """The maximum moves in every tile, in both directions."""
     inputs = inputs_of(512, s_kv=512)
     inputs["indices"][0] = torch.arange(512)
@@ -143,7 +180,7 @@ def test_scores_that_grow_and_shrink():
     run(inputs)
 
 
-def test_scores_of_minus_infinity_are_not_an_empty_row():
+def test_scores_of_minus_infinity_are_not_an_empty_row(run):
     inputs = inputs_of(100, s_q=1)
     inputs["q"] = torch.full((1, 64, 576), 1e25, dtype=BF16)
     inputs["kv"] = torch.full((500, 576), -1e25, dtype=BF16)
@@ -158,9 +195,81 @@ def strided(tensor, last):
     return buffer[(slice(1, None, 2),) * (tensor.dim() - 1)][..., ::last].copy_(tensor)
 
 
-def test_strides():
+def test_strides(run):
     inputs = inputs_of(150, s_q=3, topk_length=int32(150, 3, 129), attn_sink=torch.randn(64))
     run({n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()})
+
+
+def packed_inputs(*args, page_size=None, gap=0, **options):
+    inputs = inputs_of(*args, **options)
+    return {**inputs, "kv": pack(inputs["kv"], page_size, gap)}
+
+
+@pytest.mark.parametrize("page_size, gap", [(1, 0), (1, 16), (25, 0), (20, 624)])
+def test_pages(page_size, gap):
+    launch(packed_inputs(200, page_size=page_size, gap=gap))
+
+
+def test_packed_rows():
+    """Not in pages."""
+    inputs = packed_inputs(200, page_size=1)
+    launch({**inputs, "kv": inputs["kv"][:, 0]}, results=expected(inputs))
+
+
+def test_a_packed_segment_of_other_pages():
+    inputs = {**packed_inputs(140, page_size=50), **extra_segment(200)}
+    launch({**inputs, "extra_kv": pack(inputs["extra_kv"], page_size=1)})
+
+
+def test_every_code_and_scales_of_every_size():
+    """One key at a time, so that a value is the result: bit for bit what unpacking gives."""
+    kv = torch.zeros(254, 1, 656, dtype=torch.uint8)
+    code, scale, rope = formats.v32_kv_views(kv)
+    codes = torch.tensor([n for n in range(256) if n % 128 != 127], dtype=torch.uint8)
+    code.view(torch.uint8)[:, 0] = codes[(torch.arange(254)[:, None] + torch.arange(512)) % 254]
+    scale[:, 0] = torch.exp2(torch.empty(254, 4).uniform_(-100, 100))
+    rope[:] = 0
+    indices = torch.randperm(254)[:4, None].int()
+    q = torch.zeros(4, 64, 576, dtype=BF16)
+    out, lse, max_logits = torch.full((4, 64, 512), NAN, dtype=BF16), *torch.full((2, 4, 64), NAN)
+    load()["sparse_mla_hopper"](SparseMLAOp(q, kv, indices, 512, 0.05, out, lse, max_logits))
+    assert torch.equal(out, values(kv)[indices[:, 0].long(), None, :512].expand(4, 64, 512))
+
+
+APART = 2**31 + 4096  # bytes between pages
+
+
+class FarMemory(emulator.Memory):
+    """Only the pages exist, and lie close together."""
+
+    def places(self, offset, mask):
+        size = self.flat.element_size()
+        page, byte = np.divmod(np.asarray(offset, np.int64) * size, APART)
+        if (byte[np.broadcast_to(True if mask is None else mask, byte.shape)] >= 25 * 656).any():
+            raise emulator.KernelError("an address lies between two pages")
+        return super().places((page * 25 * 656 + byte) // size, mask)
+
+
+class FarCache(emulator.Pointer):
+    """What the launcher asks a tensor."""
+
+    dtype, shape = torch.uint8, torch.Size([20, 25, 656])
+
+    def stride(self, dim):
+        return (APART, 656, 1)[dim]
+
+    def dim(self):
+        return 3
+
+
+def test_a_cache_beyond_32_bits():
+    """43 GB: rows, counted in 16 bytes, reach the highest of 32 bits."""
+    inputs = inputs_of(300, s_kv=500)
+    inputs["kv"] = pack(torch.randn(500, 576).to(BF16), 25)
+    inputs["indices"][0] = torch.arange(499, 199, -1)
+    near = emulator.pointer(inputs["kv"]).memory
+    memory = FarMemory(near.flat, near.exists, near.stored)
+    launch({**inputs, "kv": FarCache(memory)}, results=expected(inputs))
 
 
 # Several programs for each query.
@@ -176,7 +285,7 @@ def splits(request, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_splits_of_two_segments(splits, seed):
+def test_splits_of_two_segments(run, splits, seed):
     """Of 3 + 2 pairs: their border lies within a share, or between two; the last row is empty."""
     inputs = inputs_of(331, s_q=5, seed=seed, attn_sink=torch.randn(64), **extra_segment(201, s_q=5))
     inputs["topk_length"] = int32(INT_MAX, 129, 0, 257, INT_MIN)
@@ -184,18 +293,18 @@ def test_splits_of_two_segments(splits, seed):
     run(inputs, seed, module=load(splits=splits))
 
 
-def test_splits_of_one_segment(splits):
+def test_splits_of_one_segment(run, splits):
     sink = torch.randn(128)
     sink[:3] = torch.tensor([float("inf"), float("-inf"), 1e4])
     run(inputs_of(421, s_q=1, h_q=128, attn_sink=sink), module=load(splits=splits))
     run(inputs_of(1025, s_q=1, s_kv=1100), module=load(splits=splits))
 
 
-def test_splits_of_no_indices(splits):
+def test_splits_of_no_indices(run, splits):
     run(inputs_of(0, attn_sink=torch.randn(64)), module=load(splits=splits))
 
 
-def test_splits_without_a_valid_index(splits):
+def test_splits_without_a_valid_index(run, splits):
     """They say so, and count for nothing. Query 1 has none at all."""
     parts = []
 
@@ -217,7 +326,7 @@ def test_splits_without_a_valid_index(splits):
     assert all(part[~empty].isfinite().all() for part in parts)
 
 
-def test_splits_whose_scores_are_minus_infinity(splits):
+def test_splits_whose_scores_are_minus_infinity(run, splits):
     """As in sparse_mla, they count for nothing in the merge, which cannot tell them from empty ones."""
     inputs = inputs_of(splits * 128, s_q=1, s_kv=splits * 128)
     inputs["q"] = torch.full((1, 64, 576), 1e25, dtype=BF16)
@@ -227,10 +336,10 @@ def test_splits_whose_scores_are_minus_infinity(splits):
     run(inputs, module=load(splits=splits), results=(torch.zeros(1, 64, 512), nothing, nothing))
     inputs["kv"][128:256] = torch.randn(128, 576).mul(1e-25).to(BF16)
     few = {**inputs, "indices": inputs["indices"][:, 128:256]}
-    run(inputs, module=load(splits=splits), results=expected(few))
+    run(inputs, module=load(splits=splits), like=few)
 
 
-def test_strides_in_splits(splits):
+def test_strides_in_splits(run, splits):
     inputs = inputs_of(299, s_q=2, topk_length=int32(299, 130), attn_sink=torch.randn(64))
     run({n: strided(t, 1 if n in ("q", "kv") else 3) for n, t in inputs.items()}, module=load(splits=splits))
 
@@ -238,14 +347,23 @@ def test_strides_in_splits(splits):
 # Broken on purpose: waits, arrivals, fences and commits removed or moved past a neighbouring access, phases
 # flipped, tiles and barriers mistaken, counts off by one, masks dropped. Each must fail.
 
-OPENING = ("mbarrier.wait", "async_copy.wait_group", "fence_async_shared", "warpgroup_mma_wait")
+OPENING = ("mbarrier.wait", "async_copy.wait_group", "fence_async_shared", "warpgroup_mma_wait", "_acquire")
 CLOSING = ("mbarrier.arrive", "async_copy.mbarrier_arrive", "async_copy.commit_group", "fence_async_shared")
-ACCESS = re.compile(r"\b(load|store|async_load|warpgroup_mma|_scores|_exchange|_copy|_store)\(")
+ACCESS = re.compile(
+    r"\b(load|store|async_load|warpgroup_mma|_scores|_exchange|_copy|_store|_acquire|_convert|_convert_part)\("
+)
+# What numbers and names of these functions' arguments say which part of which tile.
+PARTS = ("_load_half", "_load_part", "_load_scale", "_acquire", "_convert", "_convert_part")
 HARMLESS = {
     # Slower: the first copies of a pair then wait for the last releases of the pair before.
     "index ^ 2: mbarrier.wait(sm.free.index(place), phase)",
     # Slower: the consumer then knows of both halves of its tile at once.
     "index ^ 1: async_copy.mbarrier_arrive(sm.ready.index(place), increment_count=False)",
+    # So it is of packed rows: the half that is stored last then says so for both.
+    "index ^ 1: mbarrier.arrive(sm.ready.index(2 * TILE + HALF), count=1)",
+    # Only the RoPE part is copied from there, which goes with the other half.
+    "rows_1 for rows_0: _acquire(sm, segment, rows_0, valid_0, phase, 0, 0)",
+    "rows_0 for rows_1: _acquire(sm, segment, rows_1, valid_1, phase, 1, 1)",
     # The last exchange has told both consumers that no tile is in use.
     *(f"index ^ {bits}: tile = sm.latent.index(2 * OWN + OWN)" for bits in (1, 2, 3)),
 }
@@ -298,6 +416,15 @@ def mutants_of_expression(node):
         return
     name, text = function_name(node), ast.unparse(node)
     line = SOURCE.splitlines()[node.lineno - 1].partition("#")[0].strip()
+    if name in PARTS and isinstance(node, ast.Call):
+        for argument in node.args:
+            if isinstance(argument, ast.Name) and re.search("_[01]$", argument.id):
+                other = argument.id[:-1] + str(1 - int(argument.id[-1]))
+                yield f"{other} for {argument.id}: {line}", edited((argument, other))
+            elif isinstance(argument, ast.Constant | ast.BinOp):
+                for bits in (1, 2) if name in ("_load_part", "_convert_part") else (1,):
+                    number = f"({ast.unparse(argument)}) ^ {bits}"
+                    yield f"{number} in {line}", edited((argument, number))
     if text in ("phase = 0", "phase = 1"):
         yield f"1 - {text}", edited((node.value, f"1 - {node.value.value}"))
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Lt):
@@ -322,7 +449,8 @@ def mutants_of_expression(node):
 def test_every_mutant_is_killed():
     inputs = inputs_of(300, seed=1, attn_sink=torch.randn(64), **extra_segment(100))
     one = {name: t[:1] if name in ("q", "indices", "extra_indices") else t for name, t in inputs.items()}
-    cases = [(case, expected(case)) for case in (one, inputs_of(130, s_q=1, topk_length=int32(0)))]
+    empty = inputs_of(130, s_q=1, topk_length=int32(0))
+    cases = [(case, expected(case)) for case in (one, packed(one), empty, packed(empty))]
     found, alive = set(), set()
     for what, source in mutants():
         found.add(what)
@@ -330,11 +458,12 @@ def test_every_mutant_is_killed():
         try:
             for seed in range(3):
                 for case, results in cases:
-                    run(case, seed, module=module, results=results)
+                    launch(case, seed, module=module, results=results)
             alive.add(what)
-        except (AssertionError, TypeError) as failure:  # of types: arithmetic on what nobody waited for
+        # Of types: arithmetic on what nobody waited for. Of names: rows of a tile before they are known.
+        except (AssertionError, TypeError, NameError, IndexError) as failure:
             print(f"{what} | {failure!r:.80}")
-    assert len(found) > 100
+    assert len(found) > 200
     assert alive == HARMLESS, "\n".join(alive ^ HARMLESS)
 
 
@@ -376,13 +505,18 @@ def compiled():
     def meta(*shape, dtype=BF16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def launch(s_q=MANY, h_q=128, s_kv=100_000, topk=2048, every_option=False):
+    def cache(slots, page_size):
+        if page_size is None:
+            return meta(slots, 576)
+        return meta(-(-slots // page_size), page_size, 656, dtype=torch.uint8)
+
+    def launch(s_q=MANY, h_q=128, s_kv=100_000, topk=2048, every_option=False, page_size=None):
         options = []
         if every_option:
-            extra = meta(999, 576), meta(s_q, topk // 2, dtype=torch.int32)
+            extra = cache(999, page_size), meta(s_q, topk // 2, dtype=torch.int32)
             lengths = [meta(s_q, dtype=torch.int32) for _ in range(2)]
             options = [lengths[0], meta(h_q, dtype=torch.float32), *extra, lengths[1]]
-        inputs = meta(s_q, h_q, 576), meta(s_kv, 576), meta(s_q, topk, dtype=torch.int32)
+        inputs = meta(s_q, h_q, 576), cache(s_kv, page_size), meta(s_q, topk, dtype=torch.int32)
         outputs = meta(s_q, h_q, 512), *(meta(s_q, h_q, dtype=torch.float32) for _ in range(2))
         module.sparse_mla_hopper(SparseMLAOp(*inputs, 512, 0.1, *outputs, *options))
         return result[-1]
@@ -437,6 +571,44 @@ def test_machine_code(compiled, every_option, s_q, tmp_path):
         assert count(loop, "LDL", "STL") <= 1
     issued_a_tile = (sum(len(loop) for loop in consumers) + max(len(loop) for loop in gathers)) / 2
     assert issued_a_tile <= 780
+
+
+@pytest.mark.parametrize("s_q", [FEW, MANY])
+@pytest.mark.parametrize("every_option", [False, True])
+def test_machine_code_of_packed_rows(compiled, every_option, s_q, tmp_path):
+    kernel = compiled(s_q, every_option=every_option, page_size=64)
+    assert kernel.metadata.shared <= 227 * 1024
+    loops = main_loops(kernel, tmp_path / "kernel.cubin")
+    consumers = [loop for loop in loops if count(loop, "HGMMA")]
+    gathers = [loop for loop in loops if not count(loop, "HGMMA")]
+    assert len(consumers) == 2 and len(gathers) == 1 + every_option
+    for loop in consumers:
+        assert (count(loop, "HGMMA.64x64x16"), count(loop, "HGMMA.64x256x16")) == (36, 4 + 4)
+        # They have fewer registers than over bf16: some constants are fetched anew, nothing is put away.
+        assert count(loop, "STL") == 0 and count(loop, "LDL") <= 24
+    for loop in gathers:
+        values = 2 * 64 * 512 // 128  # of a pair, for each thread
+        assert count(loop, r"LDG\.E\.128") == values // 16
+        assert count(loop, r"LDGSTS\.E\.BYPASS\.128") == 2 * 64 * 64 * 2 // (128 * 16)
+        assert count(loop, r"STS\.128") == values // 8 and count(loop, "STS") == values // 8 + 4
+        # Two values at a time to fp16 and to bf16; one at a time to fp32, and times the scale.
+        assert count(loop, r"F2FP\.F16\.E4M3\.UNPACK_B", r"F2FP\.BF16\.F32\.PACK_AB") == values
+        assert count(loop, r"HADD2\.F32") == count(loop, "FMUL") == values
+        assert count(loop, "LDL", "STL") <= 4
+        assert len(loop) <= 1950
+
+
+@pytest.mark.parametrize("s_q", [FEW, MANY])
+def test_packed_rows_are_fenced_before_they_arrive(compiled, s_q):
+    """Each thread makes what it stored visible to wgmma; then the threads meet, and one of them arrives."""
+    code = compiled(s_q, page_size=64).asm["ptx"]
+    before = code.split("mbarrier.arrive.shared")[:-1]
+    assert len(before) == 15  # 4 in either loop of a consumer, 1 behind it; 4 in the gathering loop, 1 behind
+    gathering = [part for part in before if "cvt.rn.f16x2.e4m3x2" in part]
+    assert len(gathering) == 4
+    for part in gathering:
+        stores, _, fence = part.rpartition("fence.proxy.async")
+        assert "st.shared" in stores and "bar.sync" in fence and "st.shared" not in fence
 
 
 @pytest.mark.parametrize("s_q", [FEW, MANY])
@@ -514,6 +686,45 @@ def test_rows_must_be_aligned(on_hopper, name):
         inputs[name] = torch.empty_strided(inputs[name].shape, stride, dtype=BF16, device="cuda")
         with pytest.raises(ValueError, match=f"^{name}: {message}"):
             sparse_mla(**inputs, variant="warp_specialized")
+
+
+def fake_cache(pages=8, page_size=64, size=656):
+    return torch.empty(pages, page_size, size, dtype=torch.uint8, device="cuda")
+
+
+def test_accepted_quantised(on_hopper):
+    inputs = {**fake_inputs(), "kv": fake_cache()}
+    assert sparse_mla(**inputs, variant="warp_specialized").shape == (3, 64, 512)
+    extra = {"extra_kv": fake_cache(500, 1), "extra_indices": inputs["indices"]}
+    assert sparse_mla(**inputs, **extra, variant="warp_specialized").shape == (3, 64, 512)
+
+
+def test_a_quantised_cache_beside_another_is_refused(on_hopper):
+    inputs = fake_inputs()
+    message = "^extra_kv: expected kv and extra_kv to be both quantised or both bfloat16"
+    for kv, extra_kv in ((inputs["kv"], fake_cache()), (fake_cache(), inputs["kv"])):
+        more = {"kv": kv, "extra_kv": extra_kv, "extra_indices": inputs["indices"]}
+        with pytest.raises(ValueError, match=message):
+            sparse_mla(**{**inputs, **more}, variant="warp_specialized")
+
+
+def test_refused_quantised(on_hopper):
+    inputs = fake_inputs()
+    storage = torch.empty(8 * 65 * 664, dtype=torch.uint8, device="cuda")
+    aligned = "kv: expected contiguous tokens that begin at multiples of 16 bytes"
+    for sizes, strides, offset, words in (
+        ((8, 64, 656), (65 * 656 + 8, 656, 1), 0, aligned),
+        ((8, 64, 656), (64 * 664, 664, 1), 0, aligned),
+        ((8, 64, 656), (64 * 656, 656, 1), 8, aligned),
+        ((2**16 + 1, 64, 656), (2**20, 656, 1), 0, "kv: expected less than 64 GiB"),
+    ):
+        size = max(len(storage), sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) + 16)
+        kv = torch.empty(size, dtype=torch.uint8, device="cuda").as_strided(sizes, strides, offset)
+        with pytest.raises(ValueError, match=words):
+            sparse_mla(**{**inputs, "kv": kv}, variant="warp_specialized")
+    inputs, kv = fake_inputs(d_qk=512), fake_cache(size=584)
+    with pytest.raises(ValueError, match="q, d_v: expected d_qk=576"):
+        sparse_mla(**{**inputs, "kv": kv}, variant="warp_specialized")
 
 
 def test_an_older_triton_is_refused():

@@ -38,12 +38,14 @@ def int32(*shape: int) -> torch.Tensor:
 
 
 def mla(
-    h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0, d_v=512
+    h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0, page_size=1, d_v=512
 ) -> SparseMLAOp:
+    page_size = 64 if packed == 584 else page_size
+
     def cache(slots: int) -> torch.Tensor:
         if not packed:
             return empty(slots, d_qk, dtype=dtype)
-        paged = (-(-slots // 64), 64) if packed == 584 else (slots,)
+        paged = (-(-slots // page_size), page_size) if page_size > 1 else (slots,)
         return empty(*paged, packed, dtype=torch.uint8)
 
     inputs = empty(s_q, h_q, d_qk, dtype=dtype), cache(s_kv), int32(s_q, topk)
@@ -170,6 +172,13 @@ CASES = [
     # So many queries that no keys are split, and so few that they are.
     Case("sparse_mla_hopper", "128 heads", mla(128, s_q=512), quick=HOPPER, archs=HOPPER),
     Case("sparse_mla_hopper", "128 heads, 4 queries", mla(128, s_q=4), quick=HOPPER, archs=HOPPER),
+    *(
+        Case(
+            *("sparse_mla_hopper", f"128 heads, {s_q} queries, 656 bytes"),
+            *(mla(128, s_q=s_q, packed=656, page_size=64), HOPPER, HOPPER),
+        )
+        for s_q in (512, 4)
+    ),
     Case("sparse_gqa", "8 / 8 heads x 64", gqa(8, 8, 64)),
     Case("sparse_gqa", "32 / 8 heads x 128", gqa(32, 8, 128)),
     Case("sparse_gqa", "24 / 2 heads x 256", gqa(24, 2, 256), quick=ALL),
