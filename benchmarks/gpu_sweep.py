@@ -134,7 +134,8 @@ def top_k(rows: int, context: int) -> Inputs:
 def in_table(table: str, heads: int | None, config: Any) -> Iterator[None]:
     """Make ``config`` what this GPU takes: for heads per program of attention, or for the indexer's keys."""
     if config == HOPPER:
-        yield
+        with constants(configs, ("WARP_SPECIALISED_HEADS",), (1,)):
+            yield
         return
     entries, arch = getattr(configs, table), configs.architecture(DEVICE)
     before = entries.get(arch)
@@ -142,7 +143,7 @@ def in_table(table: str, heads: int | None, config: Any) -> Iterator[None]:
         config = {heads: config}
     entries[arch] = config
     try:
-        with constants(configs, ("WARP_SPECIALISED",), (False,)):
+        with constants(configs, ("WARP_SPECIALISED_HEADS",), (1 << 30,)):
             yield
     finally:
         entries.pop(arch)

@@ -14,7 +14,9 @@ import torch
 import triton
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-WARP_SPECIALISED = True  # whether sparse_mla_hopper.py is used where it can be
+WARP_SPECIALISED_HEADS = (
+    17  # the fewest for which sm_90 uses sparse_mla_hopper.py; fewer do not fill its tiles
+)
 MIN_KEYS = 128  # a split's least work: below it the partial results cost as much memory traffic as the gather
 # What balanced_splits counts beside the rounds of a program's main loop, in rounds.
 PROGRAM_ROUNDS = 1  # start, load of q, the first gather, store
@@ -258,7 +260,7 @@ def chosen(kernel: str, architecture: int) -> dict[str, Any]:
     """What each table of a kernel gives an architecture; by heads per program where it depends on them."""
     found: dict[str, Any] = {}
     if kernel == "sparse_mla" and architecture == 90:
-        found["warp-specialised"] = {"used": WARP_SPECIALISED and TRITON >= (3, 9)}
+        found["warp-specialised"] = {"heads": WARP_SPECIALISED_HEADS} if TRITON >= (3, 9) else {"used": False}
     for name, table in TABLES.get(kernel, {}).items():
         entry = nearest(table, architecture)
         if isinstance(entry, dict):

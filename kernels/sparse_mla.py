@@ -71,7 +71,7 @@ def sparse_mla(a: "SparseMLAOp") -> None:
 
 def warp_specialised(a: "SparseMLAOp") -> bool:
     """Whether the kernel for sm_90 takes ``a``: it is up to twice as fast."""
-    return configs.WARP_SPECIALISED and configs.TRITON >= (3, 9) and suits(a)
+    return configs.TRITON >= (3, 9) and a.q.shape[1] >= configs.WARP_SPECIALISED_HEADS and suits(a)
 
 
 def _sparse_mla(a: "SparseMLAOp") -> None:
