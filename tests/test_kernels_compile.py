@@ -67,7 +67,8 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
         assert min(row.blocks.values()) > 0
         assert bool(row.instructions) == bool(row.loads)  # neither, if it has no loop
         assert row.instructions or row.work is None
-        assert row.loop_spills <= SPILLED.get(row.op, 0)
+        table = SPILLED_PACKED if "bytes" in row.case else SPILLED
+        assert row.loop_spills <= table.get(row.op, 0)
         if row.work is not None:
             assert {opcode.partition(".")[0] for opcode in row.matrix} <= expected_opcodes(row)
             # No product twice, as when warpgroups all compute the same scores.
@@ -80,6 +81,8 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
 SLOW_HISTOGRAM = cases.TRITON < (3, 8)  # and takes more registers
 # The partition that gathers has 48 registers: with more for it, those that compute spill.
 SPILLED = {"sparse_mla_hopper": 1, "select_topk": 200 if SLOW_HISTOGRAM else 0}
+# Where it also converts it has 96, and those that compute fetch descriptors anew; they put nothing away.
+SPILLED_PACKED = {"sparse_mla_hopper": 42}
 GATHERING = "_sparse_mla_kernel", "_sparse_gqa_kernel"
 # Where larger tiles spill: the scores of 16 keys and 16 heads are two tiles of mma.sync, for four warps.
 REPEATED = {("16 heads, 656 bytes", 120): 1.6}
