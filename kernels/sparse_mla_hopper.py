@@ -16,6 +16,11 @@ of 64 x 256 x 16 for both p. The consumers exchange p and the maximum, so the te
 softmax once per pair; what that costs is not measured. Every barrier completes once per pair, so one phase
 bit, flipped after each pair, serves all of them.
 
+Caches may be packed, 656 bytes a token (latent_rows.py). Shared memory has no room for these bytes: the
+partition that gathers loads them into registers, half a tile ahead, and stores bf16, with the same bits as
+the other kernel computes. In time it hides that work only in part: the places of a pair become free when the
+pair is done, and consumers wait while they are filled again.
+
 When queries are few, several programs share the pairs of each, in contiguous parts; what they find is merged
 in order (merge_attention.py).
 """
@@ -63,7 +68,9 @@ ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 byte
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
 ROWS_8 = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
+LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))
 KEYS = gl.constexpr(gl.SliceLayout(1, WORDS))
+PREFETCH = gl.constexpr("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")  # of a word, the low one first
 
 
@@ -346,7 +353,7 @@ def _sparse_mla_hopper_kernel(
                 (_gather_packed, (sm, segment, extra)),
             ],
             worker_num_warps=[4, 4],
-            worker_num_regs=[208, 88],
+            worker_num_regs=[200, 96],
         )
 
 
@@ -452,6 +459,8 @@ def _gather_packed_segment(sm, segment, phase, seen):
     index_0, index_1 = _indices(segment, segment.first), _indices(segment, segment.first + BLOCK_N)
     rows_0, valid_0 = _packed_rows(segment, index_0)
     half = _load_half(segment, rows_0, valid_0, 0)
+    _prefetch(segment, rows_0, valid_0)
+    _prefetch(segment, *_packed_rows(segment, index_1))
     for start in range(segment.first, segment.stop, 2 * BLOCK_N):
         rows_1, valid_1 = _packed_rows(segment, index_1)
         seen |= (valid_0 | valid_1).to(gl.int32)
@@ -467,6 +476,9 @@ def _gather_packed_segment(sm, segment, phase, seen):
         _acquire(sm, segment, rows_1, valid_1, phase, 1, 0)
         rows_0, valid_0 = _packed_rows(segment, index_0)
         half = _convert(sm, half, segment, rows_0, valid_0, 0, 1, 0)
+        # While the consumers compute there is time; when they wait, L2 has what is still to be loaded.
+        _prefetch(segment, rows_0, valid_0)
+        _prefetch(segment, *_packed_rows(segment, index_1))
         phase ^= 1
     return phase, seen
 
@@ -492,6 +504,23 @@ def _packed_rows(segment, index):
         page, slot = index // page_size, index % page_size
         units = page * segment.units_kv_0 + slot * segment.units_kv_1
     return units, index < segment.s_kv
+
+
+@gluon.jit
+def _prefetch(segment, rows, valid):
+    """Bring 64 rows into L2: at most 64 bytes lie between the addresses, so no line is left out."""
+    _prefetch_columns(segment, rows, valid, 64 * gl.arange(0, 8, layout=gl.SliceLayout(0, LINES)))
+    rest = 512 + 64 * gl.arange(0, 4, layout=gl.SliceLayout(0, LINES))
+    _prefetch_columns(segment, rows, valid, gl.minimum(rest, TOKEN_BYTES - 16))
+
+
+@gluon.jit
+def _prefetch_columns(segment, rows, valid, offs):
+    units = gl.convert_layout(rows, gl.SliceLayout(1, LINES), assert_trivial=True).to(gl.int64)
+    ok = gl.convert_layout(valid, gl.SliceLayout(1, LINES), assert_trivial=True)
+    address = (segment.kv_ptr + offs)[None, :] + (units * 16)[:, None]
+    args = [address.to(gl.int64), ok.to(gl.int32)[:, None]]
+    gl.inline_asm_elementwise(PREFETCH, "=r,l,r", args, gl.int32, False, 1)
 
 
 @gluon.jit

@@ -586,7 +586,7 @@ def test_machine_code_of_packed_rows(compiled, every_option, s_q, tmp_path):
     for loop in consumers:
         assert (count(loop, "HGMMA.64x64x16"), count(loop, "HGMMA.64x256x16")) == (36, 4 + 4)
         # They have fewer registers than over bf16: some constants are fetched anew, nothing is put away.
-        assert count(loop, "STL") == 0 and count(loop, "LDL") <= 24
+        assert count(loop, "STL") == 0 and count(loop, "LDL") <= 30
     for loop in gathers:
         values = 2 * 64 * 512 // 128  # of a pair, for each thread
         assert count(loop, r"LDG\.E\.128") == values // 16
@@ -595,7 +595,7 @@ def test_machine_code_of_packed_rows(compiled, every_option, s_q, tmp_path):
         # Two values at a time to fp16 and to bf16; one at a time to fp32, and times the scale.
         assert count(loop, r"F2FP\.F16\.E4M3\.UNPACK_B", r"F2FP\.BF16\.F32\.PACK_AB") == values
         assert count(loop, r"HADD2\.F32") == count(loop, "FMUL") == values
-        assert count(loop, "LDL", "STL") <= 4
+        assert count(loop, "STL") == 0 and count(loop, "LDL") <= 1
         assert len(loop) <= 1950
 
 

@@ -169,12 +169,11 @@ CASES = [
         for h in (8, 16, 32, 64, 128)
     ),
     Case("sparse_mla", "128 heads, 584 bytes, 2 segments", mla(128, 512, packed=584, extra=True)),
-    # So many queries that no keys are split, and so few that they are.
-    Case("sparse_mla_hopper", "128 heads", mla(128, s_q=512), quick=HOPPER, archs=HOPPER),
-    Case("sparse_mla_hopper", "128 heads, 4 queries", mla(128, s_q=4), quick=HOPPER, archs=HOPPER),
+    # The warp-specialised kernel, of so many queries that no keys are split, and so few that they are.
+    *(Case("sparse_mla", f"128 heads, {s_q} queries", mla(128, s_q=s_q), HOPPER, HOPPER) for s_q in (512, 4)),
     *(
         Case(
-            *("sparse_mla_hopper", f"128 heads, {s_q} queries, 656 bytes"),
+            *("sparse_mla", f"128 heads, {s_q} queries, 656 bytes"),
             *(mla(128, s_q=s_q, packed=656, page_size=64), HOPPER, HOPPER),
         )
         for s_q in (512, 4)
