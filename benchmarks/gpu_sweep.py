@@ -152,7 +152,7 @@ def in_table(table: str, heads: int | None, config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def constants(module: Any, names: tuple[str, ...], values: tuple[int, ...]) -> Iterator[None]:
+def constants(module: Any, names: tuple[str, ...], values: tuple[Any, ...]) -> Iterator[None]:
     before = tuple(getattr(module, name) for name in names)
     for name, value in zip(names, values, strict=True):
         setattr(module, name, value)
@@ -164,9 +164,11 @@ def constants(module: Any, names: tuple[str, ...], values: tuple[int, ...]) -> I
 
 
 @contextlib.contextmanager
-def indexer_config(table: str, config: tuple[IndexConfig, int]) -> Iterator[None]:
+def indexer_config(table: str, config: tuple[IndexConfig, int | None]) -> Iterator[None]:
+    """A configuration, and how many keys a program takes; None: as the kernel chooses."""
     entry, keys = config
-    with in_table(table, None, entry), constants(index_kernel, ("KEYS_PER_PROGRAM",), (keys,)):
+    lengths = index_kernel.KEYS_PER_PROGRAM if keys is None else (keys,)
+    with in_table(table, None, entry), constants(index_kernel, ("KEYS_PER_PROGRAM",), (lengths,)):
         yield
 
 
@@ -203,16 +205,28 @@ GQA = [
     A(64, 8, 3), A(128, 8, 2), A(128, 4, 2), A(32, 4, 3, blocks=4), A(64, 4, 2, blocks=3), A(128, 8, 3),
     A(64, 2, 3, blocks=2), A(32, 2, 4, blocks=4),
 ]  # fmt: skip
-INDEX = [
-    (IndexConfig(heads, keys, warps, stages), length)
-    for heads, keys, warps, stages in (
-        (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 4, 5), (128, 128, 8, 4),
-        (128, 128, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3), (128, 256, 8, 3),
-        (256, 64, 8, 3), (256, 128, 8, 3),
-    )
-    for length in (1024, 4096)
-    if length == 1024 or (heads, keys, warps, stages) in ((128, 128, 8, 3), (128, 64, 4, 4))
-] + [(IndexConfig(128, 128, 8, 3), 512), (IndexConfig(128, 64, 4, 4), 512)]  # fmt: skip
+# Programs of one query have as many heads as the model, those of prefill MAX_HEADS. None: see indexer_config.
+INDEX = {
+    ("bf16", "paged"): [
+        (IndexConfig(256, 64, 4, 3), None), (IndexConfig(256, 64, 4, 4), None),
+        (IndexConfig(256, 64, 4, 3), 512), (IndexConfig(256, 64, 4, 3), 2048),
+    ],
+    ("bf16", "prefill"): [
+        (IndexConfig(256, 64, 4, 3), None), (IndexConfig(256, 64, 8, 3), None),
+        (IndexConfig(128, 64, 4, 4), None), (IndexConfig(128, 64, 4, 3), None),
+        (IndexConfig(256, 64, 4, 3), 2048),
+    ],
+    ("fp8", "paged"): [
+        (IndexConfig(256, 64, 4, 4), None), (IndexConfig(256, 64, 4, 5), None),
+        (IndexConfig(256, 64, 4, 3), None), (IndexConfig(256, 64, 4, 4), 512),
+        (IndexConfig(256, 64, 4, 4), 2048),
+    ],
+    ("fp8", "prefill"): [
+        (IndexConfig(256, 64, 4, 4), None), (IndexConfig(256, 64, 8, 4), None),
+        (IndexConfig(128, 64, 4, 4), None), (IndexConfig(256, 64, 4, 3), None),
+        (IndexConfig(256, 64, 4, 4), 2048),
+    ],
+}  # fmt: skip
 TOP_K = [(2048, 8), *((n, w) for n in (1024, 2048, 4096, 8192) for w in (4, 8, 16) if (n, w) != (2048, 8))]
 
 
@@ -236,20 +250,20 @@ def sweeps() -> Iterator[Sweep]:
             partial(in_table, "SPARSE_GQA", 16),
             GQA,
         )
-    for form, table in (("bf16", "INDEX_LOGITS"), ("fp8", "INDEX_LOGITS_QUANTISED")):
+    for form, table in (("bf16", "INDEX_LOGITS"), ("fp8", "INDEX_LOGITS_FP8")):
         place = partial(indexer_config, table)
         for batch in (1, 32):
             yield Sweep(
                 f"index_logits, {form}, {batch} x 128k paged",
                 partial(paged_index, batch, 1 << 17, form),
                 place,
-                INDEX,
+                INDEX[form, "paged"],
             )
         yield Sweep(
             f"index_logits, {form}, prefill 4k of 32k",
             partial(prefill_index, 4096, 32768, form),
             place,
-            INDEX,
+            INDEX[form, "prefill"],
         )
     for rows, context in ((4096, 32768), (64, 32768), (1, 8192), (1, 131072), (32, 131072)):
         place = partial(constants, topk_kernel, ("BLOCK", "NUM_WARPS"))

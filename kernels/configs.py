@@ -136,15 +136,30 @@ SPARSE_GQA = {
 SPARSE_GQA_FP32 = {80: {16: AttentionConfig(16, 4, 2, blocks=2)}}  # as SPARSE_MLA_FP32
 
 # Keys are the rows of the product (M), so that the sum over heads stays within few threads. A stage holds
-# BLOCK_N keys, 32 KiB in bf16, beside 32 KiB of q; the [BLOCK_N, MAX_HEADS] fp32 scores stay in registers.
+# BLOCK_N keys, 16 KiB for 64 in bf16, beside q, 64 KiB for 256 heads; the [BLOCK_N, MAX_HEADS] fp32 scores
+# stay in registers. On sm_90 four queries share tiles of 64 keys, which lie in one page each as pages usually
+# have 64. Two blocks share an SM: the tensor cores work for one while the other sums over heads.
 INDEX_LOGITS = {
     80: IndexConfig(128, 128, 8, 3),  # 163 KiB of shared memory
     86: IndexConfig(128, 128, 8, 2),  # 99 KiB, also sm_89
-    90: IndexConfig(128, 128, 8, 3),  # 227 KiB
+    90: IndexConfig(256, 64, 4, 3),  # 227 KiB
+    100: IndexConfig(128, 128, 8, 3),  # 227 KiB
     120: IndexConfig(128, 128, 8, 2),  # 99 KiB
 }
-# Without instructions for e4m3, decoding takes registers: half of the keys, in two programs per SM.
-INDEX_LOGITS_QUANTISED = {80: IndexConfig(128, 64, 4, 3), 89: IndexConfig(128, 128, 8, 3)}
+# Products of e4m3.
+INDEX_LOGITS_FP8 = {
+    89: IndexConfig(128, 128, 8, 3),
+    90: IndexConfig(256, 64, 4, 4),
+    100: IndexConfig(128, 128, 8, 3),
+}
+# Keys decoded before the product. Without instructions for e4m3 this takes registers: half of the keys, in
+# two programs per SM.
+INDEX_LOGITS_QUANTISED = {
+    80: IndexConfig(128, 64, 4, 3),
+    89: IndexConfig(128, 128, 8, 3),
+    90: IndexConfig(128, 64, 4, 4),
+    100: IndexConfig(128, 128, 8, 3),
+}
 INDEX_LOGITS_FP32 = {80: IndexConfig(64, 32, 8, 2)}  # IEEE products on the FMA units
 # Decoded keys stay in registers: a short tile.
 INDEX_LOGITS_FP32_QUANTISED = {80: IndexConfig(64, 16, 8, 1)}
@@ -160,6 +175,7 @@ TABLES: dict[str, dict[str, dict[int, Any]]] = {  # op -> its tables; other ops 
     "sparse_gqa": {"CONFIGS": SPARSE_GQA, "CONFIGS_FP32": SPARSE_GQA_FP32},
     "index_logits": {
         "CONFIGS": INDEX_LOGITS,
+        "CONFIGS_FP8": INDEX_LOGITS_FP8,
         "CONFIGS_QUANTISED": INDEX_LOGITS_QUANTISED,
         "CONFIGS_FP32": INDEX_LOGITS_FP32,
         "CONFIGS_FP32_QUANTISED": INDEX_LOGITS_FP32_QUANTISED,

@@ -10,7 +10,8 @@ the GPU multiplies e4m3, the product takes their bytes as they are; otherwise th
 has one scale per 32 values: values times scales are computed in registers, exactly, for a product in bf16.
 
 A program takes several neighbouring queries that share a row of the block table. All their heads are one side
-of the product and a tile of keys is the other, so each key is read and decoded once for all of them.
+of the product and a tile of keys is the other, so each key is read and decoded once for all of them. Where
+pages consist of whole tiles, a tile has one page and one address; otherwise each key is looked up.
 """
 
 from typing import TYPE_CHECKING
@@ -22,18 +23,23 @@ import triton.language as tl
 from .arguments import refuse_fp64
 from .configs import (
     INDEX_LOGITS,
+    INDEX_LOGITS_FP8,
     INDEX_LOGITS_FP32,
     INDEX_LOGITS_FP32_QUANTISED,
     INDEX_LOGITS_QUANTISED,
     for_device,
     has_native_fp8,
+    multiprocessors,
 )
 from .quantised import from_e2m1, from_e4m3, opaque
 
 if TYPE_CHECKING:
     from ..ops.index import IndexLogitsOp
 
-KEYS_PER_PROGRAM = 1024  # q is loaded once for so many keys; few enough that one decode query fills a GPU
+# q is loaded once for the keys of a program, so these are many where enough programs remain.
+KEYS_PER_PROGRAM = (4096, 2048, 1024, 512, 256)  # powers of two: whole tiles
+PROGRAMS_PER_MULTIPROCESSOR = 16  # several waves: the last one ends soon
+MAX_QUERIES = 4  # of a program; sums of more, with few heads each, spill
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}
 
 
@@ -52,8 +58,11 @@ def index_logits(a: "IndexLogitsOp") -> None:
         return
     q_format, k_format = FORMATS.get(a.q.dtype), FORMATS.get(a.k.dtype)
     d = 2 * d if q_format == "e2m1" else d
-    # sm_80 has no name for e4m3.
-    q, k = (x if form is None else x.view(torch.uint8) for x, form in ((a.q, q_format), (a.k, k_format)))
+    native_fp8 = has_native_fp8(a.q.device)
+    fp8_product = native_fp8 and q_format == k_format == "e4m3"
+    q, k = a.q, a.k
+    if not fp8_product:  # bytes: sm_80 has no name for e4m3
+        q, k = (x if form is None else x.view(torch.uint8) for x, form in ((q, q_format), (k, k_format)))
     pages, page_size, queries_per_row, table_strides = 0, 1, s_q, (0, 0)
     if a.block_table is not None:
         pages, page_size = k.shape[:2]
@@ -61,13 +70,16 @@ def index_logits(a: "IndexLogitsOp") -> None:
     if q.dtype == torch.float32:
         table = INDEX_LOGITS_FP32 if k_format is None else INDEX_LOGITS_FP32_QUANTISED
     else:
-        table = INDEX_LOGITS if k_format is None else INDEX_LOGITS_QUANTISED
+        quantised = INDEX_LOGITS_FP8 if fp8_product else INDEX_LOGITS_QUANTISED
+        table = INDEX_LOGITS if k_format is None else quantised
     config = for_device(table, q.device)
     block_h = max(16, triton.next_power_of_2(h))
-    queries = max(1, config.MAX_HEADS // block_h) if queries_per_row > 1 else 1  # no third variant to compile
+    queries = min(max(1, config.MAX_HEADS // block_h), MAX_QUERIES)
+    queries = queries if queries_per_row > 1 else 1  # no third variant to compile
     groups = s_q // queries_per_row * triton.cdiv(queries_per_row, queries)
+    keys_per_program = _keys_per_program(groups, width, q.device)
     with torch.cuda.device_of(q):
-        _index_logits_kernel[(groups * triton.cdiv(width, KEYS_PER_PROGRAM),)](
+        _index_logits_kernel[(groups * triton.cdiv(width, keys_per_program),)](
             q,
             *q.stride(),
             a.q_scale,
@@ -89,21 +101,31 @@ def index_logits(a: "IndexLogitsOp") -> None:
             page_size,
             queries_per_row,
             h,
+            keys_per_program,
             D=d,
+            K_ROW=k.shape[-1] if k.stride()[-2:] == (k.shape[-1], 1) else None,
+            WHOLE_TILES=a.block_table is not None and page_size % config.BLOCK_N == 0,
             QUERIES=queries,
             BLOCK_H=block_h,
             BLOCK_N=config.BLOCK_N,
             BLOCK_D=max(16 if k_format is None else 32, triton.next_power_of_2(d)),  # of bf16, of e4m3
-            KEYS_PER_PROGRAM=KEYS_PER_PROGRAM,
             PADDED=block_h != h,
             Q_FORMAT=q_format,
             K_FORMAT=k_format,
-            NATIVE_FP8=has_native_fp8(q.device),
+            NATIVE_FP8=native_fp8,
+            FP8_PRODUCT=fp8_product,
             CLEAN=a.clean,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+
+
+def _keys_per_program(groups: int, width: int, device: torch.device) -> int:
+    """By shapes and the device alone; no logit depends on it."""
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    enough = (keys for keys in KEYS_PER_PROGRAM if groups * triton.cdiv(width, keys) >= programs)
+    return next(enough, KEYS_PER_PROGRAM[-1])
 
 
 def _page_strides(x, block_table) -> tuple:
@@ -113,7 +135,12 @@ def _page_strides(x, block_table) -> tuple:
     return x.stride() if block_table is not None else (0, *x.stride())
 
 
-@triton.jit(do_not_specialize=["stride_table_row", "stride_out_t", "width", "pages", "queries_per_row", "h"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_table_row", "stride_out_t", "width", "pages"),
+        *("queries_per_row", "h", "keys_per_program"),
+    ]
+)
 def _index_logits_kernel(
     q_ptr,  # [s_q, h, d], of e2m1 [s_q, h, d / 2]
     stride_q_t,
@@ -145,28 +172,31 @@ def _index_logits_kernel(
     page_size,
     queries_per_row,
     h,
+    keys_per_program,
     D: tl.constexpr,
+    K_ROW: tl.constexpr,  # stride_k_n where keys follow each other without gaps, else None
+    WHOLE_TILES: tl.constexpr,  # pages consist of whole tiles of keys
     QUERIES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    KEYS_PER_PROGRAM: tl.constexpr,
     PADDED: tl.constexpr,  # heads: BLOCK_H > h
     Q_FORMAT: tl.constexpr,  # None, "e4m3" or "e2m1"
     K_FORMAT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
+    FP8_PRODUCT: tl.constexpr,  # q and k are e4m3 and stay so
     CLEAN: tl.constexpr,
 ):
-    """One program: QUERIES queries, KEYS_PER_PROGRAM keys. Queries vary fastest: neighbours share keys."""
+    """One program: QUERIES queries, keys_per_program keys. Queries vary fastest: neighbours share keys."""
     groups_per_row = tl.cdiv(queries_per_row, QUERIES)
-    groups = tl.num_programs(0) // tl.cdiv(width, KEYS_PER_PROGRAM)
+    groups = tl.num_programs(0) // tl.cdiv(width, keys_per_program)
     group = tl.program_id(0) % groups
     table_row = (group // groups_per_row).to(tl.int64)
     member = group % groups_per_row * QUERIES + tl.arange(0, QUERIES)  # [QUERIES]: query within the table row
     live = member < queries_per_row
     offs_t = table_row * queries_per_row + member  # [QUERIES]
-    first = tl.program_id(0) // groups * KEYS_PER_PROGRAM
-    last = tl.minimum(first + KEYS_PER_PROGRAM, width)
+    first = tl.program_id(0) // groups * keys_per_program
+    last = tl.minimum(first + keys_per_program, width)
     starts = tl.maximum(tl.load(ks_ptr + offs_t, mask=live, other=0), first)  # [QUERIES]
     stops = tl.minimum(tl.load(ke_ptr + offs_t, mask=live, other=0), last)  # [QUERIES]
     out_rows = out_ptr + offs_t[:, None] * stride_out_t  # [QUERIES, 1]
@@ -192,8 +222,6 @@ def _index_logits_kernel(
     q_scales = None
     if Q_FORMAT == "e2m1":
         q_scales = q_scale_ptr + (query[:, None] * stride_q_scale_t + head[:, None] * stride_q_scale_h)
-    # e4m3 stays e4m3 for a product of both.
-    FP8_PRODUCT: tl.constexpr = NATIVE_FP8 and Q_FORMAT == "e4m3" and K_FORMAT == "e4m3"
     BF16: tl.constexpr = tl.bfloat16
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty if Q_FORMAT is None else BF16
     q = _load_rows(
@@ -203,32 +231,48 @@ def _index_logits_kernel(
         weights_ptr + query * stride_weights_t + head * stride_weights_h, mask=real, other=0.0
     )  # [QUERIES * BLOCK_H]
 
+    q_columns = tl.trans(q)  # in the loop, this would copy q to shared memory again for every tile
+
     # Of queries that see nothing here, the range is empty.
     begin = tl.min(tl.where(starts < stops, starts, last), 0) // BLOCK_N * BLOCK_N
-    for n in range(begin, tl.max(stops, 0), BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        exists = offs_n < last
-        if table_ptr is None:
-            page = tl.zeros([BLOCK_N], tl.int64)
-            offset = offs_n.to(tl.int64)
-        else:
-            page = tl.load(
-                table_ptr
-                + table_row * stride_table_row
-                + (offs_n // page_size).to(tl.int64) * stride_table_page,
-                mask=exists,
-                other=-1,
-            ).to(tl.int64)  # [BLOCK_N]
-            exists = (page >= 0) & (page < pages)
-            offset = (offs_n % page_size).to(tl.int64)
-        k_rows = k_ptr + (page * stride_k_page + offset * stride_k_n)[:, None]
+    end = tl.max(stops, 0)
+    step = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    row = stride_k_n if K_ROW is None else K_ROW
+    # All keys of a tile lie in one page. Its number and the scales are loaded a tile ahead: the compiler
+    # prefetches nothing but the keys.
+    ONE_PAGE: tl.constexpr = table_ptr is None or WHOLE_TILES
+    SCALES_AHEAD: tl.constexpr = K_FORMAT == "e4m3" and ONE_PAGE
+    page, offset = tl.full([], 0, tl.int32), begin  # of the tile
+    if table_ptr is not None:
+        table_ptr += table_row * stride_table_row
+    if WHOLE_TILES:
+        offset = begin % page_size
+        table_ptr += (begin // page_size).to(tl.int64) * stride_table_page
+        page = tl.load(table_ptr, mask=begin < end, other=-1)
+    if SCALES_AHEAD:
+        exists = _existing(page, pages, begin + step < last, WHOLE_TILES)
+        scale_rows = _tile(k_scale_ptr, page, stride_k_scale_page, offset, stride_k_scale_n, BLOCK_N)
+        scales = tl.load(scale_rows, mask=exists, other=0.0)
+    for n in range(begin, end, BLOCK_N):
+        offs_n = n + step  # [BLOCK_N]
         k_scales = None
-        if K_FORMAT is not None:
-            k_scales = k_scale_ptr + (page * stride_k_scale_page + offset * stride_k_scale_n)[:, None]
+        if ONE_PAGE:
+            exists = _existing(page, pages, offs_n < last, WHOLE_TILES)
+            k_rows = _tile(k_ptr, page, stride_k_page, offset, row, BLOCK_N)
+            if K_FORMAT == "e2m1":
+                k_scales = _tile(k_scale_ptr, page, stride_k_scale_page, offset, stride_k_scale_n, BLOCK_N)
+        else:
+            entry = (offs_n // page_size).to(tl.int64) * stride_table_page
+            key_page = tl.load(table_ptr + entry, mask=offs_n < last, other=-1).to(tl.int64)  # [BLOCK_N]
+            exists = (key_page >= 0) & (key_page < pages)
+            key_offset = (offs_n % page_size).to(tl.int64)
+            k_rows = k_ptr + key_page * stride_k_page + key_offset * stride_k_n
+            if K_FORMAT is not None:
+                k_scales = k_scale_ptr + key_page * stride_k_scale_page + key_offset * stride_k_scale_n
         k = _load_rows(
-            k_rows,
+            k_rows[:, None],
             stride_k_d,
-            k_scales,
+            k_scales[:, None] if K_FORMAT == "e2m1" else None,
             exists[:, None],
             D,
             BLOCK_D,
@@ -240,19 +284,48 @@ def _index_logits_kernel(
         if q.dtype == tl.float32:  # as the second factor, all of q would be held in registers
             score = tl.trans(tl.dot(q, tl.trans(k), input_precision="ieee"))
         else:
-            score = tl.dot(k, tl.trans(q))  # [BLOCK_N, QUERIES * BLOCK_H]
+            score = tl.dot(k, q_columns)  # [BLOCK_N, QUERIES * BLOCK_H]
         score = tl.maximum(score, 0.0, propagate_nan=tl.PropagateNan.ALL) * weights[None, :]
         if PADDED:  # a padded head scores 0 * inf = NaN against an infinite key: drop it after the product
             score = tl.where(real[None, :], score, 0.0)
-        logits = tl.trans(tl.sum(tl.reshape(score, [BLOCK_N, QUERIES, BLOCK_H]), 2))  # [QUERIES, BLOCK_N]
-        if K_FORMAT == "e4m3":
-            logits *= tl.trans(tl.load(k_scales, mask=exists[:, None], other=0.0))
-        logits = tl.where(exists[None, :], logits, float("-inf"))
+        logits = tl.sum(tl.reshape(score, [BLOCK_N, QUERIES, BLOCK_H]), 2)  # [BLOCK_N, QUERIES]
+        if SCALES_AHEAD:
+            logits *= scales[:, None]
+        elif K_FORMAT == "e4m3":
+            logits *= tl.load(k_scales, mask=exists, other=0.0)[:, None]
+        logits = tl.where(exists[:, None], logits, float("-inf"))
         tl.store(
-            out_rows + offs_n[None, :].to(tl.int64) * stride_out_n,
+            tl.trans(out_rows) + offs_n[:, None].to(tl.int64) * stride_out_n,
             logits,
-            mask=(offs_n[None, :] >= starts[:, None]) & (offs_n[None, :] < stops[:, None]),
+            mask=(offs_n[:, None] >= starts[None, :]) & (offs_n[:, None] < stops[None, :]),
         )
+        if ONE_PAGE:
+            offset += BLOCK_N
+            if WHOLE_TILES:
+                turn = offset == page_size
+                offset = tl.where(turn, 0, offset)
+                table_ptr += tl.where(turn, stride_table_page, 0)
+                page = tl.load(table_ptr, mask=n + BLOCK_N < end, other=-1)
+            if SCALES_AHEAD:
+                exists = _existing(page, pages, offs_n + BLOCK_N < last, WHOLE_TILES)
+                scale_rows = _tile(k_scale_ptr, page, stride_k_scale_page, offset, stride_k_scale_n, BLOCK_N)
+                scales = tl.load(scale_rows, mask=exists, other=0.0)
+
+
+@triton.jit
+def _tile(ptr, page, stride_page, offset, stride_n, BLOCK_N: tl.constexpr):
+    """Pointers to neighbouring rows of a page: one address, and distances from it that all tiles share."""
+    base = ptr + (page.to(tl.int64) * stride_page + offset.to(tl.int64) * stride_n)
+    return base + tl.arange(0, BLOCK_N).to(tl.int64) * stride_n
+
+
+@triton.jit
+def _existing(page, pages, within, WHOLE_TILES: tl.constexpr):
+    """Which keys of a tile exist. Pages that hold whole tiles hold all of a tile or nothing."""
+    if WHOLE_TILES:
+        page = tl.broadcast_to(page, within.shape)
+        within = (page >= 0) & (page < pages)
+    return within
 
 
 @triton.jit
@@ -277,9 +350,7 @@ def _load_rows(
         x = opaque(from_e2m1(code, scale).to(DTYPE))
     else:
         offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
-        x = tl.load(rows + offs_d * stride_d, mask=mask & (offs_d < D), other=0)
-        if FP8_PRODUCT:
-            x = x.to(tl.float8e4nv, bitcast=True)
-        elif FORMAT == "e4m3":
+        x = tl.load(rows + offs_d * stride_d, mask=mask & (offs_d < D), other=0.0)
+        if FORMAT == "e4m3" and not FP8_PRODUCT:
             x = opaque(from_e4m3(x, NATIVE_FP8).to(DTYPE))
     return x

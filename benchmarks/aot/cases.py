@@ -134,6 +134,7 @@ CASES = [
     Case("index_logits", "64 heads, fp32", index(64, FP32), quick=(86, 90)),
     Case("index_logits", "64 heads, fp8", index(64, E4M3), quick=ALL),
     Case("index_logits", "64 heads, fp8, paged", index(64, E4M3, paged_rows=2), quick=(80, 90)),
+    Case("index_logits", "64 heads, fp8, paged, 1 query each", index(64, E4M3, paged_rows=S_Q)),
     Case("index_logits", "64 heads, bf16 x fp8, paged", index(64, BF16, E4M3, paged_rows=2), quick=(80, 90)),
     Case("index_logits", "64 heads, fp32 x fp8, paged", index(64, FP32, E4M3, paged_rows=2)),
     Case("index_logits", "64 heads, mxfp4", index(64, UINT8), quick=(80, 90)),

@@ -10,7 +10,8 @@ import mmap
 import pytest
 import torch
 from sparse_attn.kernels import configs
-from sparse_attn.kernels.index_logits import KEYS_PER_PROGRAM, index_logits
+from sparse_attn.kernels import index_logits as index_kernel
+from sparse_attn.kernels.index_logits import index_logits
 from sparse_attn.kernels.merge_attention import merge_attention, merge_parts
 from sparse_attn.kernels.sparse_gqa import sparse_gqa
 from sparse_attn.kernels.sparse_mla import sparse_mla
@@ -253,7 +254,7 @@ def test_tokens_of_656_bytes_may_lie_in_any_pages():
 
 
 @pytest.mark.parametrize("forms", ["e4m3 e4m3", "bf16 e4m3", "e2m1 e2m1", "e4m3 e2m1"])
-@pytest.mark.parametrize("heads, page_size", [(5, None), (70, 48)])
+@pytest.mark.parametrize("heads, page_size", [(5, None), (70, 48), (5, 64), (33, 128)])
 def test_quantised_index_configurations(architecture, forms, heads, page_size):
     """The e4m3 product of sm_89 and newer, and everything that is decoded before."""
     inputs, table = index_inputs(5, 300, heads, 128, dtype=torch.bfloat16), None
@@ -367,18 +368,23 @@ def test_splits_of_strided_outputs(multiprocessors):
 
 # Ranges that meet the edges of a program's share of the keys.
 
-EDGES = [0, 1, 63, 64, 65, *(KEYS_PER_PROGRAM + i for i in (-1, 0, 1)), 2 * KEYS_PER_PROGRAM + 5]
+KEYS = 512  # of a program
+EDGES = [0, 1, 63, 64, 65, *(KEYS + i for i in (-1, 0, 1)), 2 * KEYS + 5]
 
 
-@pytest.mark.parametrize("paged", [pytest.param(False, marks=slow), True])
-def test_ranges_at_the_edges(paged):
+@pytest.mark.parametrize(
+    "page_size",
+    [pytest.param(None, marks=slow), pytest.param(48, marks=slow), 64, pytest.param(256, marks=slow)],
+)
+def test_ranges_at_the_edges(page_size, monkeypatch):
+    monkeypatch.setattr(index_kernel, "KEYS_PER_PROGRAM", (KEYS,))
     ks = int32(*(a for a in EDGES for _ in EDGES))
     ke = int32(*EDGES).repeat(len(EDGES))
     inputs = index_inputs(len(ks), EDGES[-1], heads=2, d=16)
     inputs.update(ks=ks, ke=ke, k=inputs["k"].nan_to_num())
     table = None
-    if paged:
-        pages, table = to_pages(inputs["k"], page_size=48)
+    if page_size:
+        pages, table = to_pages(inputs["k"], page_size)
         inputs["k"] = pages.nan_to_num()
         table = torch.cat([table.roll(row, 1) for row in range(len(EDGES))])  # puts missing pages in view
     run_index(inputs, table)
