@@ -176,7 +176,7 @@ A = AttentionConfig
 BF16_64 = [
     A(64, 8, 2, True), A(64, 8, 3, True), A(32, 8, 5, True), A(32, 8, 4, True), A(32, 8, 3, True),
     A(64, 16, 2, True), A(32, 8, 5, False, True), A(32, 8, 3, False, True), A(32, 16, 5, True),
-    A(64, 8, 2, False, True), HOPPER,
+    A(64, 8, 2, False, True),
 ]  # fmt: skip
 FP8_64 = [
     A(32, 8, 5, False, True), A(32, 8, 5, True), A(32, 8, 4, True), A(32, 8, 3, True), A(64, 8, 2, True),
@@ -205,32 +205,16 @@ GQA = [
     A(64, 8, 3), A(128, 8, 2), A(128, 4, 2), A(32, 4, 3, blocks=4), A(64, 4, 2, blocks=3), A(128, 8, 3),
     A(64, 2, 3, blocks=2), A(32, 2, 4, blocks=4),
 ]  # fmt: skip
-# Programs of one query have as many heads as the model, those of prefill MAX_HEADS. None: see indexer_config.
-INDEX = {
-    ("bf16", "paged"): [
-        (IndexConfig(256, 64, 4, 3), None), (IndexConfig(256, 64, 4, 4), None),
-        (IndexConfig(256, 64, 4, 3), 512), (IndexConfig(256, 64, 4, 3), 2048),
-    ],
-    ("bf16", "prefill"): [
-        (IndexConfig(256, 64, 4, 3), None), (IndexConfig(256, 64, 8, 3), None),
-        (IndexConfig(128, 64, 4, 4), None), (IndexConfig(128, 64, 4, 3), None),
-        (IndexConfig(256, 64, 4, 3), 2048),
-    ],
-    ("fp8", "paged"): [
-        (IndexConfig(256, 64, 4, 4), None), (IndexConfig(256, 64, 4, 5), None),
-        (IndexConfig(256, 64, 4, 3), None), (IndexConfig(256, 64, 4, 4), 512),
-        (IndexConfig(256, 64, 4, 4), 2048),
-    ],
-    ("fp8", "prefill"): [
-        (IndexConfig(256, 64, 4, 4), None), (IndexConfig(256, 64, 8, 4), None),
-        (IndexConfig(128, 64, 4, 4), None), (IndexConfig(256, 64, 4, 3), None),
-        (IndexConfig(256, 64, 4, 4), 2048),
-    ],
-}  # fmt: skip
-TOP_K = [(2048, 8), *((n, w) for n in (1024, 2048, 4096, 8192) for w in (4, 8, 16) if (n, w) != (2048, 8))]
+# Heads matter in prefill: programs of one query have those of the model. None: see indexer_config.
+INDEX = [
+    (IndexConfig(*sizes), None)
+    for sizes in ((256, 64, 4, 3), (256, 64, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4))
+]
+TOP_K = [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 
 
 def sweeps() -> Iterator[Sweep]:
+    """In each, what this GPU takes comes first."""
     mla = {
         (128, False): (64, "SPARSE_MLA", BF16_64), (128, True): (64, "SPARSE_MLA_FP8", FP8_64),
         (32, False): (32, "SPARSE_MLA", BF16_32), (32, True): (32, "SPARSE_MLA_FP8", FP8_32),
@@ -238,36 +222,42 @@ def sweeps() -> Iterator[Sweep]:
     }  # fmt: skip
     for (heads, fp8), (block, table, candidates) in mla.items():
         for queries in (1, 32, 128, 1024) if heads != 32 else (128,):
-            label = f"sparse_mla, {heads} heads, {'fp8' if fp8 else 'bf16'}, {queries} queries"
             yield Sweep(
-                label, partial(attention, queries, heads, fp8), partial(in_table, table, block), candidates
+                f"sparse_mla, {heads} heads, {'fp8' if fp8 else 'bf16'}, {queries} queries",
+                partial(attention, queries, heads, fp8),
+                partial(in_table, table, block),
+                _from(_entry(table)[block], [HOPPER, *candidates]),
             )
     for queries in (1, 32, 1024):
-        inputs = partial(gqa, queries, 32, 8, 128)
         yield Sweep(
             f"sparse_gqa, 32 / 8 heads of 128, {queries} queries",
-            inputs,
+            partial(gqa, queries, 32, 8, 128),
             partial(in_table, "SPARSE_GQA", 16),
-            GQA,
+            _from(_entry("SPARSE_GQA")[16], GQA),
         )
     for form, table in (("bf16", "INDEX_LOGITS"), ("fp8", "INDEX_LOGITS_FP8")):
-        place = partial(indexer_config, table)
-        for batch in (1, 32):
-            yield Sweep(
-                f"index_logits, {form}, {batch} x 128k paged",
-                partial(paged_index, batch, 1 << 17, form),
-                place,
-                INDEX[form, "paged"],
-            )
-        yield Sweep(
-            f"index_logits, {form}, prefill 4k of 32k",
-            partial(prefill_index, 4096, 32768, form),
-            place,
-            INDEX[form, "prefill"],
-        )
+        candidates = _from((_entry(table), None), INDEX)
+        for shape, inputs in (
+            *((f"{batch} x 128k paged", partial(paged_index, batch, 1 << 17, form)) for batch in (1, 32)),
+            ("prefill 4k of 32k", partial(prefill_index, 4096, 32768, form)),
+        ):
+            yield Sweep(f"index_logits, {form}, {shape}", inputs, partial(indexer_config, table), candidates)
     for rows, context in ((4096, 32768), (64, 32768), (1, 8192), (1, 131072), (32, 131072)):
         place = partial(constants, topk_kernel, ("BLOCK", "NUM_WARPS"))
-        yield Sweep(f"select_topk, {rows} x {context // 1024}k", partial(top_k, rows, context), place, TOP_K)
+        candidates = _from((topk_kernel.BLOCK, topk_kernel.NUM_WARPS), TOP_K)
+        yield Sweep(
+            f"select_topk, {rows} x {context // 1024}k", partial(top_k, rows, context), place, candidates
+        )
+
+
+def _entry(table: str) -> Any:
+    """What this GPU takes from a table, or, for a list without a GPU, an H100."""
+    arch = configs.architecture(DEVICE) if torch.cuda.is_available() else 90
+    return configs.nearest(getattr(configs, table), arch)
+
+
+def _from(first: Any, candidates: list[Any]) -> list[Any]:
+    return [first, *(candidate for candidate in candidates if candidate != first)]
 
 
 # -- Running them
