@@ -451,15 +451,16 @@ def test_every_mutant_is_killed():
     inputs = inputs_of(300, seed=1, attn_sink=torch.randn(64), **extra_segment(100))
     one = {name: t[:1] if name in ("q", "indices", "extra_indices") else t for name, t in inputs.items()}
     empty = inputs_of(130, s_q=1, topk_length=int32(0))
-    cases = [(case, expected(case)) for case in (one, packed(one), empty, packed(empty))]
+    few_heads = inputs_of(130, s_q=1, h_q=40, attn_sink=torch.randn(40))
+    cases = [(case, expected(case), 1) for case in (one, packed(one), empty, packed(empty))]
+    cases += [(few_heads, expected(few_heads), splits) for splits in (1, 2)]
     found, alive = set(), set()
     for what, source in mutants():
         found.add(what)
-        module = load(source)
         try:
             for seed in range(3):
-                for case, results in cases:
-                    launch(case, seed, module=module, results=results)
+                for case, results, splits in cases:
+                    launch(case, seed, module=load(source, splits), results=results)
             alive.add(what)
         # Of types: arithmetic on what nobody waited for. Of names: rows of a tile before they are known.
         except (AssertionError, TypeError, NameError, IndexError) as failure:
