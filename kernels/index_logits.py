@@ -60,9 +60,8 @@ def index_logits(a: "IndexLogitsOp") -> None:
     d = 2 * d if q_format == "e2m1" else d
     native_fp8 = has_native_fp8(a.q.device)
     fp8_product = native_fp8 and q_format == k_format == "e4m3"
-    q, k = a.q, a.k
-    if not fp8_product:  # bytes: sm_80 has no name for e4m3
-        q, k = (x if form is None else x.view(torch.uint8) for x, form in ((q, q_format), (k, k_format)))
+    # sm_80 has no name for e4m3.
+    q, k = (x if form is None else x.view(torch.uint8) for x, form in ((a.q, q_format), (a.k, k_format)))
     pages, page_size, queries_per_row, table_strides = 0, 1, s_q, (0, 0)
     if a.block_table is not None:
         pages, page_size = k.shape[:2]
@@ -350,7 +349,10 @@ def _load_rows(
         x = opaque(from_e2m1(code, scale).to(DTYPE))
     else:
         offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
-        x = tl.load(rows + offs_d * stride_d, mask=mask & (offs_d < D), other=0.0)
-        if FORMAT == "e4m3" and not FP8_PRODUCT:
+        x = tl.load(rows + offs_d * stride_d, mask=mask & (offs_d < D), other=0)
+        if FP8_PRODUCT:
+            # wgmma then takes keys from registers: from shared memory it would need a fence for every tile.
+            x = x.to(tl.float8e4nv, bitcast=True)
+        elif FORMAT == "e4m3":
             x = opaque(from_e4m3(x, NATIVE_FP8).to(DTYPE))
     return x
