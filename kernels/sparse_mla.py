@@ -71,7 +71,9 @@ def sparse_mla(a: "SparseMLAOp") -> None:
 
 def warp_specialised(a: "SparseMLAOp") -> bool:
     """Whether the kernel for sm_90 takes ``a``: it is up to twice as fast."""
-    return configs.TRITON >= (3, 9) and a.q.shape[1] >= configs.WARP_SPECIALISED_HEADS and suits(a)
+    if configs.TRITON < (3, 9) or configs.WARP_SPECIALISED == "none" or not suits(a):
+        return False
+    return configs.WARP_SPECIALISED == "all" or (a.q.shape[1] % 64 == 0 and a.kv.dtype == torch.bfloat16)
 
 
 def _sparse_mla(a: "SparseMLAOp") -> None:

@@ -188,7 +188,7 @@ class Output(NamedTuple):
 
     s_q: Any  # None: one program has all keys, and rows are final
     h_q: Any
-    padded: Any
+    stop_head: Any  # None: every head of every block exists. A bool would become a value at run time
     attn_sink_ptr: Any  # [h_q] or None
     out_ptr: Any  # [s_q, h_q, 512]; of several splits fp32 [splits, s_q, h_q, 512], and so the next two
     stride_out_t: Any
@@ -311,8 +311,9 @@ def _sparse_mla_hopper_kernel(
     offs_v = gl.arange(0, D_V, layout=gl.SliceLayout(0, ROWS))  # [512]
     offs_rope = D_V + gl.arange(0, D_ROPE, layout=gl.SliceLayout(0, ROWS))  # [64]
     q_rows = q_ptr + t * stride_q_t + heads[:, None] * stride_q_h  # [64, 1]
-    real = None
+    real, stop_head = None, None
     if PADDED:
+        stop_head = h_q
         real = (heads < h_q)[:, None]  # [64, 1]; the others are zeros
     async_copy.async_load(sm.q, q_rows + offs_v[None, :], mask=real)
     async_copy.async_load(sm.q_rope, q_rows + offs_rope[None, :], mask=real)
@@ -331,7 +332,7 @@ def _sparse_mla_hopper_kernel(
         *(extra_indices_ptr, stride_extra_indices_n, extra_first, extra_length),
     )
     output = Output(
-        *(s_q, h_q, PADDED, attn_sink_ptr, out_ptr, stride_out_t, stride_out_h),
+        *(s_q, h_q, stop_head, attn_sink_ptr, out_ptr, stride_out_t, stride_out_h),
         *(lse_ptr, stride_lse_t, stride_lse_h, max_ptr, stride_max_t, stride_max_h),
     )
     # Registers per thread: the block starts with 3 x 168, and the first partition keeps what others leave.
@@ -703,8 +704,8 @@ def _store(sm, acc, row_max, row_sum, output, OWN: gl.constexpr):
 def _real(output, heads):
     """Which heads exist, [64]; None: all."""
     real = None
-    if output.padded:
-        real = heads < output.h_q
+    if output.stop_head is not None:
+        real = heads < output.stop_head
     return real
 
 
@@ -712,6 +713,6 @@ def _real(output, heads):
 def _real_rows(output, heads):
     """The same as [64, 1]."""
     real = None
-    if output.padded:
-        real = (heads < output.h_q)[:, None]
+    if output.stop_head is not None:
+        real = (heads < output.stop_head)[:, None]
     return real

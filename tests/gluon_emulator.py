@@ -451,7 +451,20 @@ def warpgroup_mma_wait(num_outstanding, deps):
     return done[0] if len(done) == 1 else done
 
 
+def refuse_bools(value):
+    """Within a tuple that goes to a partition, a bool becomes a value at run time: `if` no longer decides."""
+    if isinstance(value, bool):
+        raise TypeError("a bool within an argument of a partition; pass None or a number in its place")
+    if isinstance(value, tuple):
+        for part in value:
+            refuse_bools(part)
+
+
 def warp_specialize(functions_and_args, worker_num_warps, worker_num_regs):
+    for _, args in functions_and_args:
+        for arg in args:
+            if isinstance(arg, tuple):
+                refuse_bools(arg)
     parent = current()
     machine = parent.machine
     parts = [machine.add(lambda f=f, a=a: f(*a), parent) for f, a in functions_and_args]

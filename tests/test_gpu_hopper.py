@@ -90,6 +90,24 @@ def unpacked(inputs):
     }
 
 
+@pytest.fixture(autouse=True)
+def warp_specialised(monkeypatch):
+    """For all that it can compute."""
+    monkeypatch.setattr("sparse_attn.kernels.configs.WARP_SPECIALISED", "all")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Runs the other kernel on the same inputs."""
+
+    def run_plain(inputs):
+        with monkeypatch.context() as patch:
+            patch.setattr("sparse_attn.kernels.configs.WARP_SPECIALISED", "none")
+            return run(inputs)
+
+    return run_plain
+
+
 def run(inputs, **options):
     options = {"d_v": D_V, "softmax_scale": SCALE, **options}
     return sparse_attn.sparse_mla(**inputs, **options, return_lse=True, return_max_logits=True)
@@ -121,7 +139,7 @@ def check_packed(inputs, page_size=64):
 
 
 @pytest.mark.parametrize("s_q", [1, 37, 300])
-@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("heads", [20, 64, 128])
 def test_one_segment(heads, s_q):
     check(case(s_q, heads))
 
@@ -253,19 +271,6 @@ def test_a_packed_cache_beyond_32_bits():
     check(small)
     found = run({**inputs, "kv": kv, "indices": indices})
     assert all(torch.equal(x, y) for x, y in zip(found, run(small), strict=True))
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    """Runs the other kernel on the same inputs."""
-    from sparse_attn.kernels import configs
-
-    def run_plain(inputs):
-        with monkeypatch.context() as patch:
-            patch.setattr(configs, "WARP_SPECIALISED_HEADS", 1 << 30)
-            return run(inputs)
-
-    return run_plain
 
 
 def test_packed_rows_agree_with_the_other_kernel(plain):

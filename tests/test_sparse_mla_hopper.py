@@ -628,6 +628,20 @@ def test_threads_of_a_partition_meet_before_they_arrive(compiled, s_q):
             assert "bar.sync" in part.partition("stmatrix")[0]
 
 
+@pytest.mark.parametrize("s_q", [FEW, MANY])
+def test_missing_heads_are_masked_in_every_store(compiled, s_q):
+    """Seen in the compiler's own code, as the emulator runs Python: to it, None and False are alike."""
+    stores = [line for line in compiled(s_q, h_q=100).asm["ttgir"].splitlines() if "tt.store" in line]
+    assert len(stores) == 4 and all(line.partition(" : ")[0].count("%") == 3 for line in stores)
+    plain = [line for line in compiled(s_q).asm["ttgir"].splitlines() if "tt.store" in line]
+    assert len(plain) == 4 and all(line.partition(" : ")[0].count("%") == 2 for line in plain)
+
+
+def test_bools_do_not_enter_a_partition():
+    with pytest.raises(TypeError, match="a bool within an argument of a partition"):
+        emulator.refuse_bools((1, (None, True)))
+
+
 def test_sizes_do_not_recompile(compiled):
     many = [{}, {"s_q": 777, "s_kv": 100_003}, {"h_q": 64}, {"s_kv": 1}, {"topk": 1}, {"topk": 33}]
     assert len({id(compiled(**size)) for size in [*many, {"s_q": 1, "topk": 33}]}) == 1
@@ -645,16 +659,11 @@ def taken(monkeypatch):
     pytest.importorskip("triton", minversion="3.9")
     from sparse_attn.kernels import configs, sparse_mla
 
-    def ask(arch=90, **inputs):
-        monkeypatch.setattr(configs, "architecture", lambda device: arch)
+    def ask(arch=90, which="all", **inputs):
+        monkeypatch.setattr(configs, "WARP_SPECIALISED", which)
         monkeypatch.setattr(hopper, "architecture", lambda device: arch)
         q = inputs["q"]
-        out = inputs.pop("out", None)
-        out = (
-            torch.empty(*q.shape[:2], inputs.get("d_v", 512), dtype=q.dtype, device="meta")
-            if out is None
-            else out
-        )
+        out = torch.empty(*q.shape[:2], inputs.get("d_v", 512), dtype=q.dtype, device="meta")
         logits = torch.empty(q.shape[:2], device="meta")
         sizes = {"d_v": 512, "softmax_scale": 0.1, "out": out, "lse": logits, "max_logits": logits}
         return sparse_mla.warp_specialised(SparseMLAOp(**{**sizes, **inputs}))
@@ -684,10 +693,16 @@ def test_it_takes_what_it_can_compute(taken):
     assert taken(**{**inputs, "q": one, "indices": inputs["indices"][:1]})
 
 
+def test_it_is_given_what_was_measured(taken):
+    for which, answers in (("all", (1, 1, 1)), ("measured", (1, 0, 0)), ("none", (0, 0, 0))):
+        calls = sizes(), sizes(h_q=40), {**sizes(), "kv": cache()}
+        assert tuple(int(taken(which=which, **inputs)) for inputs in calls) == answers
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        *({"arch": 80}, {"arch": 100}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"h_q": 16}),
+        *({"arch": 80}, {"arch": 100}, {"dtype": torch.float16}, {"dtype": torch.float32}),
         *({"d_qk": 512}, {"d_v": 256}, {"softmax_scale": -1.0}, {"softmax_scale": NAN}, {"s_kv": 2**27}),
     ],
     ids=str,
