@@ -176,7 +176,8 @@ def words(lines: list[dict[str, Any]]) -> list[str]:
     for line in lines:
         if "projections" in line:
             share = line["projections"] / line["layer"]
-            said.append(f"{line['data']} at {line['context']:,}: {share:.0%} of the layer is projections.")
+            rest = "projections, and on a GPU Python"
+            said.append(f"{line['data']} at {line['context']:,}: {share:.0%} of the layer is {rest}.")
         if line["peak_bytes"]:
             said.append(f"{line['data']}: {line['peak_bytes'] / 2**20:.0f} MiB of extra memory.")
         if "errors" in line:
