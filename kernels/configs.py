@@ -91,6 +91,11 @@ SPARSE_MLA_FP8 = {
         32: AttentionConfig(32, 4, 3, KEYS_ON_M=True, blocks=2),  # 150 us; 16 keys 181
         64: AttentionConfig(64, 8, 3, SKIP_EMPTY=True),  # 342 us; (32, 8, 5) 398, with KEYS_ON_M 500
     },
+    100: {
+        16: AttentionConfig(64, 8, 5),
+        32: AttentionConfig(16, 4, 3, KEYS_ON_M=True, blocks=2),
+        64: AttentionConfig(32, 8, 5, KEYS_ON_M=True),
+    },
     120: {
         # Larger tiles spill. Scores of 16 heads are two tiles of mma.sync, so pairs of warps repeat them.
         16: AttentionConfig(16, 4, 3, KEYS_ON_M=True, blocks=2),
@@ -98,13 +103,7 @@ SPARSE_MLA_FP8 = {
     },
 }
 # DeepSeek-V4's 584 bytes take more registers to decode. Nothing of sm_90 is measured for them.
-SPARSE_MLA_V4 = SPARSE_MLA_FP8 | {
-    90: {
-        16: AttentionConfig(64, 8, 5),
-        32: AttentionConfig(16, 4, 3, KEYS_ON_M=True, blocks=2),
-        64: AttentionConfig(32, 8, 5, KEYS_ON_M=True),
-    },
-}
+SPARSE_MLA_V4 = SPARSE_MLA_FP8 | {90: SPARSE_MLA_FP8[100]}
 # Keys of more columns than 512 + 64, up to 1024.
 SPARSE_MLA_WIDE = {80: {16: AttentionConfig(16, 4, 2)}}
 # Rows of twice the size, IEEE products on the FMA units.

@@ -67,8 +67,8 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
         assert min(row.blocks.values()) > 0
         assert bool(row.instructions) == bool(row.loads)  # neither, if it has no loop
         assert row.instructions or row.work is None
-        packed = SPILLED.get(row.kernel, {})
-        assert row.loop_spills <= packed.get("bytes" in row.case, 0)
+        worth_it = row.kernel != "_sparse_mla_kernel" or "656 bytes" in row.case
+        assert row.loop_spills <= worth_it * SPILLED.get((row.kernel, arch), 0)
         if row.work is not None:
             assert {opcode.partition(".")[0] for opcode in row.matrix} <= expected_opcodes(row)
             # No product twice, as when warpgroups all compute the same scores.
@@ -79,10 +79,9 @@ def test_a_kernel_fits_and_its_loop_does_what_it_should(rows, case, arch):
 
 
 SLOW_HISTOGRAM = cases.TRITON < (3, 8)
-# kernel -> whether the cache is packed -> spills in its loops, where measurements say that they are worth it.
-# The partition of the warp-specialised kernel that gathers has 48 registers, or 96 where it also converts:
-# with more for it, those that compute would spill more. Larger tiles of the other are up to 1.5 times faster.
-SPILLED = {"_sparse_mla_hopper_kernel": {False: 1, True: 42}, "_sparse_mla_kernel": {False: 0, True: 36}}
+# Spills in loops, where measurements say that they are worth it: larger tiles of packed rows are up to 1.5
+# times faster on sm_90; the warp-specialised kernel gathers with 48 registers, as with more the rest spills.
+SPILLED = {("_sparse_mla_hopper_kernel", 90): 1, ("_sparse_mla_kernel", 90): 36}
 GATHERING = "_sparse_mla_kernel", "_sparse_gqa_kernel"
 # Where larger tiles spill: the scores of 16 keys and 16 heads are two tiles of mma.sync, for four warps.
 REPEATED = {("16 heads, 656 bytes", 120): 1.6}
