@@ -156,7 +156,7 @@ CASES = [
     Case("sparse_mla", "64 heads, d_qk 512, 2 segments", mla(64, 512, extra=True)),
     Case("sparse_mla", "128 heads, d_qk 512, 2 segments", mla(128, 512, extra=True), quick=(80, 90, 100)),
     Case("sparse_mla", "40 heads, d_v 128", mla(40, d_v=128), quick=(86, 90)),
-    Case("sparse_mla", "40 heads, d_qk 1024", mla(40, 1024), quick=(86, 90)),
+    Case("sparse_mla", "40 heads, d_qk 1024", mla(40, 1024), quick=(90,)),
     Case("sparse_mla", "64 heads, fp16", mla(64, dtype=FP16)),
     Case("sparse_mla", "64 heads, fp32", mla(64, dtype=FP32), quick=(86, 90)),
     *(
