@@ -276,7 +276,10 @@ def chosen(kernel: str, architecture: int) -> dict[str, Any]:
     """What each table of a kernel gives an architecture; by heads per program where it depends on them."""
     found: dict[str, Any] = {}
     if kernel == "sparse_mla" and architecture == 90:
-        found["warp-specialised"] = {"for": WARP_SPECIALISED if TRITON >= (3, 9) else "none"}
+        takes = {"measured": "bf16 and multiples of 64 heads", "all": "all that it can", "none": "nothing"}
+        found["warp-specialised"] = {
+            "takes": takes[WARP_SPECIALISED] if TRITON >= (3, 9) else "nothing: it needs Triton 3.9"
+        }
     for name, table in TABLES.get(kernel, {}).items():
         entry = nearest(table, architecture)
         if isinstance(entry, dict):

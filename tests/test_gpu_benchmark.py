@@ -261,3 +261,59 @@ def test_the_cuda_clock_flushes_waits_and_measures_each_call(monkeypatch):
     log.clear()
     assert clock(timing.eager(function), 2) == pytest.approx(4e-3)
     assert log == ["flush", "sleep", "record", "call", "record"] * 2 + ["synchronize"]
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    """The script of sweeps on the CPU, where every configuration gives the same, with tiny inputs."""
+    pytest.importorskip("triton")
+    import gpu_sweep
+
+    for name, value in {"DEVICE": CPU, "ROWS": 512, "TOPK": 16}.items():
+        monkeypatch.setattr(gpu_sweep, name, value)
+    return gpu_sweep
+
+
+def tiny(sweep, found):
+    make, *sizes = found.inputs.func, *found.inputs.args
+    most = {
+        "attention": (2,),
+        "gqa": (2,),
+        "paged_index": (2, 128),
+        "prefill_index": (3, 128),
+        "top_k": (2, 64),
+    }
+    sizes = [*map(min, sizes, most[make.__name__]), *sizes[len(most[make.__name__]) :]]
+    return found._replace(inputs=lambda: make(*sizes), candidates=found.candidates[:2])
+
+
+def test_a_sweep_checks_and_times_configurations(sweep, monkeypatch, capsys):
+    before = {name: dict(getattr(sweep.configs, name)) for name in ("SPARSE_MLA", "INDEX_LOGITS")}
+    for found in sweep.sweeps():
+        lines = sweep.run(tiny(sweep, found), timing.cpu_clock, 1)
+        assert len(lines) == 2 and all(line["median"] > 0 for line in lines), lines
+    sweep.show(found, lines)
+    assert "<- present" in capsys.readouterr().out
+    assert all(getattr(sweep.configs, name) == table for name, table in before.items())
+
+
+def test_a_wrong_configuration_is_named_and_not_timed(sweep, monkeypatch):
+    right, calls = sweep.select_topk, []
+
+    def second_is_wrong(*args):
+        calls.append(0)
+        return right(*args) + (len(calls) == 2)
+
+    monkeypatch.setattr(sweep, "select_topk", second_is_wrong)
+    found = next(s for s in sweep.sweeps() if s.label.startswith("select_topk"))
+    wrong, timed = sorted(
+        sweep.run(tiny(sweep, found), timing.cpu_clock, 1), key=lambda line: "median" in line
+    )
+    assert "the selection differs" in wrong["failed"] and timed["median"] > 0
+
+
+def test_a_sweep_without_a_gpu_says_so(sweep, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_sweep.py", "--only", "top"])
+    with pytest.raises(SystemExit, match="gpu_sweep needs a CUDA GPU"):
+        sweep.main()
