@@ -9,7 +9,6 @@ the CPU with tiny sizes: those times mean nothing.
 import argparse
 import dataclasses
 import datetime
-import multiprocessing
 import os
 import re
 import subprocess
@@ -21,7 +20,7 @@ import torch
 from rich.console import Console
 
 from bench import operations, timing
-from bench.case import GPU, TINY, Sizes
+from bench.case import GPU, TINY
 from bench.limits import measure_gpu_limits
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +76,8 @@ def record(options: argparse.Namespace, folder: Path) -> bool:
     names = [name for name in operations.OPERATIONS if options.only in name]
     names.sort(key=lambda name: name != "layer")  # first what says most: time on a GPU may be short
     if not options.dry_run:
-        compile_all(names, sizes, options.jobs)
+        # Fills Triton's cache: one process would compile for minutes.
+        operations.in_shares(operations.compile_share, (names, sizes, device), options.jobs)
     path = folder / f"{now:%Y-%m-%d-%H%M}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.jsonl"
     about = {
         **{"card": card, "date": f"{now:%Y-%m-%d}", "dry_run": options.dry_run, "tests": tests},
@@ -91,19 +91,6 @@ def record(options: argparse.Namespace, folder: Path) -> bool:
     path.with_suffix(".txt").write_text(console.export_text())
     print(f"{path} and .txt")
     return passed and bool(lines) and not any("not_timed" in line for line in lines)
-
-
-def compile_all(names: list[str], sizes: Sizes, jobs: int) -> None:
-    """Fill Triton's cache from several processes: one compiles for minutes."""
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=operations.compile_share, args=(names, sizes, torch.device("cuda"), i, jobs))
-        for i in range(jobs)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
 
 
 def run_tests(dry_run: bool, jobs: int) -> tuple[bool, str]:

@@ -8,7 +8,6 @@ best first.
 import argparse
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ from sparse_attn.kernels import select_topk as topk_kernel
 from sparse_attn.kernels.configs import AttentionConfig, IndexConfig
 
 from bench.attention import FACTOR, SCALE
+from bench.operations import in_shares
 from bench.tensors import gathered, normal, packed
 from bench.timing import CudaClock, append_json, interleaved
 from sparse_attn import index_logits, quantise_index_q, reference, select_topk, sparse_gqa, sparse_mla
@@ -344,15 +344,7 @@ def main() -> None:
             for sweep in chosen:
                 _in_place(sweep, sweep.candidates[options.once - 1], sweep.inputs())
         return
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=compile_share, args=(options.only, i, options.jobs))
-        for i in range(options.jobs)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    in_shares(compile_share, (options.only,), options.jobs)
     clock = CudaClock(DEVICE)
     with torch.inference_mode():
         for sweep in chosen:

@@ -224,7 +224,7 @@ def _gpu_attention(lines: list[dict[str, Any]]) -> str:
 
 
 def _attention_operations(line: dict[str, Any], heads: int) -> float:
-    """Two for each multiply-add over 2048 tokens a query, of 576 columns and then of 512."""
+    """Two for each multiply-add over 2048 tokens per query, of 576 columns and then of 512."""
     queries = line.get("tokens") or (4096 if "prefill" in line["data"] else int(_sequences(line)))
     return 2.0 * queries * 2048 * heads * (576 + 512)
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.check import dtype_name
 from . import configs
 from .arguments import contiguous, refuse_fp64
 from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_V4, SPARSE_MLA_WIDE
@@ -48,9 +49,10 @@ def refuses(a: "SparseMLAOp") -> str | None:
     columns = _blocks(a.q.shape[2], a.d_v)
     most = USUAL_COLUMNS if a.q.dtype == torch.float32 else MOST_COLUMNS
     if sum(columns) > most:
+        dtype = dtype_name(a.q.dtype)
         padded = " + ".join(str(n) for n in columns if n)
         return (
-            f"q, d_v: expected keys that fill at most {most} columns in {_name(a.q.dtype)}, got {padded} "
+            f"q, d_v: expected keys that fill at most {most} columns in {dtype}, got {padded} "
             f"for d_qk={a.q.shape[2]}, d_v={a.d_v} (triton backend)"
         )
     return refuse_fp64(a.q, a.kv, a.attn_sink, a.extra_kv)
@@ -128,10 +130,6 @@ def _sparse_mla(a: "SparseMLAOp") -> None:
         )
         if splits > 1:
             merge_parts(out, lse, a.out, a.lse, sink, max_logits, a.max_logits)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache

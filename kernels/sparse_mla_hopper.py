@@ -16,7 +16,7 @@ of 64 x 256 x 16 for both p. The consumers exchange p and the maximum, so the te
 softmax once per pair; what that costs is not measured. Every barrier completes once per pair, so one phase
 bit, flipped after each pair, serves all of them.
 
-Caches may be packed, 656 bytes a token (latent_rows.py). Shared memory has no room for these bytes: the
+Caches may be packed, 656 bytes per token (latent_rows.py). Shared memory has no room for these bytes: the
 partition that gathers loads them into registers, half a tile ahead, and stores bf16, with the same bits as
 the other kernel computes. In time it hides that work only in part: the places of a pair become free when the
 pair is done, and consumers wait while they are filled again.
@@ -78,7 +78,7 @@ def suits(a: "SparseMLAOp") -> bool:
     """Whether this kernel can compute ``a``; what it cannot, sparse_mla.py does.
 
     It takes bf16 with d_qk = 576 and d_v = 512, a positive scale, and caches that are
-    all bf16 or all packed, 656 bytes a token. Rows are contiguous and begin at multiples of 16 elements.
+    all bf16 or all packed, 656 bytes per token. Rows are contiguous and begin at multiples of 16 elements.
     """
     caches = [kv for kv in (a.kv, a.extra_kv) if kv is not None]
     packed = [kv for kv in caches if kv.dtype == torch.uint8]
@@ -417,12 +417,7 @@ def _gather_segment(sm, segment, phase, seen):
 @gluon.jit
 def _rows(segment, start):
     """Where 64 selected rows begin, and which of them are valid."""
-    offs_n = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))  # [64]
-    index = gl.load(
-        segment.indices_ptr + offs_n.to(gl.int64) * segment.stride_indices_n,
-        mask=offs_n < segment.stop,
-        other=-1,
-    ).to(gl.uint32)  # so that a negative index is too large
+    index = _indices(segment, start, gl.SliceLayout(1, ROWS))
     return segment.kv_ptr + (index * segment.units_kv_0).to(gl.int64) * UNIT, index < segment.s_kv
 
 
@@ -457,7 +452,10 @@ def _gather_packed(sm, segment, extra):
 @gluon.jit
 def _gather_packed_segment(sm, segment, phase, seen):
     """Half a tile is on its way, in registers, while the one before it waits for its place."""
-    index_0, index_1 = _indices(segment, segment.first), _indices(segment, segment.first + BLOCK_N)
+    index_0, index_1 = (
+        _indices(segment, segment.first, KEYS),
+        _indices(segment, segment.first + BLOCK_N, KEYS),
+    )
     rows_0, valid_0 = _packed_rows(segment, index_0)
     half = _load_half(segment, rows_0, valid_0, 0)
     _prefetch(segment, rows_0, valid_0)
@@ -465,8 +463,8 @@ def _gather_packed_segment(sm, segment, phase, seen):
     for start in range(segment.first, segment.stop, 2 * BLOCK_N):
         rows_1, valid_1 = _packed_rows(segment, index_1)
         seen |= (valid_0 | valid_1).to(gl.int32)
-        index_0 = _indices(segment, start + 2 * BLOCK_N)  # of the next pair
-        index_1 = _indices(segment, start + 3 * BLOCK_N)
+        index_0 = _indices(segment, start + 2 * BLOCK_N, KEYS)  # of the next pair
+        index_1 = _indices(segment, start + 3 * BLOCK_N, KEYS)
         # In the order in which the consumers release them.
         _acquire(sm, segment, rows_0, valid_0, phase, 0, 0)
         half = _convert(sm, half, segment, rows_1, valid_1, 1, 0, 0)
@@ -485,9 +483,9 @@ def _gather_packed_segment(sm, segment, phase, seen):
 
 
 @gluon.jit
-def _indices(segment, start):
+def _indices(segment, start, LAYOUT: gl.constexpr):
     """Of a tile; -1 behind the last."""
-    offs_n = start + gl.arange(0, BLOCK_N, layout=KEYS)  # [64]
+    offs_n = start + gl.arange(0, BLOCK_N, layout=LAYOUT)  # [64]
     return gl.load(
         segment.indices_ptr + offs_n.to(gl.int64) * segment.stride_indices_n,
         mask=offs_n < segment.stop,
@@ -692,27 +690,18 @@ def _store(sm, acc, row_max, row_sum, output, OWN: gl.constexpr):
         heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS))
         offs_v = OWN * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, ROWS))
         rows = output.out_ptr + t * output.stride_out_t + heads[:, None] * output.stride_out_h
-        gl.store(rows + offs_v[None, :], tile.load(ROWS), mask=_real_rows(output, heads))
+        gl.store(rows + offs_v[None, :], tile.load(ROWS), mask=_real(output, heads[:, None]))
     else:  # a part, in fp32: four threads fill a sector of 32 bytes
         heads = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, VALUE))
         offs_v = OWN * D_HALF + gl.arange(0, D_HALF, layout=gl.SliceLayout(0, VALUE))
         rows = output.out_ptr + t * output.stride_out_t + heads[:, None] * output.stride_out_h
-        gl.store(rows + offs_v[None, :], out, mask=_real_rows(output, heads))
+        gl.store(rows + offs_v[None, :], out, mask=_real(output, heads[:, None]))
 
 
 @gluon.jit
 def _real(output, heads):
-    """Which heads exist, [64]; None: all."""
+    """Which heads exist, of [64] or [64, 1]; None: all."""
     real = None
     if output.stop_head is not None:
         real = heads < output.stop_head
-    return real
-
-
-@gluon.jit
-def _real_rows(output, heads):
-    """The same as [64, 1]."""
-    real = None
-    if output.stop_head is not None:
-        real = (heads < output.stop_head)[:, None]
     return real

@@ -21,6 +21,7 @@ from sparse_attn.ops.index import IndexLogitsOp
 from sparse_attn.rope import apply_rope, hadamard_transform
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
+    E4M3_PRODUCT_ERROR,
     INT_MAX,
     INT_MIN,
     adversarial_logits,
@@ -45,9 +46,6 @@ needs_cuda = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no stre
 BF16, FP16, FP32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 NAN, INF = float("nan"), float("inf")
 TRITON = {"backend": "triton"}
-# Hopper's product of two e4m3 operands keeps 13 to 14 bits of the sum within each step of 32 values, so its
-# error is relative to the magnitudes summed, not to the result.
-FP8_PRODUCT_ERROR = 3e-4
 
 
 def sized(on_gpu, tiny):
@@ -335,7 +333,8 @@ def check_logits(actual, inputs, most=12, visible_only=False):
     seen = exact > -INF
     difference, magnitude = (actual.double() - exact)[seen].norm(), terms[seen].norm().clamp(min=1e-30)
     error = (difference / magnitude).item()
-    assert error <= FP8_PRODUCT_ERROR, f"error {error:.3g} of the magnitudes, budget {FP8_PRODUCT_ERROR:.3g}"
+    budget = E4M3_PRODUCT_ERROR  # relative to the magnitudes summed, not to the result
+    assert error <= budget, f"error {error:.3g} of the magnitudes, budget {budget:.3g}"
 
 
 FORMS = [

@@ -72,7 +72,7 @@ def extra_segment(s_q, topk, lengths=None):
 
 
 def pack(kv, page_size=64):
-    """Pages of 656 bytes a token; a row of NaN becomes 0xFF, which is NaN in codes, scales and RoPE part."""
+    """Pages of 656 bytes per token; a row of NaN becomes 0xFF: NaN in codes, scales and RoPE part."""
     made = formats.pack_v32_kv(kv.nan_to_num(), power_of_two=False)
     made[kv.isnan().any(-1)] = 0xFF
     return made.unflatten(0, (-1, page_size))
@@ -138,21 +138,27 @@ def check_packed(inputs, page_size=64):
         assert torch.equal(found, other), "not what its values in bf16 give"
 
 
+OF_BOTH_CACHES = pytest.mark.parametrize("check", [check, check_packed], ids=["bf16", "packed"])
+
+
+@OF_BOTH_CACHES
 @pytest.mark.parametrize("s_q", [1, 37, 300])
 @pytest.mark.parametrize("heads", [20, 64, 128])
-def test_one_segment(heads, s_q):
+def test_one_segment(heads, s_q, check):
     check(case(s_q, heads))
 
 
+@OF_BOTH_CACHES
 @pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 127, 128, 129, 257, 2047])
-def test_partial_tiles(topk):
+def test_partial_tiles(topk, check):
     for s_q in (1, 9):
         check(case(s_q, 64, topk))
 
 
+@OF_BOTH_CACHES
 @pytest.mark.parametrize("s_q", [1, 37, 300])
 @pytest.mark.parametrize("heads", [64, 128])
-def test_every_option(heads, s_q):
+def test_every_option(heads, s_q, check):
     for topk, extra in ((TOPK, 128), (1000, 77), (65, 2047)):
         more = extra_segment(s_q, extra, lengths(s_q, extra).flip(0))
         check(case(s_q, heads, topk, topk_length=lengths(s_q, topk), attn_sink=sinks(heads), **more))
@@ -199,26 +205,6 @@ def test_a_cache_beyond_32_bits():
     slots = indices[(indices >= 0) & (indices < len(kv))].unique().long()
     kv[slots] = torch.randn(len(slots), D_QK, device=DEVICE).to(BF16)
     check({**inputs, "kv": kv, "indices": indices})
-
-
-@pytest.mark.parametrize("s_q", [1, 37, 300])
-@pytest.mark.parametrize("heads", [64, 128])
-def test_a_packed_segment(heads, s_q):
-    check_packed(case(s_q, heads))
-
-
-@pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 127, 128, 129, 257, 2047])
-def test_partial_tiles_of_packed_rows(topk):
-    for s_q in (1, 9):
-        check_packed(case(s_q, 64, topk))
-
-
-@pytest.mark.parametrize("s_q", [1, 37, 300])
-@pytest.mark.parametrize("heads", [64, 128])
-def test_every_option_over_packed_caches(heads, s_q):
-    for topk, extra in ((TOPK, 128), (1000, 77), (65, 2047)):
-        more = extra_segment(s_q, extra, lengths(s_q, extra).flip(0))
-        check_packed(case(s_q, heads, topk, topk_length=lengths(s_q, topk), attn_sink=sinks(heads), **more))
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 313])

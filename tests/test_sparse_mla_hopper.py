@@ -46,7 +46,7 @@ def int32(*values):
 
 
 def pack(kv, page_size=None, gap=0):
-    """Pages of 656 bytes a token. What no value needs, rows of NaN too, is 0xFF: codes and scales of NaN."""
+    """Pages of 656 bytes per token. What no value needs, rows of NaN too, is 0xFF, NaN everywhere."""
     page_size = page_size or math.gcd(len(kv), 64)
     kv = kv.unflatten(0, (-1, page_size))
     used = ~kv.isnan().any(-1)
@@ -555,15 +555,21 @@ def main_loops(kernel, path):
     return loops
 
 
+def loops_by_partition(kernel, every_option, path):
+    """Those of the two consumers, and those that gather, one for each segment."""
+    assert kernel.metadata.shared <= 227 * 1024
+    loops = main_loops(kernel, path)
+    consumers = [loop for loop in loops if count(loop, "HGMMA")]
+    gathers = [loop for loop in loops if not count(loop, "HGMMA")]
+    assert len(consumers) == 2 and len(gathers) == 1 + every_option
+    return consumers, gathers
+
+
 @pytest.mark.parametrize("s_q", [FEW, MANY])
 @pytest.mark.parametrize("every_option", [False, True])
 def test_machine_code(compiled, every_option, s_q, tmp_path):
     kernel = compiled(s_q, every_option=every_option)
-    assert kernel.metadata.shared <= 227 * 1024
-    loops = main_loops(kernel, tmp_path / "kernel.cubin")
-    consumers = [loop for loop in loops if count(loop, "HGMMA")]
-    gathers = [loop for loop in loops if not count(loop, "HGMMA")]
-    assert len(consumers) == 2 and len(gathers) == 1 + every_option
+    consumers, gathers = loops_by_partition(kernel, every_option, tmp_path / "kernel.cubin")
     for loop in consumers:
         # Of a pair of tiles: one tile's 576 columns of scores, and p of both times 256 columns of the value.
         assert (count(loop, "HGMMA.64x64x16"), count(loop, "HGMMA.64x256x16")) == (36, 4 + 4)
@@ -579,11 +585,7 @@ def test_machine_code(compiled, every_option, s_q, tmp_path):
 @pytest.mark.parametrize("every_option", [False, True])
 def test_machine_code_of_packed_rows(compiled, every_option, s_q, tmp_path):
     kernel = compiled(s_q, every_option=every_option, page_size=64)
-    assert kernel.metadata.shared <= 227 * 1024
-    loops = main_loops(kernel, tmp_path / "kernel.cubin")
-    consumers = [loop for loop in loops if count(loop, "HGMMA")]
-    gathers = [loop for loop in loops if not count(loop, "HGMMA")]
-    assert len(consumers) == 2 and len(gathers) == 1 + every_option
+    consumers, gathers = loops_by_partition(kernel, every_option, tmp_path / "kernel.cubin")
     for loop in consumers:
         assert (count(loop, "HGMMA.64x64x16"), count(loop, "HGMMA.64x256x16")) == (36, 4 + 4)
         # They have fewer registers than over bf16: some constants are fetched anew, nothing is put away.

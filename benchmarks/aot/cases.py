@@ -7,7 +7,7 @@ each class of shapes that leads to other code. A new kernel with matrix products
 from typing import Any, NamedTuple
 
 import torch
-import triton
+from sparse_attn.kernels.configs import TRITON
 
 from sparse_attn.formats import index_k_views
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
@@ -17,7 +17,6 @@ from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 64, 100_000, 2048
 ALL = (80, 86, 89, 90, 100, 120)
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 HOPPER = (90,) if TRITON >= (3, 9) else ()  # the warp-specialised kernel refuses an older Triton
 
 

@@ -1,5 +1,6 @@
 """Every operation: a function that gives its cases for sizes and a device. A new operation is a line here."""
 
+import multiprocessing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -64,6 +65,16 @@ def run(
 
 def _finished(line: dict[str, Any]) -> dict[str, Any]:
     return layer.fields(line) if line["operation"] == "layer" else line
+
+
+def in_shares(function: Callable[..., None], arguments: tuple[Any, ...], jobs: int) -> None:
+    """Call ``function(*arguments, i, jobs)`` for each i in a process of its own, and wait for all."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=function, args=(*arguments, i, jobs)) for i in range(jobs)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 def compile_share(names: Iterable[str], sizes: Sizes, device: torch.device, share: int, shares: int) -> None:
