@@ -1,7 +1,14 @@
-"""What launchers ask of their tensors."""
+"""What launchers ask of their tensors, and reckon with."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops.records import of_queries
+from .configs import Launch
 
 
 def refuse_fp64(*tensors: Tensor | None) -> str | None:
@@ -22,3 +29,19 @@ def rotation(x: Tensor | None) -> tuple[Tensor | None, int]:
         return None, 0
     x = x if x.stride(1) == 1 else x.contiguous()
     return x, x.stride(0)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds, as its next_power_of_2 does."""
+    return -(-a // b)
+
+
+@functools.cache
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def in_launches(a: Any, launches: tuple[Launch, ...]) -> Iterator[tuple[Any, int]]:
+    """The record of each launch, and its splits."""
+    for queries, splits in launches:
+        yield a if len(launches) == 1 else of_queries(a, queries), splits

@@ -17,10 +17,12 @@ TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # What sm_90 gives to sparse_mla_hopper.py: "measured" is what was right and faster on an H200, bf16 caches
 # and multiples of 64 heads; "all" is also what has not been timed there; or "none".
 WARP_SPECIALISED = "measured"
-MIN_KEYS = 128  # a split's least work: below it the partial results cost as much memory traffic as the gather
-# What balanced_splits counts beside the rounds of a program's main loop, in rounds.
-PROGRAM_ROUNDS = 1  # start, load of q, the first gather, store
-MERGE_ROUNDS = 2  # a part is stored and read again, 256 KiB; a pair of tiles gathers 144 KiB
+# What attention_launches counts beside the keys of a program, as so many keys would take. An H200 attended to
+# 21 to 31 keys per microsecond, so counted, in decodes of 1, 32 and 128 queries with 16, 64 and 128 heads.
+PROGRAM_KEYS = 128  # start, load of q, the first gather, store
+LAUNCH_KEYS = 96  # one more kernel
+PART_KEYS = 160  # of 64 heads: a partial result is stored in fp32 and read again
+MERGE_KEYS = 4  # of each split, as parts are merged one after the other
 MOST_WAVES = 4  # of programs with partial results: bounds the memory for these
 T = TypeVar("T")
 
@@ -217,59 +219,73 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
 
 
+class Launch(NamedTuple):
+    queries: slice
+    splits: int  # programs that share the keys of one query
+
+
 class Tiling(NamedTuple):
     block_h: int  # heads per program
     config: AttentionConfig
-    programs: int  # of one split
-    splits: int  # programs that share the keys of one query
+    launches: tuple[Launch, ...]
 
 
 def attention_tiling(
     table: dict[int, dict[int, AttentionConfig]],
-    heads: int,
+    queries: int,
     groups: int,
+    heads: int,
     topks: list[int],
     device: torch.device,
 ) -> Tiling:
-    """How ``groups`` of ``heads`` heads, which read the same keys, are shared out among programs.
+    """How the heads of each query, ``groups`` of ``heads`` which read the same keys, become programs.
 
-    The smallest tile that holds all heads, else the largest tile. ``topks``: indices of each segment.
+    The smallest tile that holds all heads of a group, else the largest. ``topks``: indices of each segment.
     """
     by_heads = for_device(table, device)
     block_h = min((size for size in by_heads if size >= heads), default=max(by_heads))
     config = by_heads[block_h]
-    programs = groups * triton.cdiv(heads, block_h)
-    tiles = sum(triton.cdiv(topk, config.BLOCK_N) for topk in topks)
-    splits = split_count(programs, tiles, config.BLOCK_N, device, config.blocks)
-    return Tiling(block_h, config, programs, splits)
-
-
-def split_count(programs: int, tiles: int, block_n: int, device: torch.device, blocks: int = 1) -> int:
-    """How many programs share the ``tiles``, of ``block_n`` keys, of each of ``programs``.
-
-    As many as give each multiprocessor ``blocks`` of them. The number depends on shapes and the device alone,
-    never on data: captured graphs stay valid and results repeat.
-    """
-    most = tiles // triton.cdiv(MIN_KEYS, block_n)
-    splits = max(1, min(blocks * multiprocessors(device) // programs, most))
-    return triton.cdiv(tiles, triton.cdiv(tiles, splits)) if splits > 1 else 1  # none of them is idle
+    programs, slots = groups * -(-heads // block_h), config.blocks * multiprocessors(device)
+    tiles = sum(-(-topk // config.BLOCK_N) for topk in topks)
+    return Tiling(
+        block_h, config, attention_launches(queries, programs, tiles, config.BLOCK_N, block_h, slots)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def balanced_splits(programs: int, rounds: int, multiprocessors: int) -> int:
-    """How many programs share the ``rounds`` of each of ``programs``, where each fills a multiprocessor.
+def attention_launches(
+    queries: int, programs: int, tiles: int, block_n: int, block_h: int, slots: int
+) -> tuple[Launch, ...]:
+    """Kernels that attend from ``queries`` in the least time, if all programs of a wave end together.
 
-    The number that ends first if all programs of a wave end together. Unlike that of split_count it may need
-    more than a wave: 88 programs of 32 rounds leave a third of 132 multiprocessors idle, and 3 splits fill
-    two shorter waves. It too depends on shapes and the device alone, and leaves no split idle.
+    A query has ``programs`` of ``block_h`` heads, each with ``tiles`` of ``block_n`` keys; ``slots`` programs
+    run at once. Few queries are split over their keys: 88 programs leave a third of 132 slots idle, and 3
+    splits of each fill two shorter waves. Of more queries than a wave holds, whole waves are one launch, and
+    the rest, whose own wave would be part empty, may be another. All this depends on shapes and the device
+    alone: captured graphs stay valid, results repeat.
     """
 
-    def duration(splits: int) -> int:
-        waves = -(-programs * splits // multiprocessors)  # not triton.cdiv: it takes microseconds
-        return waves * (-(-rounds // splits) + PROGRAM_ROUNDS + (MERGE_ROUNDS if splits > 1 else 0))
+    def duration(queries: int, splits: int) -> int:
+        keys = -(-tiles // splits) * block_n + PROGRAM_KEYS
+        keys += PART_KEYS * block_h // 64 if splits > 1 else 0
+        waves = -(-queries * programs * splits // slots)
+        return waves * keys + (LAUNCH_KEYS + MERGE_KEYS * splits if splits > 1 else 0)
 
-    most = min(rounds, MOST_WAVES * multiprocessors // programs)
-    return min(range(1, max(1, most) + 1), key=duration)  # the fewest of those that end first
+    def shortest(first: int) -> tuple[int, Launch]:
+        """The best number of splits for the queries from ``first`` on: the fewest of those that end first."""
+        rest = queries - first
+        most = min(tiles, MOST_WAVES * slots // (rest * programs))
+        time, splits = min((duration(rest, n), n) for n in range(1, max(1, most) + 1))
+        return time, Launch(slice(first, queries), splits)
+
+    time, launch = shortest(0)
+    wave = slots // programs  # queries
+    whole = queries // wave * wave if wave else 0
+    if 0 < whole < queries:
+        rest_time, rest = shortest(whole)
+        if duration(whole, 1) + LAUNCH_KEYS + rest_time < time:
+            return Launch(slice(0, whole), 1), rest
+    return (launch,)
 
 
 def chosen(kernel: str, architecture: int) -> dict[str, Any]:

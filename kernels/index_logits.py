@@ -14,13 +14,14 @@ of the product and a tile of keys is the other, so each key is read and decoded 
 pages consist of whole tiles, a tile has one page and one address; otherwise each key is looked up.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from .arguments import refuse_fp64
+from .arguments import cdiv, next_power_of_2, refuse_fp64
 from .configs import (
     INDEX_LOGITS,
     INDEX_LOGITS_FP8,
@@ -72,13 +73,13 @@ def index_logits(a: "IndexLogitsOp") -> None:
         quantised = INDEX_LOGITS_FP8 if fp8_product else INDEX_LOGITS_QUANTISED
         table = INDEX_LOGITS if k_format is None else quantised
     config = for_device(table, q.device)
-    block_h = max(16, triton.next_power_of_2(h))
+    block_h = max(16, next_power_of_2(h))
     queries = min(max(1, config.MAX_HEADS // block_h), MAX_QUERIES)
     queries = queries if queries_per_row > 1 else 1  # no third variant to compile
-    groups = s_q // queries_per_row * triton.cdiv(queries_per_row, queries)
+    groups = s_q // queries_per_row * cdiv(queries_per_row, queries)
     keys_per_program = _keys_per_program(groups, width, q.device)
     with torch.cuda.device_of(q):
-        _index_logits_kernel[(groups * triton.cdiv(width, keys_per_program),)](
+        _index_logits_kernel[(groups * cdiv(width, keys_per_program),)](
             q,
             *q.stride(),
             a.q_scale,
@@ -107,7 +108,7 @@ def index_logits(a: "IndexLogitsOp") -> None:
             QUERIES=queries,
             BLOCK_H=block_h,
             BLOCK_N=config.BLOCK_N,
-            BLOCK_D=max(16 if k_format is None else 32, triton.next_power_of_2(d)),  # of bf16, of e4m3
+            BLOCK_D=max(16 if k_format is None else 32, next_power_of_2(d)),  # of bf16, of e4m3
             PADDED=block_h != h,
             Q_FORMAT=q_format,
             K_FORMAT=k_format,
@@ -120,10 +121,11 @@ def index_logits(a: "IndexLogitsOp") -> None:
         )
 
 
+@functools.lru_cache(maxsize=4096)
 def _keys_per_program(groups: int, width: int, device: torch.device) -> int:
     """By shapes and the device alone; no logit depends on it."""
     programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
-    enough = (keys for keys in KEYS_PER_PROGRAM if groups * triton.cdiv(width, keys) >= programs)
+    enough = (keys for keys in KEYS_PER_PROGRAM if groups * cdiv(width, keys) >= programs)
     return next(enough, KEYS_PER_PROGRAM[-1])
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import refuse_fp64
+from .arguments import cdiv, next_power_of_2, refuse_fp64
 from .online_softmax import LN_2, LOG2_E, LOWEST
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def merge_parts(
     if lse.numel() == 0:
         return
     with torch.cuda.device_of(outs):
-        _merge_attention_kernel[(s_q * triton.cdiv(h, BLOCK_H),)](
+        _merge_attention_kernel[(s_q * cdiv(h, BLOCK_H),)](
             outs,
             lses,
             maxima,
@@ -63,7 +63,7 @@ def merge_parts(
             h,
             D_V=d_v,
             BLOCK_H=BLOCK_H,
-            BLOCK_V=triton.next_power_of_2(d_v),
+            BLOCK_V=next_power_of_2(d_v),
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import cdiv
+
 if TYPE_CHECKING:
     from ..ops.index import PhysicalSlotsOp
 
@@ -28,7 +30,7 @@ def physical_slots(a: "PhysicalSlotsOp") -> None:
     s_q, topk = indices.shape
     if out.numel() == 0:
         return
-    blocks = triton.cdiv(topk, BLOCK)
+    blocks = cdiv(topk, BLOCK)
     with torch.cuda.device_of(indices):
         _physical_slots_kernel[(s_q * blocks,)](
             indices,

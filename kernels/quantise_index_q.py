@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import refuse_fp64, rotation
+from .arguments import cdiv, refuse_fp64, rotation
 from .index_rows import quantise_rows
 from .rotate import partner
 
@@ -36,7 +36,7 @@ def quantise_index_q(a: "QuantiseIndexQOp") -> None:
     cos, stride_cos = rotation(a.cos)
     sin, stride_sin = rotation(a.sin)
     with torch.cuda.device_of(a.q):
-        _quantise_index_q_kernel[(s_q * triton.cdiv(h, ROWS),)](
+        _quantise_index_q_kernel[(s_q * cdiv(h, ROWS),)](
             a.q,
             *a.q.stride(),
             a.weights,

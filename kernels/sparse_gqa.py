@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import contiguous, refuse_fp64
-from .configs import SPARSE_GQA, SPARSE_GQA_FP32, attention_tiling
+from .arguments import cdiv, contiguous, in_launches, next_power_of_2, refuse_fp64
+from .configs import SPARSE_GQA, SPARSE_GQA_FP32, Tiling, attention_tiling
 from .merge_attention import merge_parts
 from .online_softmax import LOG2_E, add_tile, empty_softmax, result, row_length
 
@@ -33,6 +33,15 @@ def sparse_gqa(a: "SparseGQAOp") -> None:
     """Fill out and lse."""
     if a.lse.numel() == 0:
         return
+    (s_q, h_q, _), h_kv = a.q.shape, a.v.shape[1]
+    table = SPARSE_GQA_FP32 if a.q.dtype == torch.float32 else SPARSE_GQA
+    tiling = attention_tiling(table, s_q, h_kv, h_q // h_kv, [a.indices.shape[-1]], a.q.device)
+    for part, splits in in_launches(a, tiling.launches):
+        _launch(part, splits, tiling)
+
+
+def _launch(a: "SparseGQAOp", splits: int, tiling: Tiling) -> None:
+    block_h, config, _ = tiling
     s_q, h_q, d = a.q.shape
     s_kv, h_kv, d_v = a.v.shape
     group = h_q // h_kv
@@ -40,14 +49,12 @@ def sparse_gqa(a: "SparseGQAOp") -> None:
     if indices.dim() == 2:
         indices = indices[:, None].expand(-1, h_kv, -1)
     topk = indices.shape[2]
-    table = SPARSE_GQA_FP32 if a.q.dtype == torch.float32 else SPARSE_GQA
-    block_h, config, programs, splits = attention_tiling(table, group, s_q * h_kv, [topk], a.q.device)
     out, lse, sink = a.out, a.lse, contiguous(a.attn_sink)
     if splits > 1:
         out = out.new_empty(splits, *out.shape, dtype=torch.float32)
         lse = lse.new_empty(splits, *lse.shape)
     with torch.cuda.device_of(a.q):
-        _sparse_gqa_kernel[(programs, splits)](
+        _sparse_gqa_kernel[(s_q * h_kv * cdiv(group, block_h), splits)](
             a.q,
             *a.q.stride(),
             a.k,
@@ -72,8 +79,8 @@ def sparse_gqa(a: "SparseGQAOp") -> None:
             D_V=d_v,
             BLOCK_H=block_h,
             BLOCK_N=config.BLOCK_N,
-            BLOCK_D=max(16, triton.next_power_of_2(d)),
-            BLOCK_V=max(16, triton.next_power_of_2(d_v)),
+            BLOCK_D=max(16, next_power_of_2(d)),
+            BLOCK_V=max(16, next_power_of_2(d_v)),
             SKIP_EMPTY=config.SKIP_EMPTY,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ..ops.check import dtype_name
 from . import configs
-from .arguments import contiguous, refuse_fp64
+from .arguments import cdiv, contiguous, in_launches, next_power_of_2, refuse_fp64
 from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_V4, SPARSE_MLA_WIDE
 from .latent_rows import Segment, load_ropes, load_values
 from .merge_attention import merge_parts
@@ -73,29 +73,43 @@ def sparse_mla(a: "SparseMLAOp") -> None:
 
 def warp_specialised(a: "SparseMLAOp") -> bool:
     """Whether the kernel for sm_90 takes ``a``: it is up to twice as fast."""
-    if configs.TRITON < (3, 9) or configs.WARP_SPECIALISED == "none" or not suits(a):
+    if configs.TRITON < (3, 9) or configs.WARP_SPECIALISED == "none":
         return False
-    return configs.WARP_SPECIALISED == "all" or (a.q.shape[1] % 64 == 0 and a.kv.dtype == torch.bfloat16)
+    measured = a.q.shape[1] % 64 == 0 and a.kv.dtype == torch.bfloat16
+    return (measured or configs.WARP_SPECIALISED == "all") and suits(a)
 
 
 def _sparse_mla(a: "SparseMLAOp") -> None:
     s_q, h_q, d_qk = a.q.shape
-    block_v, block_rope = _blocks(d_qk, a.d_v)
-    layouts = _layout(a.kv), _layout(a.extra_kv)
+    blocks, layouts = _blocks(d_qk, a.d_v), (_layout(a.kv), _layout(a.extra_kv))
     if a.q.dtype == torch.float32:
         table = SPARSE_MLA_FP32
     elif any(layouts):
         table = SPARSE_MLA_V4 if 584 in layouts else SPARSE_MLA_FP8
     else:
-        table = SPARSE_MLA if block_v + block_rope <= USUAL_COLUMNS else SPARSE_MLA_WIDE
+        table = SPARSE_MLA if sum(blocks) <= USUAL_COLUMNS else SPARSE_MLA_WIDE
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
-    block_h, config, programs, splits = configs.attention_tiling(table, h_q, s_q, topks, a.q.device)
+    tiling = configs.attention_tiling(table, s_q, 1, h_q, topks, a.q.device)
+    for part, splits in in_launches(a, tiling.launches):
+        _launch(part, splits, tiling, blocks, layouts)
+
+
+def _launch(
+    a: "SparseMLAOp",
+    splits: int,
+    tiling: configs.Tiling,
+    blocks: tuple[int, int],
+    layouts: tuple[int, int],
+) -> None:
+    s_q, h_q, d_qk = a.q.shape
+    block_h, config, _ = tiling
+    block_v, block_rope = blocks
     out, lse, max_logits, sink = a.out, a.lse, a.max_logits, contiguous(a.attn_sink)
     if splits > 1:
         out = a.out.new_empty(splits, *out.shape, dtype=torch.float32)
         lse, max_logits = lse.new_empty(2, splits, *lse.shape)
     with torch.cuda.device_of(a.q):
-        _sparse_mla_kernel[(programs, splits)](
+        _sparse_mla_kernel[(s_q * cdiv(h_q, block_h), splits)](
             a.q,
             *a.q.stride(),
             *_segment(a.kv, a.indices, a.topk_length),
@@ -141,9 +155,9 @@ def _blocks(d_qk: int, d_v: int) -> tuple[int, int]:
     """
 
     def others(first: int) -> int:
-        return max(16, triton.next_power_of_2(d_qk - first)) if first < d_qk else 0
+        return max(16, next_power_of_2(d_qk - first)) if first < d_qk else 0
 
-    first, most = max(16, triton.next_power_of_2(d_v)), max(16, triton.next_power_of_2(d_qk))
+    first, most = max(16, next_power_of_2(d_v)), max(16, next_power_of_2(d_qk))
     sizes = [1 << n for n in range(first.bit_length() - 1, most.bit_length())]
     return min(((size, others(size)) for size in sizes), key=sum)
 

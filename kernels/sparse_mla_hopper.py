@@ -38,7 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .configs import architecture, balanced_splits, multiprocessors
+from .arguments import cdiv, in_launches
+from .configs import architecture, attention_launches, multiprocessors
 from .merge_attention import merge_parts
 
 if TYPE_CHECKING:
@@ -80,47 +81,56 @@ def suits(a: "SparseMLAOp") -> bool:
     It takes bf16 with d_qk = 576 and d_v = 512, a positive scale, and caches that are
     all bf16 or all packed, 656 bytes per token. Rows are contiguous and begin at multiples of 16 elements.
     """
-    caches = [kv for kv in (a.kv, a.extra_kv) if kv is not None]
-    packed = [kv for kv in caches if kv.dtype == torch.uint8]
-    rows = [a.q, a.out, *(kv for kv in caches if kv.dtype != torch.uint8)]
+    width = D_V.value + D_ROPE.value
+    dtype, of_row = a.kv.dtype, width if a.kv.dtype == torch.bfloat16 else TOKEN_BYTES.value
+    caches = [a.kv] if a.extra_kv is None else [a.kv, a.extra_kv]
     return (
         architecture(a.q.device) == 90
-        and (a.q.shape[2], a.d_v) == (D_V.value + D_ROPE.value, D_V.value)
+        and (a.q.shape[2], a.d_v) == (width, D_V.value)
         and a.softmax_scale > 0
-        and len(packed) in (0, len(caches))
-        and all(x.dtype == torch.bfloat16 for x in rows)
-        and all(kv.shape[-1] == TOKEN_BYTES.value for kv in packed)
-        and all(_fits(x) for x in (*rows, *packed))
+        and a.q.dtype == a.out.dtype == torch.bfloat16
+        and dtype in (torch.bfloat16, torch.uint8)
+        and all(kv.dtype == dtype and kv.shape[-1] == of_row for kv in caches)
+        and all(map(_fits, (a.q, a.out, *caches)))
     )
 
 
 def _fits(x: torch.Tensor) -> bool:
     """Whether rows are aligned, and offsets in units of 16 elements fit 32 bits."""
-    *strides, last = [(size, n) for size, n in zip(x.shape, x.stride(), strict=True)]
-    used = [(size, n) for size, n in strides if size > 1]  # the stride of a single element says nothing
-    return (
-        last[1] == 1
-        and not any(n % UNIT.value for n in (x.storage_offset(), *(n for _, n in used)))
-        and sum((size - 1) * n for size, n in used) < 2**36
-    )
+    *strides, last = x.stride()
+    if last != 1 or x.storage_offset() % UNIT.value:
+        return False
+    furthest = 0
+    for size, stride in zip(x.shape, strides, strict=False):
+        if size > 1:  # the stride of a single element says nothing
+            if stride % UNIT.value:
+                return False
+            furthest += (size - 1) * stride
+    return furthest < 2**36
 
 
 def sparse_mla_hopper(a: "SparseMLAOp") -> None:
     """As sparse_mla, of what ``suits``."""
-    s_q, h_q, _ = a.q.shape
     if a.lse.numel() == 0:
         return
-    programs = s_q * -(-h_q // BLOCK_H.value)
+    (s_q, h_q, _), block_h, block_n = a.q.shape, BLOCK_H.value, 2 * BLOCK_N.value
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
-    pairs = sum(-(-topk // (2 * BLOCK_N.value)) for topk in topks)  # not triton.cdiv: it takes microseconds
-    splits = balanced_splits(programs, pairs, multiprocessors(a.q.device))
+    pairs = sum(cdiv(topk, block_n) for topk in topks)
+    slots = multiprocessors(a.q.device)
+    launches = attention_launches(s_q, cdiv(h_q, block_h), pairs, block_n, block_h, slots)
+    for part, splits in in_launches(a, launches):
+        _launch(part, splits)
+
+
+def _launch(a: "SparseMLAOp", splits: int) -> None:
+    s_q, h_q, _ = a.q.shape
     out, lse, max_logits = a.out, a.lse, a.max_logits
     sink = None if a.attn_sink is None else a.attn_sink.contiguous()
     if splits > 1:
         out = a.out.new_empty(splits, *out.shape, dtype=torch.float32)
         lse, max_logits = lse.new_empty(2, splits, *lse.shape)
     with torch.cuda.device_of(a.q):
-        _sparse_mla_hopper_kernel[(programs, splits)](
+        _sparse_mla_hopper_kernel[(s_q * cdiv(h_q, BLOCK_H.value), splits)](
             a.q,
             a.q.stride(0) if s_q > 1 else 0,  # of a single query it may be anything
             a.q.stride(1),
@@ -225,7 +235,11 @@ class Shared:
         *("units_kv_0", "units_kv_1", "units_extra_kv_0", "units_extra_kv_1"),
         *("stride_lse_t", "stride_lse_h", "stride_max_t", "stride_max_h"),
         *("s_q", "h_q"),
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        *("indices_ptr", "topk_length_ptr", "extra_indices_ptr", "extra_topk_length_ptr"),
+        *("lse_ptr", "max_ptr"),
+    ],
 )
 def _sparse_mla_hopper_kernel(
     q_ptr,  # [s_q, h_q, 576]

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import contiguous, refuse_fp64, rotation
+from .arguments import cdiv, contiguous, refuse_fp64, rotation
 from .index_rows import quantise_rows
 from .rotate import partner
 
@@ -38,7 +38,7 @@ def write_index_k(a: "WriteIndexKOp") -> None:
     cos, stride_cos = rotation(a.cos)
     sin, stride_sin = rotation(a.sin)
     with torch.cuda.device_of(a.k):
-        _write_index_k_kernel[(triton.cdiv(tokens, ROWS),)](
+        _write_index_k_kernel[(cdiv(tokens, ROWS),)](
             a.k,
             *a.k.stride(),
             a.slots.contiguous(),

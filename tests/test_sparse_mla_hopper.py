@@ -88,7 +88,9 @@ def load(source=SOURCE, splits=1, merge=merge_parts):
     """The kernel's module in the emulator; its launcher takes that number of splits."""
     return emulator.load_module(
         source,
-        balanced_splits=lambda programs, rounds, multiprocessors: splits,
+        attention_launches=lambda *_: [splits],
+        in_launches=lambda a, launches: ((a, splits) for splits in launches),
+        cdiv=lambda a, b: -(-a // b),
         multiprocessors=lambda device: 132,
         merge_parts=merge,
     )
@@ -487,7 +489,7 @@ class Hopper:
         return 0
 
 
-FEW, MANY = 4, 512  # queries of 128 heads: in splits, and not
+FEW, MANY = 4, 540  # queries of 128 heads: in splits; and not, as whole waves of 108 multiprocessors
 
 
 @pytest.fixture(scope="module")
@@ -645,7 +647,7 @@ def test_bools_do_not_enter_a_partition():
 
 
 def test_sizes_do_not_recompile(compiled):
-    many = [{}, {"s_q": 777, "s_kv": 100_003}, {"h_q": 64}, {"s_kv": 1}, {"topk": 1}, {"topk": 33}]
+    many = [{}, {"s_q": 810, "s_kv": 100_003}, {"h_q": 64}, {"s_kv": 1}, {"topk": 1}, {"topk": 33}]
     assert len({id(compiled(**size)) for size in [*many, {"s_q": 1, "topk": 33}]}) == 1
     few = [{}, {"s_q": 1}, {"s_q": 3, "h_q": 64}, {"s_kv": 1}, {"s_kv": 100_003}, {"topk": 1025}]
     assert len({id(compiled(**{"s_q": FEW, **size})) for size in few}) == 1

@@ -170,13 +170,13 @@ CASES = [
     ),
     Case("sparse_mla", "128 heads, 584 bytes, 2 segments", mla(128, 512, packed=584, extra=True)),
     # The warp-specialised kernel, of so many queries that no keys are split, and so few that they are.
-    *(Case("sparse_mla", f"128 heads, {s_q} queries", mla(128, s_q=s_q), HOPPER, HOPPER) for s_q in (512, 4)),
+    *(Case("sparse_mla", f"128 heads, {s_q} queries", mla(128, s_q=s_q), HOPPER, HOPPER) for s_q in (540, 4)),
     *(
         Case(
             *("sparse_mla", f"128 heads, {s_q} queries, 656 bytes"),
             *(mla(128, s_q=s_q, packed=656, page_size=64), HOPPER, HOPPER),
         )
-        for s_q in (512, 4)
+        for s_q in (540, 4)
     ),
     Case("sparse_gqa", "8 / 8 heads x 64", gqa(8, 8, 64)),
     Case("sparse_gqa", "32 / 8 heads x 128", gqa(32, 8, 128)),

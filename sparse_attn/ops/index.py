@@ -57,13 +57,15 @@ def _lightning_topk_in_chunks(a: "LightningTopkOp", backend: str) -> None:
     score, select = implementation("index_logits", backend), implementation("select_topk", backend)
     width = a.k.shape[0] if a.block_table is None else a.block_table.shape[1] * a.k.shape[1]
     padded = -(-width // 16) * 16  # rows of logits that start at multiples of 64 bytes are read faster
-    rows = max(1, min(len(a.q), a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
-    logits = torch.empty(rows, padded, dtype=compute_dtype(a.q.dtype), device=a.q.device)
-    for part in in_chunks(a._replace(ke=a.ke.clamp(max=width)), rows):
-        held, inputs = logits[: len(part.q)], (part.q, part.k, part.weights, part.ks, part.ke)
-        options = part.q_scale, part.k_scale, part.block_table
+    s_q = a.q.shape[0]
+    rows = max(1, min(s_q, a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
+    logits = torch.empty(rows, padded, dtype=compute_dtype(a.q.dtype), device=a.q.device)[:, :width]
+    for part in in_chunks(a, rows):
+        held = logits if rows == s_q else logits[: part.q.shape[0]]
+        inputs = part.q, part.k, part.weights, part.ks, part.ke
+        options = (part.q_scale, part.k_scale, part.block_table)
         # Nobody reads logits outside the ranges, so they need not be cleaned.
-        score(IndexLogitsOp(*inputs, held[:, :width], *options, clean=False))
+        score(IndexLogitsOp(*inputs, held, *options, clean=False))
         select(SelectTopkOp(held, part.topk, part.ks, part.ke, part.out))
 
 

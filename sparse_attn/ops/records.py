@@ -59,7 +59,10 @@ def in_chunks(a: Any, queries: int) -> Iterator[Any]:
 
     The first field of ``a`` has a row per query. A record has whole rows of the table, or a part of one.
     """
-    s_q, table, queries = len(a[0]), getattr(a, "block_table", None), max(1, queries)
+    s_q, table, queries = a[0].shape[0], getattr(a, "block_table", None), max(1, queries)
+    if 0 < s_q <= queries:  # the usual case, at no cost
+        yield a
+        return
     of_row = s_q if table is None else s_q // max(1, len(table))  # queries of each row of the table
     group = max(1, queries // max(1, of_row)) * of_row
     for first in range(0, s_q, max(1, group)):

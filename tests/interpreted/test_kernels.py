@@ -286,48 +286,60 @@ def test_quantised_index_configurations(architecture, forms, heads, page_size):
 # Several programs per query: their number comes from shapes and the device alone.
 
 
-def test_number_of_splits():
-    def splits(programs, tiles, multiprocessors, block_n=64, blocks=1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
-            return configs.split_count(programs, tiles, block_n, torch.device("cuda"), blocks)
-
-    assert splits(1, 32, 108) == 16  # two tiles each
-    assert splits(10, 32, 108) == 8  # ten were possible, but two of them would be idle
-    assert splits(60, 32, 108) == 1
-    assert splits(1, 128, 108, block_n=16) == 16  # 128 keys each
-    assert splits(27, 32, 108, blocks=2) == 8 and splits(27, 32, 108) == 4
-    assert splits(1, 3, 108) == splits(1, 0, 108) == splits(500, 32, 108) == 1
-    for programs in range(1, 120, 7):
-        for tiles in range(40):
-            n = splits(programs, tiles, 108)
-            share = -(-tiles // n)
-            full = share * 64 >= configs.MIN_KEYS
-            assert n == 1 or (full and (n - 1) * share < tiles and programs * n <= 108)
+def launches(queries, heads, slots=132, tiles=32, block_n=64, block_h=64):
+    """Queries and splits of each launch."""
+    programs = -(-heads // block_h)
+    made = configs.attention_launches(queries, programs, tiles, block_n, block_h, slots)
+    return [(part.stop - part.start, splits) for part, splits in made]
 
 
-def test_balanced_splits():
-    """Against every other number, by the same count of waves."""
-    splits = configs.balanced_splits
+def test_few_queries_are_split_over_their_keys():
+    assert launches(1, 64) == [(1, 16)]  # two tiles each
+    assert launches(32, 64) == [(32, 4)] and launches(32, 128) == [(32, 2)]
+    assert launches(67, 64) == [(67, 3)]  # two shorter waves, nearly full
+    assert launches(128, 64) == launches(128, 64, slots=128) == [(128, 1)]
+    assert launches(1, 64, tiles=0) == launches(1, 64, tiles=1) == [(1, 1)]
 
-    def rounds_of(programs, rounds, n):
-        merged = configs.MERGE_ROUNDS if n > 1 else 0
-        return -(-programs * n // 132) * (-(-rounds // n) + configs.PROGRAM_ROUNDS + merged)
 
-    assert splits(2, 16, 132) == 16 and splits(16, 16, 132) == 8 and splits(66, 16, 132) == 2
-    assert splits(67, 16, 132) == splits(128, 16, 132) == 1  # a second wave would take longer
-    assert splits(88, 32, 132) == 3  # and here less: 2 waves that are full
-    assert splits(140, 32, 132) > 1  # a second wave for 8 programs
-    assert splits(8192, 16, 132) == splits(8193, 1024, 132) == 1
-    assert splits(1, 0, 132) == splits(1, 1, 132) == 1
-    for programs in range(1, 513):
-        for rounds in range(8, 33):
-            n = splits(programs, rounds, 132)
-            taken = rounds_of(programs, rounds, n)
-            assert taken <= rounds_of(programs, rounds, 1)
-            assert taken * 0.85 <= min(rounds_of(programs, rounds, other) for other in range(1, rounds + 1))
-            assert n == 1 or programs * n <= configs.MOST_WAVES * 132
-            assert (n - 1) * -(-rounds // n) < rounds  # none is idle
+def test_what_whole_waves_leave_is_split():
+    assert launches(133, 64) == [(132, 1), (1, 16)]
+    assert launches(67, 128) == [(66, 1), (1, 16)]
+    assert launches(132, 64) == [(132, 1)] and launches(4096, 128) == [(4092, 1), (4, 16)]
+    assert launches(250, 64) == [(250, 1)]  # the second wave is nearly full
+    assert launches(3, 1024, slots=8) == [(3, 1)]  # a query fills more than a wave
+
+
+def slots_busy(queries, heads, block_h):
+    """The longest time of a slot that takes the next program whenever one ends, in tiles; and their ideal."""
+    programs, longest = -(-heads // block_h), 0
+    for part, splits in configs.attention_launches(queries, programs, 32, 64, block_h, 132):
+        waves = -(-(part.stop - part.start) * programs * splits // 132)
+        longest += waves * -(-32 // splits)
+    return longest, queries * programs * 32 / 132
+
+
+@pytest.mark.parametrize("heads, block_h", [(16, 16), (64, 64), (128, 64)])
+def test_slots_are_busy(heads, block_h):
+    busy = {}
+    for queries in range(8, 257):
+        longest, ideal = slots_busy(queries, heads, block_h)
+        busy[queries] = ideal / longest
+    assert sum(busy.values()) / len(busy) >= 0.85
+    assert min(busy.values()) >= 0.66, min(busy.items(), key=lambda item: item[1])
+
+
+def test_launches_take_every_query_once_and_leave_no_split_idle():
+    for slots in (8, 108, 132):
+        for programs in (1, 2, 3, 16):
+            for queries in (*range(1, 70), 133, 300, 4097):
+                for tiles in (1, 5, 32):
+                    made = configs.attention_launches(queries, programs, tiles, 64, 64, slots)
+                    assert [i for part, _ in made for i in range(part.start, part.stop)] == list(
+                        range(queries)
+                    )
+                    for part, n in made:
+                        assert (n - 1) * -(-tiles // n) < tiles
+                        assert n == 1 or (part.stop - part.start) * programs * n <= configs.MOST_WAVES * slots
 
 
 @pytest.fixture(params=[pytest.param(1, marks=slow), pytest.param(6, marks=slow), 24, 1000])
