@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import einsum
 
 import sparse_attn
 from sparse_attn import formats, reference
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
+    E4M3_PRODUCT_ERROR,
     INT_MAX,
     INT_MIN,
     adversarial_logits,
@@ -205,6 +207,33 @@ def paged_keys(k, scales, order, page_size):
 def test_e4m3_of_every_head_dim(backend, device, d):
     inputs, straight = quantised_index_inputs("e4m3", "e4m3", device, 5, 40, 6, d=d)
     assert_logits_close(sparse_attn.index_logits(**inputs, backend=backend), **straight)
+
+
+def logits_added_with(bits: int, q, k, weights, ks, ke, k_scale):
+    """index_logits where sums keep this many bits after the first of their greatest term, and cut the rest.
+
+    Hopper's tensor cores add 32 products of e4m3 and what they hold already so, with 13 bits (docs/maths.md).
+    """
+    q, k = q.double(), k.double()
+    scores = torch.zeros(*q.shape[:2], len(k), 1, dtype=torch.float64)
+    for q_step, k_step in zip(q.split(32, -1), k.split(32, -1), strict=True):
+        terms = torch.cat([scores, q_step[:, :, None] * k_step], -1)
+        unit = terms.abs().amax(-1, keepdim=True).clamp(min=1e-30).log2().floor().sub(bits).exp2()
+        scores = ((terms / unit).trunc() * unit).sum(-1, keepdim=True)
+    logits = einsum(scores[..., 0].relu(), weights.double(), "t h s, t h -> t s") * k_scale
+    position = torch.arange(len(k))
+    return logits.masked_fill((position < ks[:, None]) | (position >= ke[:, None]), float("-inf")).float()
+
+
+@pytest.mark.parametrize("d", [16, 32, 64, 128, 256])
+def test_the_budget_of_e4m3_products_holds_for_sums_of_13_bits(d):
+    _, straight = quantised_index_inputs("e4m3", "e4m3", "cpu", 5, 200, 16, d=d)
+    logits = {bits: logits_added_with(bits, **straight) for bits in (40, 13, 9)}
+    assert_logits_close(logits[40], **straight)  # the model without its rounding
+    assert_logits_close(logits[13], **straight, arithmetic=E4M3_PRODUCT_ERROR)
+    for bits, arithmetic in ((13, None), (9, E4M3_PRODUCT_ERROR)):
+        with pytest.raises(AssertionError, match="exceeds the budget"):
+            assert_logits_close(logits[bits], **straight, arithmetic=arithmetic)
 
 
 @pytest.mark.parametrize("form, width", [("e4m3", 128), ("e2m1", 64)])
