@@ -26,30 +26,41 @@ class Placement:
     """The new tokens of a call: their sequences, their positions, and the rows of their keys.
 
     Attributes:
-        counts: new tokens of each sequence.
+        counts: ``[batch_size]`` int64, new tokens of each sequence, where its length is kept.
         sequences: ``[tokens]`` int64, the sequence of each token.
         positions: ``[tokens]`` int64, its position in that sequence.
         first_rows: ``[tokens]`` int64, the row that holds position 0 of its sequence.
-        longest: the most tokens that a query of this call sees, itself included.
+        longest: the most tokens that a query of this call sees, itself included, or a bound of it.
     """
 
-    counts: list[int]
+    counts: Tensor
     sequences: Tensor
     positions: Tensor
     first_rows: Tensor
     longest: int
 
     @classmethod
-    def of(cls, counts: list[int], lengths: list[int], first_rows: list[int], device) -> "Placement":
-        """For sequences that hold ``lengths`` tokens, each to be followed by its ``counts``."""
-        repeats = torch.tensor(counts)
-        sequences = torch.arange(len(counts)).repeat_interleave(repeats)
-        starts = repeats.cumsum(0) - repeats
-        within = torch.arange(sequences.numel()) - starts[sequences]
-        positions = within + torch.tensor(lengths, dtype=torch.int64)[sequences]
-        rows = torch.tensor(first_rows, dtype=torch.int64)[sequences]
-        longest = max((old + new for old, new in zip(lengths, counts, strict=True) if new), default=0)
-        return cls(counts, sequences.to(device), positions.to(device), rows.to(device), longest)
+    def of(
+        cls,
+        tokens: int,
+        cu_seqlens: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        device: torch.device,
+        longest: int | None = None,
+    ) -> "Placement":
+        """On ``device``, for sequences that hold ``lengths`` tokens in rows from ``starts`` on.
+
+        Without ``longest`` it is read from the positions, so the tensors have to lie on the CPU.
+        """
+        packed = torch.arange(tokens, device=cu_seqlens.device)
+        # The first boundary beyond a token ends its sequence: those without new tokens end before.
+        sequences = torch.bucketize(packed, cu_seqlens[1:], right=True)
+        positions = packed - cu_seqlens[sequences] + lengths[sequences]
+        if longest is None:
+            longest = int(positions.max()) + 1 if tokens else 0
+        placed = torch.stack([sequences, positions, starts[sequences]]).to(device)  # one copy
+        return cls(cu_seqlens.diff(), placed[0], placed[1], placed[2], longest)
 
 
 class DSACache:
@@ -69,6 +80,12 @@ class DSACache:
             ``[..., 656]`` and ``index_k`` ``[..., 132]``, 56 % of bf16 (:mod:`sparse_attn.formats`; all keys
             of a sequence are one page). Tokens are rounded once, when they are written.
         device: of all tensors.
+        capturable: a step of a layer neither reads on the host nor copies from it, so that a CUDA graph can
+            hold it (not with ``backend="reference"``). Lengths are kept on the device, and ``cu_seqlens_q``
+            has to lie there; a replay reads both as they are then. Every step runs the indexer and holds
+            logits of ``max_tokens`` columns, unless ``index_topk`` is no less. Wrong boundaries and a full
+            cache are found on the device: on a CPU they raise RuntimeError; on a GPU the next synchronisation
+            does, and the process cannot use the GPU any more.
     """
 
     def __init__(
@@ -79,6 +96,7 @@ class DSACache:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        capturable: bool = False,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
             check.integer(name, value)
@@ -94,6 +112,7 @@ class DSACache:
         self.config = config
         self.max_tokens = max_tokens
         self.batch_size = batch_size
+        self.capturable = capturable
         if dtype == torch.float8_e4m3fn:
             found = {name: getattr(config, name) for name in FP8_SIZES}
             if found != FP8_SIZES:
@@ -110,7 +129,10 @@ class DSACache:
             name: huge_pages(torch.empty(batch_size, max_tokens, *row, dtype=dtype, device=device))
             for name, row in rows.items()
         }
-        self._lengths = [0] * batch_size
+        where = self.device if capturable else "cpu"
+        with torch.inference_mode(False):  # in-place changes must be allowed inside of it and outside
+            self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=where)
+        self._starts = torch.arange(batch_size, device=where) * max_tokens
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor ``name`` ("kv", "k", "v" or "index_k"), ``[batch_size, max_tokens, ...]``."""
@@ -127,8 +149,8 @@ class DSACache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens held for each sequence."""
-        return tuple(self._lengths)
+        """Tokens held for each sequence. If the cache is capturable, this waits for the device."""
+        return tuple(self._lengths.tolist())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,20 +166,36 @@ class DSACache:
         """Bytes allocated."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def place(self, counts: list[int]) -> Placement:
-        """Where the next ``counts[b]`` tokens of each sequence go.
+    def place(self, tokens: int, cu_seqlens: Tensor) -> Placement:
+        """Where ``tokens`` new tokens go, those of each sequence between its boundaries.
+
+        Args:
+            tokens: in all.
+            cu_seqlens: ``[batch_size + 1]`` int64, checked and on the CPU; if capturable, on the device.
 
         Raises:
             ValueError: a sequence would outgrow ``max_tokens``; the cache is unchanged.
+            RuntimeError: the same, or wrong boundaries, of a capturable cache on a CPU.
         """
-        for b, (old, new) in enumerate(zip(self._lengths, counts, strict=True)):
-            if old + new > self.max_tokens:
-                raise ValueError(
-                    f"cache: sequence {b} holds {old} of {self.max_tokens} tokens, no room for {new} more; "
-                    "make a DSACache with a larger max_tokens, or truncate() this one"
-                )
-        first_rows = [b * self.max_tokens for b in range(self.batch_size)]
-        return Placement.of(counts, self._lengths, first_rows, self.device)
+        counts = cu_seqlens.diff()
+        if self.capturable:
+            fits = (counts >= 0) & (self._lengths + counts <= self.max_tokens)
+            fits = fits.all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+                fits,
+                f"cu_seqlens_q: expected ascending boundaries from 0 to {tokens} tokens, "
+                f"and no sequence of the cache longer than max_tokens={self.max_tokens}",
+            )
+            longest = self.max_tokens
+        else:
+            longest = None
+            for b, (old, new) in enumerate(zip(self.lengths, counts.tolist(), strict=True)):
+                if old + new > self.max_tokens:
+                    raise ValueError(
+                        f"cache: sequence {b} holds {old} of {self.max_tokens} tokens, no room for {new} "
+                        "more; make a DSACache with a larger max_tokens, or truncate() this one"
+                    )
+        return Placement.of(tokens, cu_seqlens, self._lengths, self._starts, self.device, longest)
 
     def write(self, placement: Placement, *, backend: str = "auto", **rows: Tensor) -> None:
         """Write the new tokens' ``rows`` (one tensor ``[tokens, ...]`` for each tensor held).
@@ -174,22 +212,25 @@ class DSACache:
 
     def commit(self, placement: Placement) -> None:
         """Count the new tokens of each sequence as held."""
-        self._lengths = [old + new for old, new in zip(self._lengths, placement.counts, strict=True)]
+        self._lengths.add_(placement.counts)
 
     def truncate(self, length: int, sequence: int = 0) -> None:
-        """Forget the tokens of ``sequence`` from position ``length`` on, e.g. rejected draft tokens."""
+        """Forget the tokens of ``sequence`` from position ``length`` on, e.g. rejected draft tokens.
+
+        If the cache is capturable, this waits for the device; replays see it.
+        """
         if not 0 <= sequence < self.batch_size:
             raise ValueError(f"sequence: expected 0 to {self.batch_size - 1}, got {sequence}")
-        if not 0 <= length <= self._lengths[sequence]:
+        held = self.lengths[sequence]
+        if not 0 <= length <= held:
             raise ValueError(
-                f"length: expected 0 to the {self._lengths[sequence]} tokens held for sequence {sequence}, "
-                f"got {length}"
+                f"length: expected 0 to the {held} tokens held for sequence {sequence}, got {length}"
             )
         self._lengths[sequence] = length
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._lengths = [0] * self.batch_size
+        self._lengths.zero_()
 
 
 HUGE_PAGE = 2 << 20

@@ -1,6 +1,5 @@
 """Attention layers that read only the tokens which the lightning indexer selects."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,23 +42,26 @@ class _SparseAttention(nn.Module):
                 Without it the call is a causal prefill of its own.
             cu_seqlens_q: ``[batch_size + 1]`` int32 or int64, the boundaries of the sequences in
                 hidden_states, starting at 0; a sequence may have no new tokens. Best kept on the CPU,
-                since it is read there. Default: all tokens belong to one sequence.
+                since it is read there; with a capturable cache on its device. Default: all tokens belong
+                to one sequence.
 
         Returns:
             ``[tokens, hidden_size]``.
 
         Raises:
-            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. After these and
-                any other exception, such as a lack of memory or an interrupt, the cache holds what it held
-                before, and the call may be made again.
+            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. A capturable cache
+                finds the last two on the device, see :class:`DSACache`. After these and any other exception,
+                such as a lack of memory or an interrupt, the cache holds what it held before, and the call
+                may be made again.
         """
         self._check_inputs(hidden_states, cache)
-        counts = _sequence_counts(hidden_states.shape[0], cache, cu_seqlens_q)
+        tokens, device = hidden_states.shape[0], hidden_states.device
+        boundaries = _boundaries(tokens, cache, cu_seqlens_q)
         if cache is None:
-            starts = [sum(counts[:b]) for b in range(len(counts))]
-            placement = Placement.of(counts, [0] * len(counts), starts, hidden_states.device)
+            nothing = torch.zeros_like(boundaries)
+            placement = Placement.of(tokens, boundaries, nothing, boundaries, device)
         else:
-            placement = cache.place(counts)
+            placement = cache.place(tokens, boundaries)
         q, rows, q_lora = self._project(hidden_states, placement.positions)
         index_k = self.indexer.keys(hidden_states, placement.positions)
         if cache is not None:
@@ -272,20 +274,24 @@ def _all_visible(placement: Placement) -> Tensor:
     return torch.where(position <= placement.positions[:, None], rows, -1).int()
 
 
-def _sequence_counts(tokens: int, cache: DSACache | None, cu_seqlens_q: Tensor | None) -> list[int]:
-    """New tokens of each sequence, from the packed boundaries."""
+def _boundaries(tokens: int, cache: DSACache | None, cu_seqlens_q: Tensor | None) -> Tensor:
+    """``[batch_size + 1]`` int64, checked and on the CPU; with a capturable cache on its device, not read."""
+    device = cache.device if cache is not None and cache.capturable else None
     if cu_seqlens_q is None:
         if cache is not None and cache.batch_size > 1:
             raise ValueError(
                 f"cu_seqlens_q: expected with a cache of batch_size={cache.batch_size}, got None"
             )
-        return [tokens]
+        return torch.arange(2, device=device or "cpu") * tokens
     dims = {} if cache is None else {"batch_size+1": cache.batch_size + 1}
-    check.tensor("cu_seqlens_q", cu_seqlens_q, "batch_size+1", dims, (torch.int32, torch.int64))
-    bounds = cu_seqlens_q.tolist()
-    counts = [stop - start for start, stop in itertools.pairwise(bounds)]
-    if bounds[:1] != [0] or bounds[-1] != tokens or min(counts, default=0) < 0:
+    dtypes = torch.int32, torch.int64
+    check.tensor("cu_seqlens_q", cu_seqlens_q, "batch_size+1", dims, dtypes, device)
+    if device is not None:
+        return cu_seqlens_q.long()
+    boundaries = cu_seqlens_q.to("cpu", torch.int64)
+    values = boundaries.tolist()
+    if values[:1] != [0] or values[-1] != tokens or values != sorted(values):
         raise ValueError(
-            f"cu_seqlens_q: expected ascending boundaries from 0 to {tokens} tokens, got {bounds}"
+            f"cu_seqlens_q: expected ascending boundaries from 0 to {tokens} tokens, got {values}"
         )
-    return counts
+    return boundaries

@@ -12,7 +12,7 @@ from .config import DSAConfig, YaRN
 
 def rope_cos_sin(positions: Tensor, dim: int, config: DSAConfig) -> tuple[Tensor, Tensor]:
     """cos and sin ``[tokens, dim / 2]`` in fp32 for integer ``positions`` ``[tokens]``."""
-    frequencies = _frequencies(dim, config.rope_theta, config.rope_scaling).to(positions.device)
+    frequencies = _frequencies(dim, config.rope_theta, config.rope_scaling, positions.device)
     angles = positions[:, None].float() * frequencies  # fp32 as in the models' own code
     scale = config.rope_scaling.rotation_scale if config.rope_scaling else 1.0
     return angles.cos() * scale, angles.sin() * scale
@@ -56,11 +56,11 @@ def hadamard_transform(x: Tensor) -> Tensor:
     return (y * d**-0.5).to(x.dtype)
 
 
-@functools.lru_cache(maxsize=32)
-def _frequencies(dim: int, theta: float, yarn: YaRN | None) -> Tensor:
-    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+@functools.lru_cache(maxsize=32)  # by device too: a captured step cannot copy from the host
+def _frequencies(dim: int, theta: float, yarn: YaRN | None, device: torch.device) -> Tensor:
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if yarn is None:
-        return frequencies
+        return frequencies.to(device)
 
     def correction_dim(rotations: float) -> float:
         """The dimension that makes this many rotations within the original context."""
@@ -69,6 +69,6 @@ def _frequencies(dim: int, theta: float, yarn: YaRN | None) -> Tensor:
 
     low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
     high = min(math.ceil(correction_dim(yarn.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
     interpolate = ramp.clamp(0, 1)  # 0: fast dimensions stay, 1: slow ones are stretched by factor
-    return frequencies * (1 - interpolate) + frequencies / yarn.factor * interpolate
+    return (frequencies * (1 - interpolate) + frequencies / yarn.factor * interpolate).to(device)

@@ -66,7 +66,7 @@ def filled(config: DSAConfig, tokens: int) -> DSACache:
     cache = DSACache(config, tokens)
     for name in cache._tensors:
         cache[name].normal_()
-    cache._lengths = [tokens - 1]
+    cache._lengths.fill_(tokens - 1)
     return cache
 
 

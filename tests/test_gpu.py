@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import sparse_attn
-from sparse_attn import DSACache, DSAConfig, SparseMLA, formats, ops, reference
+from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, ops, reference
 from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.ops.index import IndexLogitsOp
 from sparse_attn.rope import apply_rope, hadamard_transform
@@ -828,6 +828,49 @@ def test_graphs_follow_their_inputs(name):
         graph.replay()
         replayed = [x.clone() for x in outputs]
         assert_same_bits(replayed, call())
+
+
+@needs_cuda
+@pytest.mark.parametrize("layer, cache_dtype", [(SparseMLA, BF16), (SparseMLA, E4M3), (SparseGQA, BF16)])
+def test_captured_steps_of_a_layer_follow_their_inputs(layer, cache_dtype):
+    """Replays with other hidden states and counts, against a cache whose lengths the host knows."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 16, "index_n_heads": 32, "index_topk": 128}
+    if layer is SparseMLA:
+        config = DSAConfig.deepseek_v32(**sizes, q_lora_rank=128, indexer_fp8=cache_dtype == E4M3)
+    else:
+        grouped = {"num_key_value_heads": 2, "head_dim": 64, "index_head_dim": 128}
+        config = DSAConfig(**sizes, **grouped, indexer_rope="half")
+    torch.manual_seed(0)
+    layer = layer(config, dtype=BF16, device=DEVICE)
+    on_host, captured = (
+        DSACache(config, 1000, 3, dtype=cache_dtype, device=DEVICE, capturable=c) for c in (False, True)
+    )
+    hidden, boundaries = normal(4, 256, dtype=BF16), int32([0, 0, 0, 4])
+    prompt, prompts = normal(900, 256, dtype=BF16), int32([0, 500, 500, 900])
+
+    def step(cache):
+        return layer(hidden, cache=cache, cu_seqlens_q=boundaries)
+
+    for cache in (on_host, captured):
+        layer(prompt, cache=cache, cu_seqlens_q=prompts)
+    warming = torch.cuda.Stream()
+    warming.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warming):
+        step(captured)  # compiles
+    torch.cuda.current_stream().wait_stream(warming)
+    captured.truncate(400, sequence=2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(captured)
+    for counts in ([1, 1, 2], [0, 4, 0], [4, 0, 0], [0, 2, 2]):
+        hidden.normal_()
+        boundaries.copy_(int32([0, *counts]).cumsum(0))
+        graph.replay()
+        error = relative_error(out, step(on_host))
+        assert error < 2e-2, f"relative error {error:.3g} of {counts}"
+        assert captured.lengths == on_host.lengths
+        for cache in (on_host, captured):
+            cache.truncate(cache.lengths[0] - 1)  # a draft is rejected; replays see it
 
 
 def change(tensors, seed):

@@ -1,6 +1,9 @@
-"""SparseMLA, SparseGQA and their cache: dense equivalence, prefill, chunks, decode, batches."""
+"""SparseMLA, SparseGQA and their cache: dense equivalence, prefill, chunks, decode, batches, capture."""
 
 import dataclasses
+import importlib.util
+import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,10 @@ from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, Sparse
 from sparse_attn.reference import index_logits
 from sparse_attn.rope import apply_rope, rope_cos_sin
 from sparse_attn.testing import relative_error
+
+spec = importlib.util.spec_from_file_location("graph_capture", Path(__file__).with_name("graph_capture.py"))
+graph_capture = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(graph_capture)
 
 COMMON = {
     **{"hidden_size": 96, "num_attention_heads": 4},
@@ -338,3 +345,96 @@ def test_caches_of_a_layer_hold_what_they_say():
     assert [part.shape for part in cache.index_keys(7)] == [(2, 7, 128), (2, 7)]
     cache = DSACache(GQA, 10)
     assert cache["k"].shape == cache["v"].shape == (1, 10, 2, 32)
+
+
+def test_a_cache_made_in_inference_mode_is_changed_outside_of_it(config):
+    with torch.inference_mode():
+        cache = DSACache(config, 8)
+        make(config)(torch.randn(5, 96), cache=cache)
+    cache.truncate(2)
+    assert cache.lengths == (2,)
+    cache.reset()
+    assert cache.lengths == (0,)
+
+
+# Steps that a CUDA graph can hold; tests/test_gpu.py captures real ones.
+
+CAPTURED = {  # config, dtype of the layer and of the cache
+    "mla": (MLA, torch.float32, torch.float32),
+    "mla in bf16": (MLA, torch.bfloat16, torch.bfloat16),
+    "fp8 cache": (V32, torch.float32, FP8),
+    "gqa": (GQA, torch.float32, torch.float32),
+    "all visible": (dataclasses.replace(MLA, index_topk=40), torch.float32, torch.float32),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("config, dtype, cache_dtype", CAPTURED.values(), ids=CAPTURED)
+def test_a_captured_step_follows_its_inputs(config, dtype, cache_dtype, batch, selections):
+    """Replays with other hidden states and counts, against a cache whose lengths the host knows."""
+    layer = make(config, dtype)
+    on_host, captured = (DSACache(config, 40, batch, dtype=cache_dtype, capturable=c) for c in (False, True))
+    prompt, *steps = {
+        1: [[20], [4], [4], [4]],
+        3: [[20, 0, 13], [1, 1, 2], [0, 4, 0], [4, 0, 0]],
+    }[batch]
+    hidden, boundaries = torch.zeros(4, 96, dtype=dtype), torch.tensor([0] * batch + [4])
+
+    def step(cache):
+        return layer(hidden, cache=cache, cu_seqlens_q=boundaries if batch > 1 else None)
+
+    def compare(counts):
+        hidden.normal_()
+        boundaries.copy_(cumulated(counts))
+        graph.replay()
+        selections.clear()
+        assert relative_error(graph.result, step(on_host)) < BUDGET[dtype]
+        assert captured.lengths == on_host.lengths
+        if dtype == torch.float32:  # none is made where all that a short sequence has is selected
+            assert all(torch.equal(selected, made) for made in selections)
+
+    tokens = torch.randn(sum(prompt), 96, dtype=dtype)
+    for cache in (on_host, captured):
+        layer(tokens, cache=cache, cu_seqlens_q=cumulated(prompt))
+    graph = graph_capture.Graph(lambda: step(captured))
+    selected = selections[-1] if selections else None
+    captured.truncate(captured.lengths[-1] - 4, batch - 1)  # what capturing counted; seen by the replays
+    for counts in steps:
+        compare(counts)
+        for cache in (on_host, captured):
+            cache.truncate(cache.lengths[0] - 1)
+    for cache in (on_host, captured):
+        cache.reset()
+    compare(steps[0])
+
+
+def cumulated(counts):
+    return torch.tensor([0, *itertools.accumulate(counts)])
+
+
+def test_a_step_that_reads_lengths_on_the_host_cannot_be_captured(config):
+    layer, cache = make(config), DSACache(config, 8)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        graph_capture.Graph(lambda: layer(torch.zeros(1, 96), cache=cache))
+
+
+def test_what_a_capturable_cache_refuses(config, device):
+    if device == "cuda":
+        pytest.skip("after an assertion failed on a GPU the process cannot use it")
+    layer, cache = make(config), DSACache(config, 20, batch_size=2, capturable=True)
+    hidden = torch.randn(14, 96)
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected with a cache of batch_size=2, got None"):
+        layer(hidden, cache=cache)
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected device cpu, got meta"):
+        layer(hidden, cache=cache, cu_seqlens_q=torch.empty(3, dtype=torch.int32, device="meta"))
+    layer(hidden, cache=cache, cu_seqlens_q=torch.tensor([0, 10, 14], dtype=torch.int32))
+    before = {name: cache[name].clone() for name in cache._tensors}
+    for boundaries in ([0, 9, 13], [1, 9, 14], [0, -1, 14], [0, 11, 14], [0, 0, 17]):
+        with pytest.raises(RuntimeError, match=r"cu_seqlens_q: expected .* 0 to 14 tokens.* max_tokens=20"):
+            layer(hidden, cache=cache, cu_seqlens_q=torch.tensor(boundaries))
+    assert cache.lengths == (10, 4)
+    for name, tensor in before.items():
+        torch.testing.assert_close(cache[name], tensor, equal_nan=True)
+    layer(hidden[:0], cache=cache, cu_seqlens_q=torch.tensor([0, 0, 0]))
+    layer(hidden, cache=cache, cu_seqlens_q=torch.tensor([0, 0, 14]))
+    assert cache.lengths == (10, 18)

@@ -1,4 +1,4 @@
-"""Layers over the Triton kernels: prefill, decode and draft tokens of a batch, as on the CPU."""
+"""Layers over the Triton kernels, with a capturable cache: prefill, decode and draft tokens, as on the CPU."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ GQA = DSAConfig(**COMMON, num_key_value_heads=2, head_dim=32, index_head_dim=32,
 def test_a_layer_computes_on_triton_what_it_does_on_the_cpu(layer, config, dtype, cache_dtype, budget):
     on_triton, on_cpu = (layer(config, dtype=dtype, backend=backend) for backend in ("triton", "cpu"))
     on_cpu.load_state_dict(on_triton.state_dict())
-    caches = [DSACache(config, 40, batch_size=2, dtype=cache_dtype) for _ in range(2)]
+    caches = [DSACache(config, 40, batch_size=2, dtype=cache_dtype, capturable=c) for c in (True, False)]
     for counts in ([20, 3], [1, 1], [2, 14]):
         hidden, boundaries = torch.randn(sum(counts), 64, dtype=dtype), torch.tensor([0, *counts]).cumsum(0)
         with torch.inference_mode():
