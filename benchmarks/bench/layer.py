@@ -51,7 +51,8 @@ def _decode(sizes: Sizes, device: torch.device, batch: int, context: int) -> Cas
     module, cache = _layer(sizes, device), _filled_cache(sizes, device, batch, context)
     ke, _ = ranges(batch, context, device)
     q, functions, check = _sparse(module, cache, ke.long() - 1)
-    tokens, boundaries = normal(device, batch, module.config.hidden_size), torch.arange(batch + 1)
+    tokens = normal(device, batch, module.config.hidden_size)
+    boundaries = torch.arange(batch + 1, device="cpu")  # where the layer reads them
     cache.commit(cache.place([context - 1] * batch))  # as if a prefill had written what is there
 
     @eager
