@@ -18,7 +18,7 @@ from rich.console import Console
 
 from bench import attention, case, command, dense, index, layer, limits, operations, timing
 from sparse_attn import cache, doctor, reference, rope
-from sparse_attn.compat import flash_mla
+from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.testing import assert_close, relative_error
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -193,6 +193,28 @@ def test_flash_mla_is_called_as_documented(monkeypatch):
             functions = made.functions
             assert_close(functions["attend"](), functions["attend, FlashMLA"](), factor=2.5)
             assert torch.equal(functions["attend, fp8 cache"](), functions["attend, FlashMLA fp8 cache"]())
+
+
+def test_deep_gemm_is_called_as_documented(monkeypatch):
+    def fp8_mqa_logits(q, kv, weights, ks, ke):
+        assert q.shape == (5, 4, 128) and kv[0].shape == (128, 128) and ke.tolist() == list(range(124, 129))
+        assert all(x.is_contiguous() for x in (q, *kv, weights))
+        return deep_gemm.fp8_mqa_logits(q, kv, weights, ks, ke)
+
+    def fp8_paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len):
+        assert q.shape == (2, 1, 4, 128) and kv_cache.shape == (4, 64, 1, 132) and weights.shape == (2, 4)
+        assert context_lens.tolist() == [[128], [128]] and block_table.shape == (2, 2)
+        assert len(schedule_meta) == deep_gemm.get_num_sms() + 1 and max_context_len == 128
+        inputs = q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
+        return deep_gemm.fp8_paged_mqa_logits(*inputs)
+
+    planning = {name: getattr(deep_gemm, name) for name in ("get_num_sms", "get_paged_mqa_logits_metadata")}
+    logits = {"fp8_mqa_logits": fp8_mqa_logits, "fp8_paged_mqa_logits": fp8_paged_mqa_logits}
+    install(monkeypatch, deep_gemm=logits | planning)
+    found = [made.functions for operation, made in cases() if operation == "indexer"]
+    assert len(found) == 2
+    for functions in found:
+        assert torch.equal(functions["fp8 queries and keys"](), functions["fp8, DeepGEMM"]())
 
 
 def test_a_wrong_fp8_attention_is_not_timed(console, monkeypatch):
