@@ -19,13 +19,13 @@ CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h tests/*.cpp benchmarks/*.cpp
 export OMP_WAIT_POLICY := passive
 
 help:
-	@echo "make demo     run DeepSeek Sparse Attention inside a small real model, on this machine"
+	@echo "make demo     run DeepSeek Sparse Attention inside a small real model, on a GPU if there is one; ARGS='--device cpu'"
 	@echo "make test     run the tests; pick some with PYTEST_ARGS='tests/test_packaging.py -x'"
 	@echo "make test-all run these, then the slow ones"
 	@echo "make matrix   run the tests on every stack of README's table; hours, and gigabytes; ARGS='3.12' for one"
 	@echo "make check    lint; check formatting, types and the links of the Markdown files"
 	@echo "make format   repair both where that is mechanical"
-	@echo "make bench    time everything against dense attention, quickly"
+	@echo "make bench    time everything against dense attention, quickly, on a GPU if there is one; ARGS='layer --device cpu'"
 	@echo "make fuzz     call every function with drawn arguments for ten minutes; FUZZ_SECONDS=60 SEED=1"
 	@echo "make soak     decode 100,000 steps: results stay right, memory constant"
 	@echo "make kernels-report    compile every GPU kernel for every architecture, without a GPU: registers, spills,"
@@ -34,7 +34,7 @@ help:
 	@echo "make clean    remove .venv and everything that was built or cached"
 
 demo: $(READY)
-	.venv/bin/python examples/demo.py
+	.venv/bin/python examples/demo.py $(ARGS)
 
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for another package.
 PYTEST := .venv/bin/pytest --numprocesses auto
@@ -60,7 +60,7 @@ format: $(READY)
 	.venv/bin/clang-format -i $(CPP)
 
 bench: $(READY)
-	.venv/bin/python benchmarks/run.py --quick
+	.venv/bin/python benchmarks/run.py --quick $(ARGS)
 
 # One seed after another, each printed before it runs; the first failure ends it.
 fuzz: $(READY)

@@ -7,7 +7,7 @@ import argparse
 
 import torch
 
-from bench.timing import describe, interleaved, machine
+from bench.timing import describe, interleaved
 from sparse_attn import formats, index_logits, ops, sparse_mla
 from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.ops.attention import SparseMLAOp
@@ -72,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(1)
     worst = 0.0
     with torch.inference_mode():
-        print(describe(machine()))
+        print(describe())
         print(f"{'microseconds per call':30} {'facade':>8} {'function':>9} {'op':>8} {'facade adds':>12}")
         for name, functions in cases():
             results = [function() for function in functions.values()]

@@ -7,7 +7,6 @@ the CPU with tiny sizes: those times mean nothing.
 """
 
 import argparse
-import dataclasses
 import datetime
 import os
 import re
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from bench import operations, timing
 from bench.case import GPU, TINY
-from bench.limits import measure_gpu_limits
+from bench.command import choose_device, start
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "records"
@@ -57,20 +56,15 @@ def record(options: argparse.Namespace, folder: Path) -> bool:
     now, console = datetime.datetime.now(), Console(record=True, width=200)
     if options.dry_run:
         torch.set_num_threads(1)
-        device, card, sizes, clock = torch.device("cpu"), "dry run on a CPU", TINY, timing.cpu_clock
+        device, card, sizes = timing.CPU, "dry run on a CPU", TINY
     else:
-        device, sizes = torch.device("cuda"), GPU
-        card, clock = torch.cuda.get_device_name(), timing.CudaClock(device)
+        device = choose_device("cuda")
+        card, sizes = timing.device_name(device), GPU
     sizes = sizes._replace(
         contexts=tuple(options.contexts or sizes.contexts), batches=tuple(options.batches or sizes.batches)
     )
-    console.print(f"{card}, torch {torch.__version__}, {now:%Y-%m-%d %H:%M}", highlight=False)
-    limits = measure_gpu_limits(device, clock, 64 if options.dry_run else 8192)
-    console.print(
-        f"measured here: {limits.operations_per_second / 1e12:.0f} TFLOP/s in bf16, "
-        f"{limits.bytes_per_second / 1e12:.2f} TB/s",
-        highlight=False,
-    )
+    console.print(f"{card}, {now:%Y-%m-%d %H:%M}", highlight=False)
+    clock, limits, about = start(console, device)
     passed, tests = (True, "skipped") if options.skip_tests else run_tests(options.dry_run, options.jobs)
     console.print(f"tests: {tests}", highlight=False)
     names = [name for name in operations.OPERATIONS if options.only in name]
@@ -79,10 +73,7 @@ def record(options: argparse.Namespace, folder: Path) -> bool:
         # Fills Triton's cache: one process would compile for minutes.
         operations.in_shares(operations.compile_share, (names, sizes, device), options.jobs)
     path = folder / f"{now:%Y-%m-%d-%H%M}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.jsonl"
-    about = {
-        **{"card": card, "date": f"{now:%Y-%m-%d}", "dry_run": options.dry_run, "tests": tests},
-        **{"limits": dataclasses.asdict(limits), "command": " ".join(["benchmarks/gpu.py", *sys.argv[1:]])},
-    }
+    about |= {"dry_run": options.dry_run, "tests": tests}
 
     def keep(line: dict) -> None:
         timing.append_json(str(path), "gpu", [{**about, **line}])

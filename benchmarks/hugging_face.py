@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sparse_attn.integrations.transformers
 from bench.command import parser, table
-from bench.timing import Timing, append_json, cpu_clock, describe, machine, peak_memory
+from bench.timing import Timing, append_json, cpu_clock, describe, peak_memory
 from sparse_attn.testing import relative_error
 
 SIZES = {
@@ -147,7 +147,7 @@ def show(console: Console, rows: list[dict], options: argparse.Namespace) -> Non
         cells[-1] += ["-" if m is None else f"{m / 2**20:,.0f}" for m in memory]
         cells[-1].append(f"{row['difference']:.0e}")
     headings = "", "own ms", "ours ms", "times", "own MiB", "ours MiB", "differ"
-    console.print(table(headings, cells, caption=describe(machine())))
+    console.print(table(headings, cells, caption=describe()))
     console.print("MiB: peak of the first call above its start; differ: the outputs' relative difference.")
 
 

@@ -3,8 +3,8 @@
     python benchmarks/readme.py benchmarks/records/RECORD.jsonl            prints the part of this record
     python benchmarks/readme.py benchmarks/records/RECORD.jsonl --write    puts it into README.md
 
-A record of ``benchmarks/run.py`` gives the part on CPUs, one of ``benchmarks/gpu.py`` that on GPUs. A part
-lies between two comments in README.md; the first names the record, and a test compares the two.
+A record of a CPU (``benchmarks/run.py``) gives the part on CPUs, one of a GPU (``benchmarks/gpu.py``) that on
+GPUs. A part lies between two comments in README.md; the first names the record, and a test compares the two.
 """
 
 import argparse
@@ -159,11 +159,12 @@ def _gpu_part(lines: list[dict[str, Any]], layer: list[dict[str, Any]], name: st
 def _gpu_introduction(line: dict[str, Any], name: str) -> str:
     machine, limits = line["machine"], line["limits"]
     peak, bandwidth = limits["operations_per_second"] / 1e12, limits["bytes_per_second"] / 1e12
+    command = "python " + line["command"].removeprefix("python ")  # old records leave it out
     return (
-        f"The same layer's step on one {line['card']} ({peak:.0f} TFLOP/s in bf16 and {bandwidth:.1f} TB/s, "
-        f"measured in the run), torch {machine['torch']}, Triton {machine['triton']}: a token of each of "
-        "several sequences. Microseconds of captured graphs, the L2 cache flushed before each: "
-        f"`python {line['command']}`, {line['date']}, [record]({name})."
+        f"The same layer's step on one {machine['gpu']} ({peak:.0f} TFLOP/s in bf16 and {bandwidth:.1f} "
+        f"TB/s, measured in the run), torch {machine['torch']}, Triton {machine['triton']}: a token of each "
+        "of several sequences. Microseconds of captured graphs, the L2 cache flushed before each: "
+        f"`{command}`, {line['date']}, [record]({name})."
     )
 
 

@@ -2,7 +2,8 @@
 
     python examples/demo.py          (make demo)
 
-Tables here, plots and results.json in a folder. All of it runs on the CPU.
+Tables here, plots and results.json in a folder. It runs on a GPU that the kernels run on, else
+on the CPU; --device chooses.
 """
 
 import argparse
@@ -23,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--part", choices=["model", "layer", "all"], default="all", help="default: all")
     parser.add_argument("--tokens", type=int, default=2048, help="length of the text (default 2048)")
     parser.add_argument("--text", type=Path, help="a text file instead of Python's own documentation")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of the layer part (default 1)")
+    devices = "cpu, cuda or cuda:N (default: a GPU that the kernels run on, else the CPU)"
+    parser.add_argument("--device", help=devices)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the layer part (default 1)")
     parser.add_argument(
         "--output", type=Path, default=Path("sparse-attn-demo"), help="folder for plots and results.json"
     )
@@ -37,6 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from bench.case import SIZES
+    from bench.command import choose_device
+    from bench.timing import device_name
+
+    device = choose_device(options.device)
     console, start = Console(), time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -44,37 +52,38 @@ def run(options: argparse.Namespace) -> None:
         import real_model
 
         console.rule("1. A real model: SmolLM2-135M-Instruct")
-        results["model"] = real_model.run(console, options.output, tokens=options.tokens, text=options.text)
+        results["model"] = real_model.run(
+            console, options.output, device=device, tokens=options.tokens, text=options.text
+        )
     if options.part in ("layer", "all"):
-        from bench.case import FULL
-
         console.rule("2. A DeepSeek-V3.2-shaped layer: 128 heads, indexer 64 x 128, k = 2048")
-        results["layer"] = layer(console, options.output, FULL._replace(contexts=CONTEXTS), options.threads)
+        sizes = SIZES[device.type][0]._replace(contexts=CONTEXTS)
+        results["layer"] = layer(console, options.output, device, sizes, options.threads)
     (options.output / "results.json").write_text(json.dumps(results, indent=1))
     console.print(
         f"{time.perf_counter() - start:.0f} s. Plots and results.json are in {options.output}/. "
-        "All of this ran on the CPU."
+        f"All of this ran on {device_name(device)}."
     )
 
 
-def layer(console, output: Path, sizes, threads: int = 1, rounds: int = 5) -> dict[str, Any]:
+def layer(console, output: Path, device, sizes, threads: int = 1, rounds: int = 5) -> dict[str, Any]:
     """Measure, print and plot the layer; seconds and bytes.
 
     One thread by default: on a machine that does other work too, threads wait for each other longer
     than they compute, and ratios mean nothing.
     """
-    import torch
-
     from bench import operations, timing
     from bench.plots import decode_plot
 
     with timing.threads(threads):
-        machine = timing.machine()
-        console.print(f"[dim]{timing.describe(machine)}[/dim]")
-        *decode, prefill = operations.run(console, ["layer"], sizes, torch.device("cpu"), rounds)
+        machine, about = timing.machine(), timing.describe(device)
+        console.print(f"[dim]{about}[/dim]")
+        clock = timing.clock_of(device)
+        *decode, prefill = operations.run(console, ["layer"], sizes, device, rounds, clock)
     plot = output / "layer_decode.png"
-    decode_plot(decode, machine, plot)
-    return {"machine": machine, "decode": decode, "prefill": prefill, "plot": str(plot)}
+    decode_plot(decode, about, plot)
+    ran_on = {"device": str(device), "machine": machine}
+    return {**ran_on, "decode": decode, "prefill": prefill, "plot": str(plot)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import importlib.util
 import io
 import math
 import random
-import time
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
 from bench.command import table
+from bench.timing import CPU, describe, now
 from sparse_attn import lightning_topk, sparse_gqa
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -200,17 +200,19 @@ class Observer:
 @torch.inference_mode()
 def read(model, ids: Tensor, new_tokens: int, **observe) -> Reading:
     """Predict every token of ids ``[s]`` from those before it, then continue greedily from the same cache."""
-    start = time.perf_counter()
+    if ids.is_cuda:
+        generate(model, ids[:-1], 2)  # the first call compiles the kernels, and is not measured
+    start = now(ids.device)
     output = model.model(ids[None, :-1], use_cache=True, **observe)
-    prefill = time.perf_counter() - start
+    prefill = now(ids.device) - start
     nll = [  # [s - 1] in pieces: the logits of all tokens would take 200 KB per token
         F.cross_entropy(model.lm_head(hidden), target, reduction="none")
         for hidden, target in zip(output.last_hidden_state[0].split(256), ids[1:].split(256), strict=True)
     ]
     nll = torch.cat(nll)
-    start = time.perf_counter()
+    start = now(ids.device)
     continuation = generate(model, ids, new_tokens, past_key_values=output.past_key_values)
-    decode = (time.perf_counter() - start) / max(len(continuation), 1)
+    decode = (now(ids.device) - start) / max(len(continuation), 1)
     half = nll[len(nll) // 2 :]
     return Reading(nll.mean().exp().item(), half.mean().exp().item(), prefill, decode, continuation)
 
@@ -234,7 +236,7 @@ def pass_key_prompt(tokenizer, haystack: Tensor, key: str, depth: float) -> Tens
     needle = f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
     question = "\n\nWhat is the pass key? The pass key is"
     intro, needle, question = (
-        tokenizer(x, return_tensors="pt").input_ids[0] for x in (intro, needle, question)
+        tokenizer(x, return_tensors="pt").input_ids[0].to(haystack.device) for x in (intro, needle, question)
     )
     room = len(haystack) - len(intro) - len(needle) - len(question)
     split = int(depth * room)
@@ -275,7 +277,7 @@ def quality_table(dense: dict, sparse: list[dict]) -> Table:
         words = [row["name"]]
         for of, increase in (("perplexity", "increase"), ("second_half", "second_half_increase")):
             words.append(f"{row[of]:.2f} " + (f"{row[increase]:+5.1f} %" if row["topk"] else " " * 7))
-        words += [f"{row['mass_kept']:.1%}", f"{row['prefill_seconds']:.1f} s"]
+        words += [f"{row['mass_kept']:.1%}", f"{row['prefill_seconds']:.3g} s"]
         cells.append([*words, f"{1e3 * row['decode_seconds']:.0f} ms"])
     headings = "k", "perplexity", "second half", "mass kept", "prefill", "decode"
     title = "Perplexity, every layer sparse at every position"
@@ -313,7 +315,7 @@ def plot_quality(path: Path, sparse: list[dict]) -> None:
     left.axhline(0, color="gray", linewidth=0.8)
     left.set(title="Perplexity above dense attention", ylabel="%")
     left.legend(frameon=False)
-    layers = 100 * torch.tensor([row["mass_kept_by_layer"] for row in sparse])  # [k, layers]
+    layers = 100 * torch.tensor([row["mass_kept_by_layer"] for row in sparse], device="cpu")  # [k, layers]
     right.plot(topk, layers.numpy(), color="tab:blue", alpha=0.2, linewidth=0.8)
     right.plot(topk, layers.mean(1).numpy(), "o-", color="tab:blue", label="mean (thin: each layer)")
     right.set(title="Attention mass that the selection keeps", ylabel="%", ylim=(0, 101))
@@ -333,7 +335,7 @@ def plot_selection(path: Path, indices: list[Tensor], bins: int = 256) -> None:
     colours = matplotlib.colormaps["magma"].with_extremes(bad="white")
     s, topk = indices[0].shape
     for axes, layer in zip(panels, (0, len(indices) // 2, len(indices) - 1), strict=True):
-        density = selection_density(indices[layer], min(bins, s))
+        density = selection_density(indices[layer], min(bins, s)).cpu()
         image = axes.imshow(
             density.numpy(), cmap=colours, vmin=0, vmax=1, extent=(0, s, s, 0), interpolation="none"
         )
@@ -348,7 +350,7 @@ def plot_selection(path: Path, indices: list[Tensor], bins: int = 256) -> None:
 def selection_density(indices: Tensor, bins: int) -> Tensor:
     """indices [s, topk] of a causal pass -> [bins, bins] share of the visible pairs that is selected."""
     s = indices.shape[0]
-    cell = torch.arange(s) * bins // s
+    cell = torch.arange(s, device=indices.device) * bins // s
     query = cell[:, None].expand_as(indices)[indices >= 0]
     key = cell[indices[indices >= 0].long()]
     selected = torch.bincount(query * bins + key, minlength=bins * bins).view(bins, bins)
@@ -365,6 +367,7 @@ def run(
     console: Console | None = None,
     output: Path | str = ".",
     *,
+    device: torch.device = CPU,
     tokens: int = 2048,
     topk: Sequence[int] = (64, 128, 256, 512),
     text: Path | str | None = None,
@@ -375,19 +378,21 @@ def run(
 
     Returns the measurements as plain numbers and strings (JSON-serialisable).
     """
-    start = time.perf_counter()
+    start = now(device)
     console, output, topk = console or Console(), Path(output), sorted(set(topk))
     output.mkdir(parents=True, exist_ok=True)
     with console.status(f"Loading {MODEL}"):
         tokenizer, model = load_model()
+    model.to(device)
     source, document = read_text(text)
-    ids = tokenizer(document[: 16 * tokens], return_tensors="pt").input_ids[0, :tokens]
+    ids = tokenizer(document[: 16 * tokens], return_tensors="pt").input_ids[0, :tokens].to(device)
     longest = min(len(ids), model.config.max_position_embeddings - new_tokens)
     if tokens > longest:
         raise ValueError(f"tokens: expected at most {longest} for this text and this model, got {tokens}")
+    console.print(f"[dim]{describe(device)}[/dim]", highlight=False)
     console.print(
-        f"{len(model.model.layers)} layers in fp32 on {torch.get_num_threads()} CPU threads, loaded in "
-        f"{time.perf_counter() - start:.0f} s. Text: {source}, {tokens} tokens."
+        f"{len(model.model.layers)} layers in fp32, loaded in {now(device) - start:.0f} s. "
+        f"Text: {source}, {tokens} tokens."
     )
 
     retrieval_k = min(topk, key=lambda k: abs(k - tokens / 8))
@@ -411,13 +416,14 @@ def run(
         "model": MODEL,
         "text": source,
         "tokens": tokens,
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "dense": dense,
         "sparse": sparse,
         "pass_key_topk": retrieval_k,
         "pass_keys": pass_keys,
         "plots": plots,
-        "seconds": time.perf_counter() - start,
+        "seconds": now(device) - start,
     }
 
 

@@ -44,7 +44,7 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
         native.available()
     problems = [str(warning.message) for warning in caught]
     flags = cpu_flags()
-    cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    cuda = _gpus()
     gpus = {str(d): f"{torch.cuda.get_device_name(d)}, sm_{_architecture(d)}" for d in cuda}
     found = {
         "sparse_attn": __version__,
@@ -68,7 +68,7 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
         "problems": problems,
     }
     problems += _problems(found, flags, cuda)
-    usable = [device for device in cuda if found["triton"] and _architecture(device) >= OLDEST_GPU]
+    usable = usable_gpus()
     for device in (torch.device("cpu"), *usable):
         for name in ops.RECORDS:
             found["ops"].setdefault(name, {})[str(device)] = _op(name, device, problems)
@@ -113,6 +113,15 @@ def _compiler() -> str | None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_gpus() -> list[torch.device]:
+    """The CUDA devices that the Triton kernels run on."""
+    return [device for device in _gpus() if _version("triton") and _architecture(device) >= OLDEST_GPU]
+
+
+def _gpus() -> list[torch.device]:
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
 def _architecture(device: torch.device) -> int:

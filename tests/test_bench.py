@@ -76,7 +76,7 @@ def test_peak_memory_sees_what_was_freed_again():
 
 def test_the_layer_of_the_demo_on_a_small_layer(tmp_path):
     with open(tmp_path / "table.txt", "w") as file:
-        results = demo.layer(Console(file=file, width=150), tmp_path, SMALL, rounds=1)
+        results = demo.layer(Console(file=file, width=150), tmp_path, timing.CPU, SMALL, rounds=1)
     assert [row["context"] for row in results["decode"]] == [64, 128]
     for row in (*results["decode"], results["prefill"]):
         assert row["errors"]["attention"] < 1.5 * row["errors"]["bf16_rounding"]
@@ -90,13 +90,15 @@ def test_the_layer_of_the_demo_on_a_small_layer(tmp_path):
 
 def test_a_benchmark_script_runs(tmp_path):
     record = tmp_path / "record.jsonl"
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "top-k", "--quick", "--rounds", "1"]
-    done = subprocess.run([*command, "--json", str(record)], capture_output=True, text=True, cwd=tmp_path)
+    options = ["top-k", "--quick", "--device", "cpu", "--rounds", "1", "--json", str(record)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "torch.topk" in done.stdout
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert {line["data"] for line in lines} == {"gaussian", "clustered", "plateaus"}
-    assert lines[0]["command"] == f"python benchmarks/run.py top-k --quick --rounds 1 --json {record}"
+    assert lines[0]["device"] == "cpu"
+    assert lines[0]["command"] == " ".join(["python benchmarks/run.py", *options])
     for line in lines:
         assert line["machine"]["threads"] == 1 and line["limits"]["bytes_per_second"] > 0
         ours = line["seconds"]["select_topk"]
@@ -125,10 +127,10 @@ def test_every_operation_is_checked_timed_and_plotted(name, tmp_path, monkeypatc
     monkeypatch.setattr(attention, "MEMORY_QUERIES", 8)
     monkeypatch.setattr(limits, "STREAM_BYTES", 1 << 20)
     record = tmp_path / "record.jsonl"
-    options = argparse.Namespace(operations=[name], rounds=1, json=record, output=tmp_path)
+    options = {"operations": [name], "device": timing.CPU, "rounds": 1, "json": record, "output": tmp_path}
     sizes = SMALL._replace(scores=case.QUICK.scores, rows=(1,), queries=2)
     with open(tmp_path / "table.txt", "w") as file:
-        assert run.run(options, sizes, Console(file=file, width=150))
+        assert run.run(argparse.Namespace(**options), sizes, Console(file=file, width=150))
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     values = [line["peak_bytes"] if name == "memory" else line["seconds"] for line in lines]
     assert lines and all(len(found) > 1 for found in values) and not any(line["failed"] for line in lines)
@@ -182,6 +184,12 @@ def test_the_limit_is_the_longer_of_computing_and_reading():
     assert limits.index_work(3, 5, 2, 7) == limits.Work(2 * 3 * 5 * 2 * 7, 2 * 7 * (5 + 6) + 4 * 15)
     assert limits.select_work(3, 5, 2) == limits.Work(0, 4 * (15 + 6))
     assert limits.attention_work(3, 4, 2, 10, 8, 20) == limits.Work(2 * 3 * 4 * 2 * 18, 240 + 2 * 3 * 2 * 18)
+
+
+def test_limits_of_a_gpu_are_of_a_product_and_a_pass(monkeypatch):
+    monkeypatch.setattr(limits, "PRODUCT_SIZE", 64)
+    measured = limits.gpu_limits(timing.CPU, timing.cpu_clock)
+    assert 1e6 < measured.operations_per_second < 1e13 and 1e6 < measured.bytes_per_second < 1e13
 
 
 @pytest.mark.parametrize("function", [limits.bandwidth, limits.peak_of_a_core])
@@ -270,9 +278,9 @@ def test_the_part_of_the_readme_says_what_the_record_holds(tmp_path, monkeypatch
 def test_the_part_on_a_gpu_says_what_its_record_holds(tmp_path, monkeypatch):
     script = load(ROOT / "benchmarks" / "readme.py")
     monkeypatch.setattr(script, "ROOT", tmp_path)
-    about = {"benchmark": "gpu", "card": "Card", "date": "2026-01-02", "command": "benchmarks/gpu.py"}
+    about = {"benchmark": "gpu", "date": "2026-01-02", "command": "benchmarks/gpu.py"}
     about |= {"limits": {"operations_per_second": 8e14, "bytes_per_second": 4e12}, "limit_seconds": 2e-5}
-    about |= {"machine": {"torch": "2.11", "triton": "3.9"}, "peak_bytes": {}}
+    about |= {"machine": {"gpu": "Card", "torch": "2.11", "triton": "3.9"}, "peak_bytes": {}}
     fields = {"indexer": 2e-5, "topk": 1e-5, "attend": 1e-5, "sparse": 4e-5, "dense_sdpa": 4e-3}
     both = {name: {"median": 1e-3} for name in ("attend", "attend, fp8 cache")}
     layer = {**about, **fields, "operation": "layer", "seconds": both}
@@ -285,6 +293,7 @@ def test_the_part_on_a_gpu_says_what_its_record_holds(tmp_path, monkeypatch):
     record.write_text("\n".join(map(json.dumps, lines)))
     text = script.measured(record)
     words = text.replace("\n", " ")
+    assert "`python benchmarks/gpu.py`" in words
     assert "| 32 | 8,192 | 20 | 10 | 10 | **40** | 50% | 4,000 (100x) | - | - |" in text
     assert "one Card (800 TFLOP/s in bf16 and 4.0 TB/s" in words and "Triton 3.9" in words
     assert "Prefill of 4,096 tokens at 32,768, 128 heads: 0.0 ms" in words and "attention 5.0" in words
@@ -293,7 +302,8 @@ def test_the_part_on_a_gpu_says_what_its_record_holds(tmp_path, monkeypatch):
     assert f"| 128 heads, decode of 1 | 1,000 | {128 * flops:.0f} |" in text
 
 
-def test_the_commands_explain_themselves(capsys):
+def test_the_commands_explain_themselves(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as stop:
         demo.main(["--help"])
     assert stop.value.code == 0
@@ -302,6 +312,10 @@ def test_the_commands_explain_themselves(capsys):
         run.main(["nonsense"])
     expected = "expected some of indexer, top-k, attention, gqa, merge, writers, memory, layer, got nonsense"
     assert expected in " ".join(capsys.readouterr().err.split())
+    for command in (run.main, demo.main):
+        for name in ("cuda", "nonsense"):
+            with pytest.raises(SystemExit, match=f"--device: expected cpu, got {name}. With torch"):
+                command(["--device", name])
     with pytest.raises(SystemExit):
         cli.main(["nonsense"])
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The demo's model: DSA over every token is dense attention; prefill, chunks and decode give the same."""
 
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +88,28 @@ def test_generate_with_every_token_is_dense_generation(model, ids):
     dense = demo.generate(model, ids[:64], 12)
     demo.use_attention(model, 128)
     assert demo.generate(model, ids[:64], 12).tolist() == dense.tolist()
+
+
+class Letters:
+    """A tokenizer whose tokens are the letters of a text."""
+
+    def __call__(self, text, return_tensors):
+        return SimpleNamespace(input_ids=torch.tensor([[ord(c) % 199 for c in text]], device="cpu"))
+
+    def decode(self, ids):
+        return " ".join(map(str, ids.tolist()))
+
+
+def test_every_tensor_of_a_run_is_made_on_its_device(tiny, monkeypatch, tmp_path):
+    """Where tensors go by default there is no data, so one that is made without a device breaks the run."""
+    monkeypatch.setattr(demo, "load_model", lambda: (Letters(), tiny[1]))
+    console = demo.Console(file=io.StringIO(), width=100)
+    with torch.device("meta"):
+        results = demo.run(console, tmp_path, tokens=256, topk=(16, 32), new_tokens=2, depths=(0.5,))
+    demo.use_attention(tiny[1], None)
+    assert results["device"] == "cpu" and json.loads(json.dumps(results)) == results
+    assert all(row["perplexity"] > 1 and row["decode_seconds"] > 0 for row in results["sparse"])
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in results["plots"])
 
 
 @pytest.mark.slow

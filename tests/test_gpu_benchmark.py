@@ -16,9 +16,9 @@ pytest.importorskip("rich", reason="rich is in the demo extra")
 
 from rich.console import Console
 
-from bench import attention, case, dense, index, layer, operations, timing
-from sparse_attn import reference
-from sparse_attn.compat import flash_mla as compat
+from bench import attention, case, command, dense, index, layer, limits, operations, timing
+from sparse_attn import cache, doctor, reference, rope
+from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.testing import assert_close, relative_error
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -26,12 +26,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def command(monkeypatch):
+def main(monkeypatch):
     """The script's main with the given arguments, in this process; gives its exit status."""
     spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     threads = torch.get_num_threads()
+    monkeypatch.setattr(limits, "STREAM_BYTES", 1 << 20)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
@@ -62,14 +63,14 @@ def timed(console, operation):
     return operations.run(console, [operation], case.TINY, CPU, 1)
 
 
-def test_without_a_gpu_it_says_so_in_a_sentence(command, monkeypatch):
+def test_without_a_gpu_it_says_so_in_a_sentence(main, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = command()
+    said = main()
     assert said.startswith("make gpu needs a CUDA GPU") and said.count("\n") == 0 and len(said) < 120
 
 
-def test_a_dry_run_times_every_operation_and_writes_a_record(command, tmp_path):
-    assert command("--dry-run", "--rounds", 1, "--output", tmp_path / "records") == 0
+def test_a_dry_run_times_every_operation_and_writes_a_record(main, tmp_path):
+    assert main("--dry-run", "--rounds", 1, "--output", tmp_path / "records") == 0
     (record,) = (tmp_path / "records").glob("*-dry-run-on-a-cpu.jsonl")
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     done = list(dict.fromkeys(line["operation"] for line in lines))
@@ -77,6 +78,7 @@ def test_a_dry_run_times_every_operation_and_writes_a_record(command, tmp_path):
     for line in lines:
         assert line["dry_run"] and line["benchmark"] == "gpu" and "tests collected" in line["tests"]
         assert line["machine"]["torch"] == torch.__version__ and line["date"] in record.name
+        assert line["device"] == "cpu" and line["command"].startswith("python benchmarks/gpu.py --dry-run")
         assert line["failed"] == {} and "not_timed" not in line
         if line["operation"] == "memory":
             assert len(line["peak_bytes"]) >= 2
@@ -87,15 +89,15 @@ def test_a_dry_run_times_every_operation_and_writes_a_record(command, tmp_path):
     assert "dry run on a CPU" in table
 
 
-def test_failing_tests_and_unknown_operations_fail_the_run(command, monkeypatch, tmp_path):
+def test_failing_tests_and_unknown_operations_fail_the_run(main, monkeypatch, tmp_path):
     options = "--dry-run", "--rounds", 1, "--output", tmp_path
-    assert command(*options, "--only", "merge", "--skip-tests") == 0
-    assert command(*options, "--only", "no such operation", "--skip-tests") == 1
+    assert main(*options, "--only", "merge", "--skip-tests") == 0
+    assert main(*options, "--only", "no such operation", "--skip-tests") == 1
     pytest_that_fails = tmp_path / "pytest"
     pytest_that_fails.write_text("#!/bin/sh\necho '== 1 failed in 0.1s =='\nexit 1\n")
     pytest_that_fails.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert command(*options, "--only", "merge") == 1
+    assert main(*options, "--only", "merge") == 1
     (record,) = tmp_path.glob("*.jsonl")
     said = [json.loads(line)["tests"] for line in record.read_text().splitlines()]
     assert said == ["skipped", "1 failed in 0.1s"]
@@ -139,6 +141,26 @@ def test_the_dense_peers_are_attention_over_everything():
     assert {operation for operation, _ in seen} == {"attention", "gqa", "layer"} and len(seen) >= 8
 
 
+def test_every_tensor_is_made_on_the_device_of_its_case(monkeypatch):
+    """Where tensors go by default there is no data, so one that is made without a device breaks its case."""
+
+    def on_the_host(function):
+        def call(*args):
+            with CPU:
+                return function(*args)
+
+        return call
+
+    for module, name in ((rope, "_frequencies"), (cache.Placement, "of")):  # on the host, then copied
+        monkeypatch.setattr(module, name, on_the_host(getattr(module, name)))
+    monkeypatch.setattr(dense, "gemm_chunked", dense.gemm)  # runs on a CPU only
+    with torch.device("meta"):
+        for _, made in cases():
+            made.check()
+            for function in made.functions.values():
+                function()
+
+
 def test_the_expanded_heads_are_causal_attention():
     q, k, v = (torch.randn(1, 3, n, 24, dtype=torch.bfloat16) for n in (5, 40, 40))
     scores = q.double() @ k.double().mT * 0.3
@@ -164,13 +186,35 @@ def test_flash_mla_is_called_as_documented(monkeypatch):
         out, lse, max_logits = reference.sparse_mla(*wide, indices[:, 0], d_v, sm_scale)
         return out, max_logits, lse
 
-    paged = {name: getattr(compat, name) for name in ("flash_mla_with_kvcache", "get_mla_metadata")}
+    paged = {name: getattr(flash_mla, name) for name in ("flash_mla_with_kvcache", "get_mla_metadata")}
     install(monkeypatch, flash_mla={"flash_mla_sparse_fwd": flash_mla_sparse_fwd, **paged})
     for operation, made in cases():
         if operation in ("attention", "layer"):
             functions = made.functions
             assert_close(functions["attend"](), functions["attend, FlashMLA"](), factor=2.5)
             assert torch.equal(functions["attend, fp8 cache"](), functions["attend, FlashMLA fp8 cache"]())
+
+
+def test_deep_gemm_is_called_as_documented(monkeypatch):
+    def fp8_mqa_logits(q, kv, weights, ks, ke):
+        assert q.shape == (5, 4, 128) and kv[0].shape == (128, 128) and ke.tolist() == list(range(124, 129))
+        assert all(x.is_contiguous() for x in (q, *kv, weights))
+        return deep_gemm.fp8_mqa_logits(q, kv, weights, ks, ke)
+
+    def fp8_paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len):
+        assert q.shape == (2, 1, 4, 128) and kv_cache.shape == (4, 64, 1, 132) and weights.shape == (2, 4)
+        assert context_lens.tolist() == [[128], [128]] and block_table.shape == (2, 2)
+        assert len(schedule_meta) == deep_gemm.get_num_sms() + 1 and max_context_len == 128
+        inputs = q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
+        return deep_gemm.fp8_paged_mqa_logits(*inputs)
+
+    planning = {name: getattr(deep_gemm, name) for name in ("get_num_sms", "get_paged_mqa_logits_metadata")}
+    logits = {"fp8_mqa_logits": fp8_mqa_logits, "fp8_paged_mqa_logits": fp8_paged_mqa_logits}
+    install(monkeypatch, deep_gemm=logits | planning)
+    found = [made.functions for operation, made in cases() if operation == "indexer"]
+    assert len(found) == 2
+    for functions in found:
+        assert torch.equal(functions["fp8 queries and keys"](), functions["fp8, DeepGEMM"]())
 
 
 def test_a_wrong_fp8_attention_is_not_timed(console, monkeypatch):
@@ -261,6 +305,40 @@ def test_the_cuda_clock_flushes_waits_and_measures_each_call(monkeypatch):
     log.clear()
     assert clock(timing.eager(function), 2) == pytest.approx(4e-3)
     assert log == ["flush", "sleep", "record", "call", "record"] * 2 + ["synchronize"]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, of which the first is too old; gives the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + 2 * device.index, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(doctor, "_version", lambda package: "3.9.0")
+    return current
+
+
+def test_the_device_is_a_gpu_that_the_kernels_run_on(gpus):
+    for name in (None, "cuda", "cuda:1"):
+        assert command.choose_device(name) == torch.device("cuda", 1) and gpus.pop() == "cuda:1"
+    assert command.choose_device("cpu") == CPU and gpus == []
+    with pytest.raises(SystemExit, match="expected cuda:1 or cpu, got cuda:0"):
+        command.choose_device("cuda:0")
+
+
+def test_what_is_measured_on_a_gpu_is_said_of_that_gpu(gpus, console, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(timing, "CudaClock", lambda device: timing.cpu_clock)
+    monkeypatch.setattr(limits, "gpu_limits", lambda device, clock: limits.Limits(8e14, 4e12))
+    device = torch.device("cuda", 1)
+    clock, measured, about = command.start(console, device)
+    assert clock is timing.cpu_clock and measured.bytes_per_second == 4e12
+    assert about["device"] == "cuda:1" and about["limits"]["operations_per_second"] == 8e14
+    said = console.file.getvalue()
+    assert f"card 1, torch {torch.__version__}, Triton" in said and "800 TFLOP/s, 4 TB/s" in said
+    assert timing.now(device) <= timing.now(CPU) and waited == [device]
 
 
 @pytest.fixture

@@ -64,6 +64,8 @@ GPU = Sizes(
     scores=("gaussian",),
     fewer_heads=(64, 16),
 )
+GPU_QUICK = GPU._replace(contexts=(8192, 32768), batches=(1, 32), rows=(1, 64), fewer_heads=())
+SIZES = {"cpu": (FULL, QUICK), "cuda": (GPU, GPU_QUICK)}  # by type of device: all, and few
 TINY = GPU._replace(
     **{"contexts": (128,), "batches": (2,), "prefill": (5, 128), "rows": (3,), "topk": 16, "heads": 4},
     **{"index_heads": 4, "gqa_heads": (4, 2), "hidden": (64, 32), "fewer_heads": (2,)},
@@ -157,9 +159,13 @@ def show(console: Console, operation: str, lines: list[dict[str, Any]]) -> None:
             console.print(f"[dim]{about}, {name}: {reason}[/dim]", highlight=False)
 
 
+def milliseconds(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def _cell(value: float | None, memory: bool, ours: float | None) -> str:
     if value is None:
         return "-"
-    ms = value * 1e3
-    text = f"{value / 2**20:,.1f}" if memory else f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+    text = f"{value / 2**20:,.1f}" if memory else milliseconds(value)
     return f"{text} ({value / ours:.1f}x)" if ours else text

@@ -52,7 +52,7 @@ def _decode(sizes: Sizes, device: torch.device, batch: int, context: int) -> Cas
     ke, _ = ranges(batch, context, device)
     q, functions, check = _sparse(module, cache, ke.long() - 1)
     tokens = normal(device, batch, module.config.hidden_size)
-    boundaries = torch.arange(batch + 1, device=device)
+    boundaries = torch.arange(batch + 1, device=cache._lengths.device)
 
     def whole_layer() -> None:
         cache._lengths.fill_(context - 1)  # as if a prefill had written what is there

@@ -27,6 +27,7 @@ from .timing import Clock, interleaved, thread_clock
 PEAK_ROUNDS = 200_000  # of multiply-adds in registers: so many that the call takes no share of the time
 PEAK_TRIES = 5  # the best counts: something else may share the core
 STREAM_BYTES = 256 << 20
+PRODUCT_SIZE = 8192  # of the matrices that a GPU multiplies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +70,26 @@ class Limits:
         computing = work.operations / self.operations_per_second if self.operations_per_second else 0.0
         return max(computing, work.bytes / self.bytes_per_second)
 
+    def __str__(self) -> str:
+        peak = self.operations_per_second
+        computing = _rate(peak, "FLOP/s") if peak else "no peak without C++ kernels"
+        return f"{computing}, {_rate(self.bytes_per_second, 'B/s')} from memory"
 
-def measure_limits() -> Limits:
-    """The peak of one core times torch's threads, and the bandwidth of all of them together."""
+
+def _rate(per_second: float, unit: str) -> str:
+    return f"{per_second / 1e12:.3g} T{unit}" if per_second >= 1e12 else f"{per_second / 1e9:.3g} G{unit}"
+
+
+def measure_limits(device: torch.device, clock: Clock) -> Limits:
+    """On a CPU the peak of one core times torch's threads, and the bandwidth of all of them together."""
+    if device.type == "cuda":
+        return gpu_limits(device, clock)
     return Limits(peak_of_a_core() * torch.get_num_threads(), bandwidth())
 
 
-def measure_gpu_limits(device: torch.device, clock: Clock, size: int = 8192) -> Limits:
-    """A product of bf16 matrices of ``size``; the better of a sum and a scaled copy of 1 GB."""
+def gpu_limits(device: torch.device, clock: Clock) -> Limits:
+    """A product of bf16 matrices; the better of a sum and a scaled copy of 1 GB."""
+    size = PRODUCT_SIZE
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in "ab")
     source = a.repeat(8, 1)
     target = torch.empty_like(source)

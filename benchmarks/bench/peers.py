@@ -1,4 +1,4 @@
-"""Other libraries where they are installed: FlashMLA and FlashInfer."""
+"""Other libraries where they are installed: FlashMLA, FlashInfer and DeepGEMM."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -63,3 +63,33 @@ def flashinfer_gqa(q: Tensor, k: Tensor, v: Tensor) -> Functions:
         return single_prefill_with_kv_cache(q, k, v, causal=True)
 
     return {"dense FlashInfer": prefill}
+
+
+def deep_gemm(q: Tensor, k: tuple[Tensor, Tensor], weights: Tensor, ks: Tensor, ke: Tensor) -> Functions:
+    """Index logits of fp8 queries over contiguous fp8 keys and their scales."""
+    if not find_spec("deep_gemm"):
+        return {}
+
+    def logits() -> Tensor:
+        from deep_gemm import fp8_mqa_logits
+
+        return fp8_mqa_logits(q, k, weights, ks, ke)
+
+    return {"fp8, DeepGEMM": logits}
+
+
+def deep_gemm_paged(q: Tensor, pages: Tensor, weights: Tensor, lengths: Tensor, table: Tensor) -> Functions:
+    """The same over pages of 132 bytes per key; q ``[batch, next_n, heads, 128]``, planned once per step."""
+    if not find_spec("deep_gemm"):
+        return {}
+
+    @cache
+    def plan() -> Callable[[], Tensor]:
+        from deep_gemm import fp8_paged_mqa_logits, get_num_sms, get_paged_mqa_logits_metadata
+
+        page_size, context = pages.shape[1], table.shape[1] * pages.shape[1]
+        schedule = get_paged_mqa_logits_metadata(lengths, page_size, get_num_sms())
+        where = lengths, table, schedule, context
+        return partial(fp8_paged_mqa_logits, q, pages[:, :, None], weights, *where)
+
+    return {"fp8, DeepGEMM": lambda: plan()()}

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from .timing import describe
+from .case import milliseconds
 
 PARTS = {"indexer": "#4c78a8", "topk": "#9ecae9", "attend": "#54a24b"}
 DENSE = {
@@ -19,8 +19,9 @@ DENSE = {
 CURVES = ("#4c78a8", "#e45756", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#eeca3b")  # ours first
 
 
-def decode_plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+def decode_plot(lines: list[dict[str, Any]], about: str, path: Path) -> None:
     """Time per decode step, by context: the parts of sparse attention beside the dense forms."""
+    rows = _one_sequence(lines)
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = 0.2
     for x, row in enumerate(rows):
@@ -29,25 +30,23 @@ def decode_plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path)
             label = part.replace("topk", "top-k") if x == 0 else None
             axis.bar(x - width, row[part] * 1e3, width, bottom=bottom, color=colour, label=label)
             bottom += row[part] * 1e3
-        axis.text(x - width, bottom, f"{row['sparse'] * 1e3:.1f}", ha="center", va="bottom", fontsize=8)
+        axis.text(x - width, bottom, milliseconds(row["sparse"]), ha="center", va="bottom", fontsize=8)
         for place, (name, (label, colour)) in enumerate(DENSE.items()):
-            ms = row[name] * 1e3
-            axis.bar(x + place * width, ms, width, color=colour, label=label if x == 0 else None)
-            axis.text(
-                *(x + place * width, ms, f"{ms:.0f}\n{row[name] / row['sparse']:.1f}x"),
-                **{"ha": "center", "va": "bottom", "fontsize": 8},
-            )
+            at, ms = x + place * width, row[name] * 1e3
+            axis.bar(at, ms, width, color=colour, label=label if x == 0 else None)
+            text = f"{milliseconds(row[name])}\n{row[name] / row['sparse']:.1f}x"
+            axis.text(at, ms, text, ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(rows)), [f"{row['context'] // 1024}k tokens" for row in rows])
     axis.set_ylabel("ms per token and layer")
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{describe(machine)}", fontsize=9)
+    axis.set_title(f"DeepSeek-V3.2-shaped layer, decode\n{about}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder: Path) -> list[Path]:
+def operation_plots(lines: list[dict[str, Any]], about: str, folder: Path) -> list[Path]:
     """Plot time and memory by context, where sparse overtakes dense, share of the limit; gives the files."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
@@ -55,24 +54,29 @@ def operation_plots(lines: list[dict[str, Any]], machine: dict[str, Any], folder
     for line in lines:
         if "not_timed" not in line:
             by_operation.setdefault(line["operation"], []).append(line)
-    layer = [row for row in by_operation.pop("layer", []) if row["data"] == "decode"]
+    layer = _one_sequence(by_operation.pop("layer", []))
     memory = by_operation.pop("memory", [])
     by_operation = {
         name: rows for name, rows in by_operation.items() if len({row["context"] for row in rows}) > 1
     }
     if by_operation:
-        made.append(_save(_times(by_operation), folder / "time.png", machine))
-        made.append(_save(_shares(by_operation, layer), folder / "limits.png", machine))
+        made.append(_save(_times(by_operation), folder / "time.png", about))
+        made.append(_save(_shares(by_operation, layer), folder / "limits.png", about))
     if memory:
         figure, axis = _figure()
         _curves(axis, memory, "peak_bytes", 2**-20)
         _log_axes(axis, "tokens in the context", "MiB above the inputs", "64 queries select and attend")
-        made.append(_save(figure, folder / "memory.png", machine))
+        made.append(_save(figure, folder / "memory.png", about))
     if len(layer) > 1:
-        made.append(_save(_crossover(layer), folder / "crossover.png", machine))
-        decode_plot(layer, machine, folder / "layer_decode.png")
+        made.append(_save(_crossover(layer), folder / "crossover.png", about))
+        decode_plot(layer, about, folder / "layer_decode.png")
         made.append(folder / "layer_decode.png")
     return made
+
+
+def _one_sequence(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layer's lines of one sequence that decodes, where all that is drawn was timed."""
+    return [line for line in lines if line["data"] == "decode" and {*PARTS, *DENSE} <= line.keys()]
 
 
 def _first_kind(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,8 +155,8 @@ def _log_axes(axis, x: str, y: str, title: str, unit: str = "") -> None:
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _save(figure, path: Path, machine: dict[str, Any]) -> Path:
-    figure.suptitle(describe(machine), fontsize=7)
+def _save(figure, path: Path, about: str) -> Path:
+    figure.suptitle(about, fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

@@ -41,7 +41,7 @@ def scores_of(model, ids: Tensor, layers: Sequence[int] = LAYERS) -> dict[int, T
 
     def observe(layer: int, q: Tensor, k: Tensor, *_) -> None:
         if layer in layers:
-            ke = torch.tensor([len(k)], dtype=torch.int32)
+            ke = torch.tensor([len(k)], dtype=torch.int32, device=k.device)
             found[layer] = index_logits(*training_free_indexer(q[-1:], k), ke * 0, ke)
 
     use_attention(model, ids.shape[1])

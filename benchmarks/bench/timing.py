@@ -22,6 +22,7 @@ from sparse_attn import __version__
 from sparse_attn.doctor import cpu_flags, processor
 from sparse_attn.ops.backends import native
 
+CPU = torch.device("cpu")
 SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within one sample
 
 
@@ -104,6 +105,17 @@ class CudaClock:
                 function()
             self.graphs[function] = graph
         return self.graphs[function]
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else cpu_clock
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def interleaved(
@@ -212,12 +224,19 @@ def _cpu_kernels() -> str:
     return name if native.has_openmp() else f"{name}, built without OpenMP: one thread"
 
 
-def describe(machine: dict[str, str | int]) -> str:
-    """:func:`machine` in a line."""
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def describe(device: torch.device = CPU) -> str:
+    """What figures of a device depend on, in a line."""
+    here, name = machine(), device_name(device)
+    if device.type == "cuda":
+        return f"{name}, torch {here['torch']}, Triton {here['triton']}"
+    threads = f"{here['threads']} thread{'s' if here['threads'] != 1 else ''}"
     return (
-        f"{machine['processor']} (bf16: {machine['bf16_instructions']}), {threads}, "
-        f"CPU kernels: {machine['cpu_kernels']}, torch {machine['torch']}"
+        f"{name} (bf16: {here['bf16_instructions']}), {threads}, "
+        f"CPU kernels: {here['cpu_kernels']}, torch {here['torch']}"
     )
 
 
