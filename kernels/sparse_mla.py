@@ -44,6 +44,9 @@ def refuses(a: "SparseMLAOp") -> str | None:
         if kv.shape[-1] not in PACKED_BYTES:
             sizes = " or ".join(map(str, PACKED_BYTES))
             return f"{name}: the triton backend reads {sizes} bytes per token, got {kv.shape[-1]}; unpack it"
+        if (kv.shape[1] - 1) * kv.stride(1) >= 2**31:  # offsets within a page are 32 bits
+            got = f"{kv.shape[1]} tokens per page"
+            return f"{name}: expected pages of less than 2 GiB, got {got} (triton backend)"
         if a.q.dtype == torch.float16:  # a value times its scale need not fit
             return f"q: expected bfloat16 or float32, as {name} is quantised, got float16 (triton backend)"
     columns = _blocks(a.q.shape[2], a.d_v)

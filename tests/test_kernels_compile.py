@@ -18,6 +18,9 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
+from sparse_attn.kernels import configs  # noqa: E402
+
+import host_cost  # noqa: E402
 from aot import bounds, cases, report, sass  # noqa: E402
 from aot.cases import CASES, Product  # noqa: E402
 from aot.launch import compile_launches  # noqa: E402
@@ -152,6 +155,32 @@ def test_sizes_compile_two_variants_at_most(op, launches):
         for launch in compile_launches(op, 80, arguments):
             variants.setdefault(launch.name, set()).add(id(launch.kernel))
     assert max(map(len, variants.values())) <= 2, {name: len(found) for name, found in variants.items()}
+
+
+LAUNCHES = {
+    "sparse_mla": ["_sparse_mla_hopper_kernel", "_merge_attention_kernel"],
+    "sparse_mla, 656 bytes": ["_sparse_mla_kernel", "_merge_attention_kernel"],
+    "lightning_topk": [
+        *("_index_logits_kernel", "_count_segment_kernel", "_list_segment_kernel", "_select_topk_kernel"),
+    ],
+    "physical_slots": ["_physical_slots_kernel"],
+    "write_kv": ["_write_kv_kernel"],
+    "write_index_k": ["_write_index_k_kernel"],
+}
+LAUNCHES["lightning_topk, 132 bytes"] = LAUNCHES["lightning_topk"]
+
+
+def test_a_decode_step_launches_its_kernels_and_nothing_else():
+    with host_cost.idle_gpu(90):
+        calls = host_cost.calls()
+        assert set(calls) == set(LAUNCHES)
+        for name, call in calls.items():
+            expected = LAUNCHES[name]
+            if configs.TRITON < (3, 9):
+                expected = [kernel.replace("_hopper", "") for kernel in expected]
+            assert host_cost.launches(call) == expected
+        assert host_cost.launches(lambda: torch.zeros(3) + 1) == ["zeros", "add"]  # it can see torch's
+        assert host_cost.seconds(calls["physical_slots"], rounds=3) > 0
 
 
 class LooksAtData(TorchDispatchMode):

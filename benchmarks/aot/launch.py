@@ -25,7 +25,7 @@ class Launch(NamedTuple):
         return self.kernel.metadata.num_warps
 
 
-class _Driver:
+class Driver:
     """Stands for a GPU of one architecture; the architecture is also its device number."""
 
     def __init__(self, arch: int):
@@ -59,16 +59,17 @@ def compile_launches(op: str, arch: int, a: Any) -> list[Launch]:
         launches.append(Launch(kernel.metadata.name, kernel, constants))
         return kernel
 
-    with _pretend(arch), mock.patch.object(JITFunction, "run", compile_only):
+    with pretend(arch, Driver(arch)), mock.patch.object(JITFunction, "run", compile_only):
         ops.implementation(op, "triton")(a)
     return launches
 
 
 @contextlib.contextmanager
-def _pretend(arch: int) -> Iterator[None]:
+def pretend(arch: int, driver: Driver) -> Iterator[None]:
+    """Launchers and Triton see a GPU of this architecture."""
     with (
         mock.patch.object(configs, "architecture", lambda device: arch),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10)),
-        mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
     ):
         yield

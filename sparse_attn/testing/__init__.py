@@ -78,15 +78,14 @@ def assert_logits_close(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
-    arithmetic: float | None = None,
 ) -> None:
     """``actual`` is :func:`sparse_attn.index_logits` of the rest, by :func:`assert_close`.
 
     Quantised operands come as the op takes them: values, and scales in fp32 or bytes of ue8m0. A GPU's
     product of two e4m3 operands gets a budget of its own.
     """
-    if arithmetic is None and actual.is_cuda and q.dtype == k.dtype == torch.float8_e4m3fn:
-        arithmetic = E4M3_PRODUCT_ERROR
+    both_e4m3 = q.dtype == k.dtype == torch.float8_e4m3fn
+    arithmetic = E4M3_PRODUCT_ERROR if both_e4m3 and actual.is_cuda else None
     q, k = (
         dequantise(x.cpu(), None if scale is None else scale.cpu(), dtype=torch.float64)
         for x, scale in ((q, q_scale), (k, k_scale))

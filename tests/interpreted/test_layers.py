@@ -1,4 +1,4 @@
-"""Layers over the Triton kernels, with a capturable cache: prefill, decode and draft tokens, as on the CPU."""
+"""Layers over the Triton kernels, with a capturable cache: prefill, decode and drafts, as on the CPU."""
 
 import pytest
 import torch

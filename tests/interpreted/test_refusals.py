@@ -41,6 +41,12 @@ def test_latent_caches(size):
         sparse_attn.sparse_mla(q, plain, INDICES, **extra, backend="triton")
 
 
+def test_pages_that_32_bits_cannot_address():
+    kv = torch.empty(1, 2**31 // 656 + 2, 656, dtype=torch.uint8)  # none of it is touched
+    with pytest.raises(ValueError, match="kv: expected pages of less than 2 GiB, got 3273605 tokens"):
+        sparse_attn.sparse_mla(torch.zeros(1, 2, 576), kv, INDICES, backend="triton")
+
+
 @pytest.mark.parametrize(
     "dtype, d_qk, d_v, words",
     [
