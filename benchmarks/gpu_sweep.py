@@ -8,6 +8,7 @@ best first.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ import torch
 from sparse_attn.kernels import configs
 from sparse_attn.kernels import index_logits as index_kernel
 from sparse_attn.kernels import select_topk as topk_kernel
+from sparse_attn.kernels import sparse_mla as mla_kernel
 from sparse_attn.kernels.configs import AttentionConfig, IndexConfig
 
 from bench.attention import FACTOR, SCALE
@@ -30,6 +32,7 @@ from sparse_attn import index_logits, quantise_index_q, reference, select_topk, 
 from sparse_attn.formats import pack_index_k, unpack
 from sparse_attn.testing import assert_close
 
+hopper_kernel = sys.modules.get(f"{mla_kernel.__name__}_hopper")  # older Tritons do not load it
 DEVICE = torch.device("cuda", 0)
 ROWS = 1 << 20  # of the cache that queries select from: 1.2 GB, far more than an L2 cache
 TOPK = 2048
@@ -172,6 +175,22 @@ def indexer_config(table: str, config: tuple[IndexConfig, int | None]) -> Iterat
         yield
 
 
+@contextlib.contextmanager
+def splits(count: int | None) -> Iterator[None]:
+    """All queries in one launch, so many programs for the keys of each; None: as attention_launches says."""
+    if count is None:
+        yield
+        return
+
+    def forced(queries: int, *_: int) -> tuple[configs.Launch, ...]:
+        return (configs.Launch(slice(0, queries), count),)
+
+    with contextlib.ExitStack() as stack:
+        for module in (configs, hopper_kernel) if hopper_kernel else (configs,):
+            stack.enter_context(constants(module, ("attention_launches",), (forced,)))
+        yield
+
+
 A = AttentionConfig
 BF16_64 = [
     A(64, 8, 2, True), A(64, 8, 3, True), A(32, 8, 5, True), A(32, 8, 4, True), A(32, 8, 3, True),
@@ -210,6 +229,7 @@ INDEX = [
     (IndexConfig(*sizes), None)
     for sizes in ((256, 64, 4, 3), (256, 64, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4))
 ]
+SPLITS = [None, 1, 2, 3, 4, 6]
 TOP_K = [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 
 
@@ -228,6 +248,11 @@ def sweeps() -> Iterator[Sweep]:
                 partial(in_table, table, block),
                 _from(_entry(table)[block], [HOPPER, *candidates]),
             )
+    for heads, fp8, queries in itertools.product((128, 64, 16), (False, True), (45, 67, 89, 133)):
+        yield Sweep(
+            f"splits, {heads} heads, {'fp8' if fp8 else 'bf16'}, {queries} queries",
+            *(partial(attention, queries, heads, fp8), splits, SPLITS),
+        )
     for queries in (1, 32, 1024):
         yield Sweep(
             f"sparse_gqa, 32 / 8 heads of 128, {queries} queries",
