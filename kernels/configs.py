@@ -3,10 +3,10 @@
 A table has an entry per architecture (90 is sm_90). A device takes the entry of its own architecture or of
 the nearest older one. Entries were chosen by compiling with Triton 3.9 for each architecture, and on sm_90 by
 times. Triton 3.6 to 3.9 have a budget each (benchmarks/kernels_budget), with which
-``benchmarks/kernels_report.py`` compares what these tables give. Registers are spilled in loops in these cases
-alone: sparse_mla on sm_90 with 3.9 in fp8 with 32 and 64 heads, where that was the fastest; with 3.6 and 3.7
-with 64 heads, 12 to 36 instructions of about 1,000, as the tile that spills nothing is 6 % slower even where
-neither does; and one register in a kernel of select_topk with 3.7 on sm_100.
+``benchmarks/kernels_report.py`` compares what these tables give. Few loops spill registers: on sm_90 those of
+sparse_mla over fp8 with 32 and 64 heads (Triton 3.9), where that was the fastest, and with 64 heads (3.6 and
+3.7), 12 to 36 instructions of about 1,000, as the tile that spills nothing is 6 % slower even where neither
+does; on sm_100 a kernel of select_topk (3.7), one register.
 """
 
 import functools

@@ -15,7 +15,7 @@ from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsO
 from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
-S_Q, S_KV, TOPK = 64, 100_000, 2048
+S_Q, S_KV, TOPK = 432, 100_000, 2048  # queries: whole waves of the 108 multiprocessors that are assumed
 ALL = (80, 86, 89, 90, 100, 120)
 HOPPER = (90,) if TRITON >= (3, 9) else ()  # the warp-specialised kernel refuses an older Triton
 
@@ -141,7 +141,7 @@ CASES = [
     Case("index_logits", "4 heads x 64", index(4, d=64)),
     Case("select_topk", "512 rows", select(), quick=(80, 90)),
     Case("select_topk", "1 long row", select(1, 1 << 20)),
-    Case("lightning_topk", "64 heads, fp8, paged", lightning(64, E4M3, paged_rows=2)),
+    Case("lightning_topk", "64 heads, fp8, paged", lightning(64, E4M3, s_q=64, paged_rows=2)),
     Case("lightning_topk", "64 heads, 1 query", lightning(64, s_q=1, s_kv=1 << 20)),
     Case("physical_slots", "k 2048", slots(), quick=(80,)),
     Case("write_kv", "656 bytes", written_kv(656), quick=(80, 90)),
