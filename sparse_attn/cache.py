@@ -78,7 +78,8 @@ class DSACache:
         dtype: that of the hidden states; default torch's default dtype. Or ``torch.float8_e4m3fn`` for MLA of
             DeepSeek-V3.2's sizes, whatever the layer's dtype: bytes as its engines keep them, ``kv``
             ``[..., 656]`` and ``index_k`` ``[..., 132]``, 56 % of bf16 (:mod:`sparse_attn.formats`; all keys
-            of a sequence are one page). Tokens are rounded once, when they are written.
+            of a sequence are one page, which a GPU reads fastest where max_tokens is a multiple of 4). Tokens
+            are rounded once, when they are written.
         device: of all tensors.
         capturable: a step of a layer neither reads on the host nor copies from it, so that a CUDA graph can
             hold it (not with ``backend="reference"``). Lengths are kept on the device, and ``cu_seqlens_q``

@@ -169,6 +169,10 @@ CASES = [
         for h in (8, 16, 32, 64, 128)
     ),
     Case("sparse_mla", "128 heads, 584 bytes, 2 segments", mla(128, 512, packed=584, extra=True)),
+    # Few queries, whose keys are split.
+    Case("sparse_mla", "16 heads, split", mla(16, s_q=4), quick=(80, 100)),
+    Case("sparse_mla", "16 heads, 656 bytes, split", mla(16, packed=656, s_q=4)),
+    Case("sparse_gqa", "24 / 2 heads x 256, split", gqa(24, 2, 256, s_q=4), quick=(90,)),
     # The warp-specialised kernel, of so many queries that no keys are split, and so few that they are.
     *(Case("sparse_mla", f"128 heads, {s_q} queries", mla(128, s_q=s_q), HOPPER, HOPPER) for s_q in (540, 4)),
     *(

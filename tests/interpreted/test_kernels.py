@@ -342,8 +342,9 @@ def test_launches_take_every_query_once_and_leave_no_split_idle():
                         assert n == 1 or (part.stop - part.start) * programs * n <= configs.MOST_WAVES * slots
 
 
-@pytest.fixture(params=[pytest.param(1, marks=slow), pytest.param(6, marks=slow), 24, 1000])
+@pytest.fixture(params=[1, 2, pytest.param(6, marks=slow), 24, pytest.param(1000, marks=slow)])
 def multiprocessors(request, monkeypatch):
+    """With one, 3 queries of MLA are a whole wave of 2 and a rest in splits; with two, those of GQA."""
     monkeypatch.setattr(configs, "multiprocessors", lambda device: request.param)
 
 
