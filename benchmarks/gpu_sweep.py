@@ -224,6 +224,10 @@ GQA = [
     A(64, 8, 3), A(128, 8, 2), A(128, 4, 2), A(32, 4, 3, blocks=4), A(64, 4, 2, blocks=3), A(128, 8, 3),
     A(64, 2, 3, blocks=2), A(32, 2, 4, blocks=4),
 ]  # fmt: skip
+MQA = [
+    A(64, 4, 2, True, blocks=2), A(64, 8, 2, True, blocks=2), A(64, 8, 3, True), A(64, 4, 3, True, blocks=2),
+    A(64, 4, 2, blocks=2), A(32, 8, 3, True, blocks=2),
+]  # fmt: skip
 # Heads matter in prefill: programs of one query have those of the model. None: see indexer_config.
 INDEX = [
     (IndexConfig(*sizes), None)
@@ -253,12 +257,14 @@ def sweeps() -> Iterator[Sweep]:
             f"splits, {heads} heads, {'fp8' if fp8 else 'bf16'}, {queries} queries",
             *(partial(attention, queries, heads, fp8), splits, SPLITS),
         )
-    for queries in (1, 32, 1024):
+    for (h_q, h_kv, block, candidates), queries in itertools.product(
+        ((32, 8, 16, GQA), (64, 1, 64, MQA)), (1, 32, 1024)
+    ):
         yield Sweep(
-            f"sparse_gqa, 32 / 8 heads of 128, {queries} queries",
-            partial(gqa, queries, 32, 8, 128),
-            partial(in_table, "SPARSE_GQA", 16),
-            _from(_entry("SPARSE_GQA")[16], GQA),
+            f"sparse_gqa, {h_q} / {h_kv} heads of 128, {queries} queries",
+            partial(gqa, queries, h_q, h_kv, 128),
+            partial(in_table, "SPARSE_GQA", block),
+            _from(_entry("SPARSE_GQA")[block], candidates),
         )
     for form, table in (("bf16", "INDEX_LOGITS"), ("fp8", "INDEX_LOGITS_FP8")):
         candidates = _from((_entry(table), None), INDEX)
