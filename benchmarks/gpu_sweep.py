@@ -257,14 +257,15 @@ def sweeps() -> Iterator[Sweep]:
             f"splits, {heads} heads, {'fp8' if fp8 else 'bf16'}, {queries} queries",
             *(partial(attention, queries, heads, fp8), splits, SPLITS),
         )
+    grouped = _entry("SPARSE_GQA")
     for (h_q, h_kv, block, candidates), queries in itertools.product(
-        ((32, 8, 16, GQA), (64, 1, 64, MQA)), (1, 32, 1024)
+        ((32, 8, 16, GQA), (64, 1, max(grouped), MQA)), (1, 32, 1024)
     ):
         yield Sweep(
             f"sparse_gqa, {h_q} / {h_kv} heads of 128, {queries} queries",
             partial(gqa, queries, h_q, h_kv, 128),
             partial(in_table, "SPARSE_GQA", block),
-            _from(_entry("SPARSE_GQA")[block], candidates),
+            _from(grouped[block], candidates),
         )
     for form, table in (("bf16", "INDEX_LOGITS"), ("fp8", "INDEX_LOGITS_FP8")):
         candidates = _from((_entry(table), None), INDEX)
