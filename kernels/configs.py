@@ -114,7 +114,7 @@ SPARSE_MLA_WIDE = {80: {16: AttentionConfig(16, 4, 2)}}
 SPARSE_MLA_FP32 = {80: {16: AttentionConfig(16, 8, 1)}}
 
 # A stage holds BLOCK_N rows of k and of v: 64 KiB for 64 rows and d = d_v = 256. Two blocks share an SM: one
-# gathers while the other computes. With SKIP_EMPTY tiles of 64 heads on sm_90 take few enough registers for it.
+# gathers while the other computes. On sm_90 SKIP_EMPTY saves the registers that a tile of 64 heads needs.
 SPARSE_GQA = {
     # 163 KiB
     80: {16: AttentionConfig(64, 4, 2, blocks=2), 32: AttentionConfig(64, 4, 2, blocks=2)},
