@@ -26,6 +26,7 @@ LAUNCH_KEYS = 96  # one more kernel
 PART_KEYS = 160  # of 64 heads: a partial result is stored in fp32 and read again
 MERGE_KEYS = 4  # of each split, as parts are merged one after the other
 MOST_WAVES = 4  # of programs with partial results: bounds the memory for these
+LEAST_GAIN = 0.1  # of a second launch, for whose queries sums are rounded otherwise: not in long prefills
 T = TypeVar("T")
 
 
@@ -262,8 +263,8 @@ def attention_launches(
     A query has ``programs`` of ``block_h`` heads, each with ``tiles`` of ``block_n`` keys; ``slots`` programs
     run at once. Few queries are split over their keys: 88 programs leave a third of 132 slots idle, and 3
     splits of each fill two shorter waves. Of more queries than a wave holds, whole waves are one launch, and
-    the rest, whose own wave would be part empty, may be another. All this depends on shapes and the device
-    alone: captured graphs stay valid, results repeat.
+    the rest, whose own wave would be part empty, another if that saves a tenth. Shapes and the device alone
+    decide: captured graphs stay valid, results repeat.
     """
 
     def duration(queries: int, splits: int) -> int:
@@ -284,7 +285,7 @@ def attention_launches(
     whole = queries // wave * wave if wave else 0
     if 0 < whole < queries:
         rest_time, rest = shortest(whole)
-        if duration(whole, 1) + LAUNCH_KEYS + rest_time < time:
+        if duration(whole, 1) + LAUNCH_KEYS + rest_time < (1 - LEAST_GAIN) * time:
             return Launch(slice(0, whole), 1), rest
     return (launch,)
 
