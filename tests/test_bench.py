@@ -314,7 +314,7 @@ def test_the_commands_explain_themselves(capsys, monkeypatch):
     assert expected in " ".join(capsys.readouterr().err.split())
     for command in (run.main, demo.main):
         for name in ("cuda", "nonsense"):
-            with pytest.raises(SystemExit, match=f"--device: expected cpu, got {name}. With torch"):
+            with pytest.raises(SystemExit, match=f"device: expected cpu, got {name}. With torch"):
                 command(["--device", name])
     with pytest.raises(SystemExit):
         cli.main(["nonsense"])

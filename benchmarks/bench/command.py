@@ -33,7 +33,7 @@ def choose_device(name: str | None) -> torch.device:
     device = next((device for device in known if name in (None, device.type, str(device))), None)
     if device is None:
         sys.exit(
-            f"--device: expected {' or '.join(map(str, known))}, got {name}. With torch {torch.__version__} "
+            f"device: expected {' or '.join(map(str, known))}, got {name}. With torch {torch.__version__} "
             "the kernels run on no other device here: `sparse-attn doctor` says why."
         )
     if device.type == "cuda":
