@@ -21,7 +21,6 @@ import torch
 from sparse_attn.kernels import configs
 from sparse_attn.kernels import index_logits as index_kernel
 from sparse_attn.kernels import select_topk as topk_kernel
-from sparse_attn.kernels import sparse_mla as mla_kernel
 from sparse_attn.kernels.configs import AttentionConfig, IndexConfig
 
 from bench.attention import FACTOR, SCALE
@@ -32,7 +31,6 @@ from sparse_attn import index_logits, quantise_index_q, reference, select_topk, 
 from sparse_attn.formats import pack_index_k, unpack
 from sparse_attn.testing import assert_close
 
-hopper_kernel = sys.modules.get(f"{mla_kernel.__name__}_hopper")  # older Tritons do not load it
 DEVICE = torch.device("cuda", 0)
 ROWS = 1 << 20  # of the cache that queries select from: 1.2 GB, far more than an L2 cache
 TOPK = 2048
@@ -185,9 +183,7 @@ def splits(count: int | None) -> Iterator[None]:
     def forced(queries: int, *_: int) -> tuple[configs.Launch, ...]:
         return (configs.Launch(slice(0, queries), count),)
 
-    with contextlib.ExitStack() as stack:
-        for module in (configs, hopper_kernel) if hopper_kernel else (configs,):
-            stack.enter_context(constants(module, ("attention_launches",), (forced,)))
+    with constants(configs, ("attention_launches",), (forced,)):
         yield
 
 

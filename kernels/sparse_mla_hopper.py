@@ -38,8 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from . import configs
 from .arguments import cdiv, in_launches
-from .configs import architecture, attention_launches, multiprocessors
 from .merge_attention import merge_parts
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def suits(a: "SparseMLAOp") -> bool:
     dtype, of_row = a.kv.dtype, width if a.kv.dtype == torch.bfloat16 else TOKEN_BYTES.value
     caches = [a.kv] if a.extra_kv is None else [a.kv, a.extra_kv]
     return (
-        architecture(a.q.device) == 90
+        configs.architecture(a.q.device) == 90
         and (a.q.shape[2], a.d_v) == (width, D_V.value)
         and a.softmax_scale > 0
         and a.q.dtype == a.out.dtype == torch.bfloat16
@@ -116,8 +116,8 @@ def sparse_mla_hopper(a: "SparseMLAOp") -> None:
     (s_q, h_q, _), block_h, block_n = a.q.shape, BLOCK_H.value, 2 * BLOCK_N.value
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
     pairs = sum(cdiv(topk, block_n) for topk in topks)
-    slots = multiprocessors(a.q.device)
-    launches = attention_launches(s_q, cdiv(h_q, block_h), pairs, block_n, block_h, slots)
+    programs, slots = cdiv(h_q, block_h), configs.multiprocessors(a.q.device)
+    launches = configs.attention_launches(s_q, programs, pairs, block_n, block_h, slots)
     for part, splits in in_launches(a, launches):
         _launch(part, splits)
 

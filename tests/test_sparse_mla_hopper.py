@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,10 +89,9 @@ def load(source=SOURCE, splits=1, merge=merge_parts):
     """The kernel's module in the emulator; its launcher takes that number of splits."""
     return emulator.load_module(
         source,
-        attention_launches=lambda *_: [splits],
+        configs=SimpleNamespace(attention_launches=lambda *_: [splits], multiprocessors=lambda device: 132),
         in_launches=lambda a, launches: ((a, splits) for splits in launches),
         cdiv=lambda a, b: -(-a // b),
-        multiprocessors=lambda device: 132,
         merge_parts=merge,
     )
 
@@ -665,14 +665,12 @@ def taken(monkeypatch):
 
     def ask(arch=90, which="all", **inputs):
         monkeypatch.setattr(configs, "WARP_SPECIALISED", which)
-        monkeypatch.setattr(hopper, "architecture", lambda device: arch)
+        monkeypatch.setattr(configs, "architecture", lambda device: arch)
         q = inputs["q"]
         out = torch.empty(*q.shape[:2], inputs.get("d_v", 512), dtype=q.dtype, device="meta")
         logits = torch.empty(q.shape[:2], device="meta")
         sizes = {"d_v": 512, "softmax_scale": 0.1, "out": out, "lse": logits, "max_logits": logits}
         return sparse_mla.warp_specialised(SparseMLAOp(**{**sizes, **inputs}))
-
-    from sparse_attn.kernels import sparse_mla_hopper as hopper
 
     return ask
 
