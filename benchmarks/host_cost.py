@@ -4,9 +4,10 @@ Triton's driver is replaced by one whose launches do nothing, and tensors lie on
 checks, choices and Triton's own work before each launch. A captured CUDA graph pays none of it.
 """
 
-import time
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -19,11 +20,10 @@ from triton.runtime.jit import JITFunction
 import sparse_attn
 from aot.launch import Driver, pretend
 from bench.command import parser, table
-from bench.timing import append_json, machine
+from bench.timing import append_json, interleaved, machine
 from sparse_attn import ops
 
 MULTIPROCESSORS = 132
-REPEATS, ROUNDS = 4, 500  # calls per round; the best round counts, as others share the machine
 FREE = {"empty", "empty_strided", "new_empty"}  # of torch's ops that are no views: nothing is launched
 
 
@@ -48,7 +48,7 @@ class IdleDriver(Driver):
 def idle_gpu(arch: int) -> Iterator[None]:
     """backend="triton" takes CPU tensors, as if they lay on a GPU of this architecture."""
     with (
-        pretend(arch, IdleDriver(arch)),
+        pretend(IdleDriver(arch)),
         mock.patch.object(configs, "multiprocessors", lambda device: MULTIPROCESSORS),
         mock.patch.object(ops, "_interpreting", lambda device: True),
     ):
@@ -81,15 +81,13 @@ def launches(call: Callable[[], object]) -> list[str]:
     return counted.names
 
 
-def seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Of one call, in the best round."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(REPEATS):
-            call()
-        best = min(best, (time.perf_counter() - start) / REPEATS)
-    return best
+def measure(functions: dict[str, Callable[[], object]], rounds: int) -> list[dict[str, Any]]:
+    """A line of each call: seconds, and what it launches."""
+    timings = interleaved(functions, rounds)
+    return [
+        {"call": name, "launches": launches(call), **dataclasses.asdict(timings[name])}
+        for name, call in functions.items()
+    ]
 
 
 def calls(queries: int = 32, heads: int = 128, context: int = 65_536) -> dict[str, Callable[[], object]]:
@@ -106,13 +104,8 @@ def calls(queries: int = 32, heads: int = 128, context: int = 65_536) -> dict[st
     indices, slots = int32(queries, 2048), torch.zeros(queries, dtype=torch.int64)
     index_q, weights = bf16(queries, 64, 128), torch.zeros(queries, 64)
     index_k, packed_k, ranges = bf16(pages, 64, 128), torch.zeros(pages, 64, 132).byte(), int32(2, queries)
-    scoring = {
-        "topk": 2048,
-        "ks": ranges[0],
-        "ke": ranges[1],
-        "block_table": int32(queries, pages),
-        **on,
-    }
+    block_table = int32(queries, pages)
+    scoring = {"topk": 2048, "ks": ranges[0], "ke": ranges[1], "block_table": block_table, **on}
     row, key = bf16(queries, 576), bf16(queries, 128)
     return {
         "sparse_mla": lambda: sparse_attn.sparse_mla(q, kv, indices, **on),
@@ -121,23 +114,21 @@ def calls(queries: int = 32, heads: int = 128, context: int = 65_536) -> dict[st
         "lightning_topk, 132 bytes": lambda: sparse_attn.lightning_topk(
             index_q, packed_k, weights, **scoring
         ),
-        "physical_slots": lambda: sparse_attn.physical_slots(indices, scoring["block_table"], 64, **on),
+        "physical_slots": lambda: sparse_attn.physical_slots(indices, block_table, 64, **on),
         "write_kv": lambda: sparse_attn.write_kv(row, packed, slots, **on),
         "write_index_k": lambda: sparse_attn.write_index_k(key, packed_k, slots, **on),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    command = parser(__doc__)
+    command = parser(__doc__, rounds=100)
     command.add_argument("--arch", type=int, default=90, help="architecture to pretend (default 90)")
     options = command.parse_args(arguments)
     torch.set_num_threads(1)
-    lines = []
     with idle_gpu(options.arch):
-        for name, call in calls().items():
-            call()  # compiles
-            lines.append({"call": name, "launches": launches(call), "seconds": seconds(call)})
-    rows = [(x["call"], f"{x['seconds'] * 1e6:.0f}", ", ".join(x["launches"])) for x in lines]
+        lines = measure(calls(), options.rounds)
+    # Noise only adds, so the least time counts.
+    rows = [(x["call"], f"{x['low'] * 1e6:.0f}", ", ".join(x["launches"])) for x in lines]
     title = f"sm_{options.arch}, Triton {triton.__version__}, one thread"
     Console(width=150).print(table(["call", "us of Python", "launches"], rows, title=title))
     about = {"arch": options.arch, "triton": triton.__version__, "machine": machine()}

@@ -2,13 +2,15 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..ops.records import of_queries
-from .configs import Launch
+
+if TYPE_CHECKING:
+    from .configs import Launch
 
 
 def refuse_fp64(*tensors: Tensor | None) -> str | None:
@@ -41,7 +43,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def in_launches(a: Any, launches: tuple[Launch, ...]) -> Iterator[tuple[Any, int]]:
+def in_launches(a: Any, launches: "tuple[Launch, ...]") -> Iterator[tuple[Any, int]]:
     """The record of each launch, and its splits."""
     for queries, splits in launches:
         yield a if len(launches) == 1 else of_queries(a, queries), splits

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 
+from .arguments import cdiv
+
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # What sm_90 gives to sparse_mla_hopper.py: "measured" is what was right and faster on an H200, bf16 caches
 # and multiples of 64 heads; "all" is also what has not been timed there; or "none".
@@ -247,11 +249,10 @@ def attention_tiling(
     by_heads = for_device(table, device)
     block_h = min((size for size in by_heads if size >= heads), default=max(by_heads))
     config = by_heads[block_h]
-    programs, slots = groups * -(-heads // block_h), config.blocks * multiprocessors(device)
-    tiles = sum(-(-topk // config.BLOCK_N) for topk in topks)
-    return Tiling(
-        block_h, config, attention_launches(queries, programs, tiles, config.BLOCK_N, block_h, slots)
-    )
+    programs, slots = groups * cdiv(heads, block_h), config.blocks * multiprocessors(device)
+    tiles = sum(cdiv(topk, config.BLOCK_N) for topk in topks)
+    launches = attention_launches(queries, programs, tiles, config.BLOCK_N, block_h, slots)
+    return Tiling(block_h, config, launches)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -268,9 +269,9 @@ def attention_launches(
     """
 
     def duration(queries: int, splits: int) -> int:
-        keys = -(-tiles // splits) * block_n + PROGRAM_KEYS
+        keys = cdiv(tiles, splits) * block_n + PROGRAM_KEYS
         keys += PART_KEYS * block_h // 64 if splits > 1 else 0
-        waves = -(-queries * programs * splits // slots)
+        waves = cdiv(queries * programs * splits, slots)
         return waves * keys + (LAUNCH_KEYS + MERGE_KEYS * splits if splits > 1 else 0)
 
     def shortest(first: int) -> tuple[int, Launch]:

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import configs
 from .arguments import cdiv, next_power_of_2, refuse_fp64
 from .configs import (
     INDEX_LOGITS,
@@ -30,7 +31,6 @@ from .configs import (
     INDEX_LOGITS_QUANTISED,
     for_device,
     has_native_fp8,
-    multiprocessors,
 )
 from .quantised import from_e2m1, from_e4m3, opaque
 
@@ -124,7 +124,7 @@ def index_logits(a: "IndexLogitsOp") -> None:
 @functools.lru_cache(maxsize=4096)
 def _keys_per_program(groups: int, width: int, device: torch.device) -> int:
     """By shapes and the device alone; no logit depends on it."""
-    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    programs = PROGRAMS_PER_MULTIPROCESSOR * configs.multiprocessors(device)
     enough = (keys for keys in KEYS_PER_PROGRAM if groups * cdiv(width, keys) >= programs)
     return next(enough, KEYS_PER_PROGRAM[-1])
 

@@ -82,15 +82,14 @@ def suits(a: "SparseMLAOp") -> bool:
     all bf16 or all packed, 656 bytes per token. Rows are contiguous and begin at multiples of 16 elements.
     """
     width = D_V.value + D_ROPE.value
-    dtype, of_row = a.kv.dtype, width if a.kv.dtype == torch.bfloat16 else TOKEN_BYTES.value
+    sizes = {torch.bfloat16: width, torch.uint8: TOKEN_BYTES.value}  # of a row, by the dtype of all caches
     caches = [a.kv] if a.extra_kv is None else [a.kv, a.extra_kv]
     return (
         configs.architecture(a.q.device) == 90
         and (a.q.shape[2], a.d_v) == (width, D_V.value)
         and a.softmax_scale > 0
         and a.q.dtype == a.out.dtype == torch.bfloat16
-        and dtype in (torch.bfloat16, torch.uint8)
-        and all(kv.dtype == dtype and kv.shape[-1] == of_row for kv in caches)
+        and all(kv.dtype == a.kv.dtype and kv.shape[-1] == sizes.get(kv.dtype) for kv in caches)
         and all(map(_fits, (a.q, a.out, *caches)))
     )
 

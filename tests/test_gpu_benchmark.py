@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="rich is in the demo extra")
 from rich.console import Console
 
 from bench import attention, case, command, dense, index, layer, limits, operations, timing
-from sparse_attn import cache, doctor, reference, rope
+from sparse_attn import doctor, reference
 from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.testing import assert_close, relative_error
 
@@ -143,16 +143,6 @@ def test_the_dense_peers_are_attention_over_everything():
 
 def test_every_tensor_is_made_on_the_device_of_its_case(monkeypatch):
     """Where tensors go by default there is no data, so one that is made without a device breaks its case."""
-
-    def on_the_host(function):
-        def call(*args):
-            with CPU:
-                return function(*args)
-
-        return call
-
-    for module, name in ((rope, "_frequencies"), (cache.Placement, "of")):  # on the host, then copied
-        monkeypatch.setattr(module, name, on_the_host(getattr(module, name)))
     monkeypatch.setattr(dense, "gemm_chunked", dense.gemm)  # runs on a CPU only
     with torch.device("meta"):
         for _, made in cases():

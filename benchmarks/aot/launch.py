@@ -59,17 +59,17 @@ def compile_launches(op: str, arch: int, a: Any) -> list[Launch]:
         launches.append(Launch(kernel.metadata.name, kernel, constants))
         return kernel
 
-    with pretend(arch, Driver(arch)), mock.patch.object(JITFunction, "run", compile_only):
+    with pretend(Driver(arch)), mock.patch.object(JITFunction, "run", compile_only):
         ops.implementation(op, "triton")(a)
     return launches
 
 
 @contextlib.contextmanager
-def pretend(arch: int, driver: Driver) -> Iterator[None]:
-    """Launchers and Triton see a GPU of this architecture."""
+def pretend(driver: Driver) -> Iterator[None]:
+    """Launchers and Triton see a GPU of the driver's architecture."""
     with (
-        mock.patch.object(configs, "architecture", lambda device: arch),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10)),
+        mock.patch.object(configs, "architecture", lambda device: driver.arch),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(driver.arch, 10)),
         mock.patch.object(triton.runtime.driver, "_active", driver),
     ):
         yield

@@ -57,13 +57,12 @@ def _lightning_topk_in_chunks(a: "LightningTopkOp", backend: str) -> None:
     score, select = implementation("index_logits", backend), implementation("select_topk", backend)
     width = a.k.shape[0] if a.block_table is None else a.block_table.shape[1] * a.k.shape[1]
     padded = -(-width // 16) * 16  # rows of logits that start at multiples of 64 bytes are read faster
-    s_q = a.q.shape[0]
-    rows = max(1, min(s_q, a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
+    rows = max(1, min(a.q.shape[0], a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
     logits = torch.empty(rows, padded, dtype=compute_dtype(a.q.dtype), device=a.q.device)[:, :width]
     for part in in_chunks(a, rows):
-        held = logits if rows == s_q else logits[: part.q.shape[0]]
+        held = logits[: part.q.shape[0]]
         inputs = part.q, part.k, part.weights, part.ks, part.ke
-        options = (part.q_scale, part.k_scale, part.block_table)
+        options = part.q_scale, part.k_scale, part.block_table
         # Nobody reads logits outside the ranges, so they need not be cleaned.
         score(IndexLogitsOp(*inputs, held, *options, clean=False))
         select(SelectTopkOp(held, part.topk, part.ks, part.ke, part.out))

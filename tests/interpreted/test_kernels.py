@@ -335,9 +335,8 @@ def test_launches_take_every_query_once_and_leave_no_split_idle():
             for queries in (*range(1, 70), 133, 300, 4097):
                 for tiles in (1, 5, 32):
                     made = configs.attention_launches(queries, programs, tiles, 64, 64, slots)
-                    assert [i for part, _ in made for i in range(part.start, part.stop)] == list(
-                        range(queries)
-                    )
+                    taken = [t for part, _ in made for t in range(part.start, part.stop)]
+                    assert taken == list(range(queries))
                     for part, n in made:
                         assert (n - 1) * -(-tiles // n) < tiles
                         assert n == 1 or (part.stop - part.start) * programs * n <= configs.MOST_WAVES * slots
