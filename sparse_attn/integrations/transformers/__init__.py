@@ -1,8 +1,8 @@
-"""Sparse attention inside the models of Hugging Face transformers: DeepSeek-V3.2, GLM-5, DeepSeek-V4.
+"""Sparse attention inside the models of Hugging Face transformers that have a lightning indexer.
 
-``enable(model)`` gives the attention layers of a loaded model another forward, ``disable(model)``
-takes it back. The model keeps its weights, its config and its cache classes, and the layers store in a
-cache what transformers' own layers store: either may continue where the other stopped.
+``enable(model)`` gives the attention layers of a loaded model and their indexers other classes,
+``disable(model)`` takes them back. The model keeps its weights, its config and its cache classes, and the
+layers store in a cache what transformers' own layers store: either may continue where the other stopped.
 
 No ``[S, T]`` mask is built and no latent is expanded. Queries are taken in chunks, so that the memory beside
 the cache does not grow with the queries of a whole prompt.
@@ -14,9 +14,9 @@ its full length). Row t of sequence b is slot ``b * T + t``.
 import types
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-OLDEST, NEWEST = (5, 20), (5, 23)  # the releases of transformers that the tests have passed with
+OLDEST, NEWEST = (5, 20), (5, 24)  # the releases of transformers that the tests have passed with
 TESTED = f"tested with {OLDEST[0]}.{OLDEST[1]}.x to {NEWEST[0]}.{NEWEST[1]}.x"
 
 
@@ -33,14 +33,14 @@ _check_version(transformers.__version__)
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
 
-from . import deepseek_v4, deepseek_v32  # noqa: E402
-from .inputs import NAME, padding_of  # noqa: E402
+from .families import SPARSE, SUPPORTED  # noqa: E402
+from .inputs import NAME, visible_rows  # noqa: E402
+from .latent import LatentAttention, check_kv_b_proj  # noqa: E402
+from .selections import Selections, record, replay  # noqa: E402
 
-__all__ = ["disable", "enable"]
+__all__ = ["Selections", "disable", "enable", "record", "replay"]
 
-SPARSE = {**deepseek_v32.SPARSE, **deepseek_v4.SPARSE}
 DENSE = {sparse: dense for dense, sparse in SPARSE.items()}
-CLASSES = " or ".join(cls.__name__ for cls in SPARSE)
 BEFORE = "_attn_implementation_before_sparse"  # the attribute of a changed model that disable() needs
 
 
@@ -48,9 +48,8 @@ def enable(model: PreTrainedModel) -> None:
     """Make the attention layers of ``model`` sparse, in place. Enabling twice changes nothing.
 
     Args:
-        model: one with DeepseekV32Attention, GlmMoeDsaAttention or DeepseekV4Attention layers, for instance
-            a DeepseekV32ForCausalLM; its weights in bf16, fp16, fp32 or fp64 (kv_b_proj also in
-            block-quantised fp8).
+        model: one of a family with an indexer, for instance a DeepseekV32ForCausalLM; its weights in bf16,
+            fp16, fp32 or fp64 (kv_b_proj also in block-quantised fp8).
 
     Raises:
         TypeError: another kind of model, or a kv_b_proj whose weight cannot be read (adapters, other
@@ -58,46 +57,59 @@ def enable(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-    layers = [module for module in model.modules() if type(module) in SPARSE]
-    if not layers and not any(type(module) in DENSE for module in model.modules()):
+    changed = [module for module in model.modules() if type(module) in SPARSE]
+    if not changed and not any(type(module) in DENSE for module in model.modules()):
         found = sorted({name for m in model.modules() if (name := type(m).__name__).endswith("Attention")})
         raise TypeError(
-            f"model: expected attention layers of class {CLASSES} (transformers {transformers.__version__}, "
-            f"{TESTED}), got {type(model).__name__} with {', '.join(found) or 'no attention layer'}"
+            f"model: expected one of {', '.join(SUPPORTED)} (transformers {transformers.__version__}, "
+            f"{TESTED}), got {model.config.model_type} with {', '.join(found) or 'no attention layer'}"
         )
-    for layer in layers:
-        if type(layer) in deepseek_v32.SPARSE:
-            deepseek_v32.check_kv_b_proj(layer.get_submodule("kv_b_proj"))
-    for layer in layers:
-        _change_class(layer, SPARSE[type(layer)])
-    if layers:
-        setattr(model, BEFORE, model.config._attn_implementation)
-        model.set_attn_implementation(NAME)
+    for module in changed:
+        if issubclass(SPARSE[type(module)], LatentAttention):
+            check_kv_b_proj(module.get_submodule("kv_b_proj"))
+    for module in changed:
+        _change_class(module, SPARSE[type(module)])
+    if changed:
+        setattr(model, BEFORE, model.config.get_text_config()._attn_implementation)
+        _set_implementation(model, NAME)
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undo :func:`enable`; a model that it did not change stays as it is."""
-    layers = [module for module in model.modules() if type(module) in DENSE]
-    for layer in layers:
-        _change_class(layer, DENSE[type(layer)])
-    if layers:
-        model.set_attn_implementation(getattr(model, BEFORE))
+    changed = [module for module in model.modules() if type(module) in DENSE]
+    for module in changed:
+        _change_class(module, DENSE[type(module)])
+    if changed:
+        _set_implementation(model, getattr(model, BEFORE))
         delattr(model, BEFORE)
 
 
-def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    layer.__class__ = cls
-    if "_old_forward" in vars(layer):  # accelerate's hooks keep the forward that they wrap
-        vars(layer)["_old_forward"] = types.MethodType(cls.forward, layer)
+def _set_implementation(model: PreTrainedModel, name: str) -> None:
+    """Of the text model alone, where there are also encoders of images or sound."""
+    parts = {
+        key
+        for key in model.config.sub_configs
+        if getattr(model.config, key) is model.config.get_text_config()
+    }
+    model.set_attn_implementation(dict.fromkeys(parts, name) if parts else name)
 
 
-def _never(module: nn.Module, *args, **kwargs):
-    """Registered as the attention function: the layers that enable() changed do not call it."""
-    raise TypeError(
-        f"attn_implementation: {NAME!r} is set for {type(module).__name__}, whose forward was not replaced; "
-        f"call sparse_attn.integrations.transformers.enable(model), for models with layers of {CLASSES}"
-    )
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in vars(module):  # accelerate's hooks keep the forward that they wrap
+        vars(module)["_old_forward"] = types.MethodType(cls.forward, module)
 
 
-AttentionMaskInterface.register(NAME, padding_of)
-AttentionInterface.register(NAME, _never)
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options):
+    """The attention function that transformers' forwards call."""
+    if type(module) not in DENSE:
+        raise TypeError(
+            f"attn_implementation: {NAME!r} is set for {type(module).__name__}, whose class was not changed; "
+            f"call sparse_attn.integrations.transformers.enable(model), for {', '.join(SUPPORTED)}"
+        )
+    options.pop("dropout", None)  # 0 in evaluation mode
+    return module.attend(query, key, value, mask, **options), None
+
+
+AttentionMaskInterface.register(NAME, visible_rows)
+AttentionInterface.register(NAME, _attend)

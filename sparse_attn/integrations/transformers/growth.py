@@ -4,10 +4,12 @@ The tensors that a layer of the cache holds have the usual shapes, but are views
 rows are written behind them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.cache_utils import DynamicIndexedLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.import_utils import is_tracing
 
 SPARE = 8  # a new buffer is larger than needed by one row in so many
@@ -27,36 +29,42 @@ class _Room:
 _rooms = WeakTensorKeyDictionary()  # by view; a view that was cropped, reordered or copied has none
 
 
-def update(
-    cache, layer_idx: int, latent: Tensor, k_rope: Tensor, index_k: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``cache.update`` and ``cache.update_indexer``: new rows in, all rows out.
+class Growing:
+    """A cache as an attention layer sees it, whose dynamic layers grow in place."""
 
-    Args:
-        latent, k_rope: ``[B, 1, S, d]``.
-        index_k: ``[B, S, index_head_dim]``, or None for a layer without an indexer.
-    """
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    new = {"keys": latent, "values": k_rope, "indexer_keys": index_k}
-    if type(layer) is DynamicIndexedLayer and not cache.offloading and not is_tracing(latent):
-        held = {name: getattr(layer, name) for name, rows in new.items() if rows is not None}
-        if all(rows is not None and _kind(rows) == _kind(new[name]) for name, rows in held.items()):
-            grown = {name: _append(rows, new[name]) for name, rows in held.items()}
-            for name, rows in grown.items():
-                setattr(layer, name, rows)
-            return grown["keys"], grown["values"], grown.get("indexer_keys")
-    latent, k_rope = cache.update(latent, k_rope, layer_idx)
-    if index_k is not None:
-        index_k = cache.update_indexer(index_k, layer_idx)
-    return latent, k_rope, index_k
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        layer = self._plain(layer_idx)
+        if layer is not None and _same_kind(layer.keys, keys) and _same_kind(layer.values, values):
+            layer.keys, layer.values = append(layer.keys, keys), append(layer.values, values)
+            return layer.keys, layer.values
+        return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        layer = self._plain(layer_idx)
+        if layer is not None and _same_kind(layer.indexer_keys, keys):
+            layer.indexer_keys = append(layer.indexer_keys, keys)
+            return layer.indexer_keys
+        return self.cache.update_indexer(keys, layer_idx)
+
+    def _plain(self, layer_idx: int) -> Any:
+        """The cache's layer if it only ever appends what it is given, and holds something."""
+        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+        appends = layer is not None and type(layer).update is DynamicLayer.update
+        return layer if appends and not self.cache.offloading else None
 
 
-def _kind(rows: Tensor) -> tuple:
-    """What rows must have in common to lie in one tensor."""
-    return rows.shape[:-2], rows.shape[-1], rows.dtype, rows.device
+def growing(cache: Cache | None) -> Any:
+    """The cache with layers that grow in place; while compiling, the cache itself."""
+    return cache if cache is None or is_tracing(torch.empty(0)) else Growing(cache)
 
 
-def _append(held: Tensor, new: Tensor) -> Tensor:
+def append(held: Tensor, new: Tensor) -> Tensor:
     """``torch.cat([held, new], -2)``; ``held`` is copied only if its buffer is full."""
     start, stop = held.shape[-2], held.shape[-2] + new.shape[-2]
     room = _rooms.get(held)
@@ -68,3 +76,11 @@ def _append(held: Tensor, new: Tensor) -> Tensor:
     rows = room.buffer[..., :stop, :]
     _rooms[rows] = room
     return rows
+
+
+def _same_kind(held: Tensor | None, new: Tensor) -> bool:
+    """Whether rows may lie in one tensor with those that are held, if any are."""
+    if held is None or held.dim() != new.dim():
+        return False
+    kinds = [(rows.shape[:-2], rows.shape[-1], rows.dtype, rows.device) for rows in (held, new)]
+    return kinds[0] == kinds[1]

@@ -1,7 +1,8 @@
 """What transformers hands to an attention layer: masks, modes, memory; and what of it is refused."""
 
-from collections.abc import Iterator
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,59 +12,129 @@ from transformers.utils.import_utils import is_tracing
 
 NAME = "sparse_attn"  # of the attention and mask functions in transformers' registries
 QUERY_BYTES = 64 << 20  # of queries at a time
+# What the layers of a family may be given beside the arguments that their own forward names.
+ACCEPTED = {
+    *("cache", "past_key_values", "use_cache", "position_ids", "position_embeddings"),
+    *("num_items_in_batch", "output_hidden_states", "output_router_logits"),
+}
+NEUTRAL = {"output_attentions": False, "is_causal": True}  # the value that means what is done anyway
 
 
-def padding_of(
+def visible_rows(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     device: torch.device | str = "cpu",
     **kwargs,
-) -> Tensor | None:
+) -> Tensor:
     """The mask function that transformers calls once per forward, in place of one that builds ``[S, T]``.
 
     Args:
         attention_mask: ``[B, tokens]`` bool, False where a token is padding; tokens behind its end are
             padding, as in transformers' own mask functions.
-        local_size: the window of a model with sliding windows, which keeps ``kv_length`` rows from the
-            token ``kv_offset`` on.
+        kv_offset: the token in the first row of a cache that keeps a window.
 
     Returns:
-        None without padding. With a window ``[B, kv_length]`` bool, the rows that may be read. Else
-        ``[B]`` int32, the first row that may be read, when all padding is on the left; otherwise
-        ``[B, kv_length]`` int32, the slot of each row that may be read and -1 for padding. Causality and
-        the window are not in it: the layers take them from the cache's positions.
+        A tensor for :meth:`Visible.of`, of four dimensions because transformers leaves such masks alone.
+        ``[B, 1, S, 2]`` int32, the first row that each token may read and the row behind the last one. If
+        padding is not all on the left, ``[B, 1, 1, 1 + T]`` int64: the row of the first new token, then
+        the number of each row of the cache, -1 for padding.
     """
-    if local_size is None and mask_function is not causal_mask_function:
-        raise ValueError(
-            f"attention_mask: expected plain causal attention, got another mask function; {PACKED}"
-        )
-    if attention_mask is None:
+    last = torch.arange(q_length, device=device) + (q_offset - kv_offset)
+    last = last.expand(batch_size, -1)
+    first = torch.zeros_like(last)
+    sequences = _packed_sequences(mask_function)
+    if sequences is not None:
+        first = torch.searchsorted(sequences, sequences)
+    if attention_mask is not None:
+        mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+        if is_tracing(mask) or not _is_left_padding(mask, q_offset + q_length - kv_offset):
+            exists = F.pad(mask, (0, kv_length - mask.shape[1]))
+            rows = torch.where(exists, torch.arange(kv_length, device=device), -1)
+            return torch.cat([last[:, :1], rows], 1)[:, None, None]
+        first = first + (~mask).sum(1, keepdim=True)
+    return torch.stack([first, last + 1], -1)[:, None].int()
+
+
+def _is_left_padding(mask: Tensor, tokens: int | Tensor) -> bool:
+    return bool(mask.shape[1] == tokens) and bool((mask[:, 1:] >= mask[:, :-1]).all())
+
+
+def _packed_sequences(mask_function: Callable) -> Tensor | None:
+    """The number of each token's sequence, ``[B, S]``, if several are packed in a row.
+
+    Raises:
+        ValueError: another attention than a causal one, with or without a window.
+    """
+    made_by = mask_function.__qualname__.partition(".")[0]
+    held = inspect.getclosurevars(mask_function).nonlocals if made_by != mask_function.__qualname__ else {}
+    if mask_function is causal_mask_function or made_by == "sliding_window_overlay":
         return None
-    mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if local_size is not None:
-        mask = F.pad(mask, (0, kv_length - mask.shape[1]))
-        return None if mask.all() else mask
-    if not is_tracing(mask) and mask.shape[1] == q_offset + q_length and (mask[:, 1:] >= mask[:, :-1]).all():
-        first = (~mask).sum(1, dtype=torch.int32)
-        return first if first.any() else None
-    slots = torch.arange(batch_size * kv_length, dtype=torch.int32, device=device).view(batch_size, kv_length)
-    return torch.where(F.pad(mask, (0, kv_length - mask.shape[1])), slots, -1)
+    if made_by == "packed_sequence_mask_function":
+        return held["packed_sequence_mask"]
+    if made_by == "remap_positions_for_packed_sequence":
+        return _packed_sequences(held["mask_function"])
+    if made_by == "and_masks":
+        found = [_packed_sequences(part) for part in held["mask_functions"]]
+        return next((sequences for sequences in found if sequences is not None), None)
+    raise ValueError(
+        "attention_mask: expected causal attention, with or without a window, got "
+        f"{mask_function.__qualname__}"
+    )
 
 
-PACKED = (
-    "several sequences packed in a row (position_ids that restart) are not supported: pass one per row, with "
-    "padding, and when compiling without a cache an attention_mask"
-)
+class Visible(NamedTuple):
+    """The rows that each of S new tokens may read: from ``first`` to before ``stop``, those that exist."""
+
+    first: Tensor  # [B, S] int32
+    stop: Tensor  # [B, S] int32
+    rows: Tensor | None  # [B, T] int32, a row's number or -1 for padding; None if all padding is below first
+
+    @classmethod
+    def of(cls, mask: Tensor, s_q: int, rows: int, window: int | None = None) -> "Visible":
+        """From what :func:`visible_rows` made, for a cache of ``rows`` rows; with or without its dimension of
+        heads. ``window``: of the layer, counted in tokens."""
+        ours = isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64) and mask.dim() in (3, 4)
+        if not ours:
+            got = "none" if mask is None else f"{list(mask.shape)} {mask.dtype}"
+            raise ValueError(
+                f"attention_mask: expected one of shape [batch, tokens], or none, got {got}; "
+                "4-D masks are not supported"
+            )
+        mask = mask.flatten(0, -3)
+        if mask.dtype == torch.int32:
+            first, stop, numbers = mask[..., 0], mask[..., 1], None
+        else:
+            start, numbers = mask[:, 0, :1].int(), mask[:, 0, 1:].int()
+            stop = start + torch.arange(1, s_q + 1, dtype=torch.int32, device=mask.device)
+            first = torch.zeros_like(stop)
+            if numbers.shape[1] != rows:
+                batch, tokens = numbers.shape
+                raise ValueError(f"attention_mask: expected shape {[batch, rows]}, got {[batch, tokens]}")
+        if window is not None:
+            first = torch.maximum(first, stop - window)
+        if mask.shape[0] * rows >= 2**31:
+            raise ValueError(f"cache: expected B * T below 2**31, got {mask.shape[0]} * {rows}")
+        return cls(first, stop, numbers)
+
+    def part(self, t: slice) -> "Visible":
+        """Of some of the new tokens."""
+        return Visible(self.first[:, t], self.stop[:, t], self.rows)
+
+    def table(self, rows: int) -> Tensor:
+        """``[B, S, T]`` int32: each row of the cache, or -1 where a token may not read it."""
+        row = torch.arange(rows, dtype=torch.int32, device=self.stop.device)
+        row = row.expand(len(self.stop), -1) if self.rows is None else self.rows
+        row = row[:, None]
+        return torch.where((row >= self.first[..., None]) & (row < self.stop[..., None]), row, -1)
 
 
-def check(layer: Any, hidden_states: Tensor, padding: Tensor | None, kwargs: dict) -> None:
-    """Raise ValueError for a mode or an argument with which an attention layer's result would be wrong."""
+def check(layer: Any, hidden_states: Tensor, kwargs: dict) -> None:
+    """Raise ValueError for a mode or TypeError for an argument with which a layer's result would be wrong."""
     name = type(layer).__name__
     if layer.training:
         raise ValueError(
@@ -76,23 +147,17 @@ def check(layer: Any, hidden_states: Tensor, padding: Tensor | None, kwargs: dic
             "gradients: sparse_attn is for inference and has no backward, but the hidden states require "
             "grad; call the model under torch.no_grad() or torch.inference_mode()"
         )
-    if layer.config._attn_implementation != NAME or (padding is not None and padding.dim() > 2):
-        got = "none" if padding is None else list(padding.shape)
+    if layer.config._attn_implementation != NAME:
         raise ValueError(
-            f"attention_mask: expected one of shape [batch, tokens], or none, got {got} under "
-            f"attn_implementation {layer.config._attn_implementation!r}; 4-D masks are not supported, and "
-            f"the implementation is {NAME!r} until disable(model)"
+            f"attn_implementation: expected {NAME!r} until disable(model), got "
+            f"{layer.config._attn_implementation!r}"
         )
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions: expected False, got True; there is no [S, T] matrix to return")
-
-
-def check_rows(padding: Tensor | None, batch: int, rows: int, *shapes: tuple[int, ...]) -> None:
-    """Raise ValueError unless slots fit int32 and ``padding`` is None, ``[B, T]`` or of ``shapes``."""
-    if batch * rows >= 2**31:
-        raise ValueError(f"past_key_values: expected B * T below 2**31, got {batch} * {rows}")
-    if padding is not None and tuple(padding.shape) not in ((batch, rows), *shapes):
-        raise ValueError(f"attention_mask: expected shape {[batch, rows]}, got {list(padding.shape)}")
+    for key, value in kwargs.items():
+        if key not in layer.accepted and value is not None and value != NEUTRAL.get(key):
+            raise TypeError(
+                f"{key}: expected only arguments that {name} knows, got {key}={value!r:.60}; "
+                "packed sequences are found from position_ids, and there is no [S, T] matrix to return"
+            )
 
 
 def query_chunks(s_q: int, bytes_per_token: int) -> Iterator[slice]:

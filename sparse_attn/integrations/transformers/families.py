@@ -1,0 +1,48 @@
+"""Which classes of transformers become which of ours: one line for each family that has an indexer."""
+
+import importlib
+import inspect
+
+from torch import nn
+
+from .inputs import ACCEPTED
+from .latent import Dots3Attention, LatentAttention
+from .tokens import HYV4Indexer, MistralIndexer, TokenIndexer
+
+SPARSE: dict[type[nn.Module], type[nn.Module]] = {}  # transformers' class: ours
+SUPPORTED: list[str] = []  # families, by model_type
+HALF, INTERLEAVED = "apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"  # names of their functions
+
+
+def _family(name: str, prefix: str, attention: type, indexer: type, rotation: str | None = None) -> None:
+    """Make the classes of one family, if this release of transformers has it."""
+    try:
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    except ModuleNotFoundError:
+        return
+    theirs = getattr(module, f"{prefix}Attention")
+    accepted = frozenset(inspect.signature(theirs.forward).parameters) | ACCEPTED
+    SPARSE[theirs] = _subclass(theirs, attention, accepted=accepted)
+    theirs = getattr(module, f"{prefix}Indexer")
+    SPARSE[theirs] = _subclass(theirs, indexer, **_rotation(module, rotation))
+    SUPPORTED.append(name)
+
+
+def _rotation(module, name: str | None) -> dict:
+    return {} if name is None else {"rotation": staticmethod(getattr(module, name))}
+
+
+def _subclass(theirs: type, mixin: type, **attributes) -> type:
+    """In this module's namespace, so that models can be pickled."""
+    name = f"Sparse{theirs.__name__}"
+    globals()[name] = type(name, (mixin, theirs), {"__module__": __name__, **attributes})
+    return globals()[name]
+
+
+_family("deepseek_v32", "DeepseekV32", LatentAttention, TokenIndexer, HALF)
+_family("glm_moe_dsa", "GlmMoeDsa", LatentAttention, TokenIndexer, INTERLEAVED)
+_family("axk2", "AXK2", LatentAttention, TokenIndexer, HALF)
+_family("hy_v4", "HYV4", LatentAttention, HYV4Indexer, HALF)
+_family("hy_v4_vl", "HYV4VL", LatentAttention, HYV4Indexer, HALF)
+_family("dots3_note", "Dots3NoteText", Dots3Attention, TokenIndexer, INTERLEAVED)
+_family("mistral_large4", "MistralLarge4Text", LatentAttention, MistralIndexer, INTERLEAVED)
