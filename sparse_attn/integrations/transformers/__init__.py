@@ -12,6 +12,7 @@ its full length). Row t of sequence b is slot ``b * T + t``.
 """
 
 import types
+from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -108,7 +109,8 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
             f"call sparse_attn.integrations.transformers.enable(model), for {', '.join(SUPPORTED)}"
         )
     options.pop("dropout", None)  # 0 in evaluation mode
-    return module.attend(query, key, value, mask, **options), None
+    attend: Any = module.attend
+    return attend(query, key, value, mask, **options), None
 
 
 AttentionMaskInterface.register(NAME, visible_rows)

@@ -54,7 +54,7 @@ class Growing:
 
     def _plain(self, layer_idx: int) -> Any:
         """The cache's layer if it only ever appends what it is given, and holds something."""
-        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+        layer: Any = next(iter(self.cache.layers[layer_idx:]), None)
         appends = layer is not None and type(layer).update is DynamicLayer.update
         return layer if appends and not self.cache.offloading else None
 

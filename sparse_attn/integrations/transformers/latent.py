@@ -6,9 +6,6 @@ latents, takes the key part of kv_b_proj into the queries and the value part int
 between families (gates, sinks, scales, norms, shared latents) stays in their own code.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from einops import einsum
 from torch import Tensor, nn
@@ -17,23 +14,13 @@ from torch.distributed.tensor import DTensor
 from ...checkpoint import dequantize_blocks
 from ...layers import value_part
 from ...ops.attention import sparse_mla
+from .attention import SparseAttention
 from .dense import dense
-from .growth import growing
-from .inputs import check, query_chunks, slots_of
+from .inputs import query_chunks, slots_of
 
 
-class LatentAttention:
+class LatentAttention(SparseAttention):
     """Mixed into an attention class of transformers."""
-
-    accepted: frozenset[str]  # names of arguments
-    __getattr__: Callable[[str], Any]  # for type checkers: the other attributes are those of transformers
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Any:
-        check(self, hidden_states, kwargs)
-        for name in ("cache", "past_key_values"):
-            if name in kwargs:
-                kwargs[name] = growing(kwargs[name])
-        return super().forward(hidden_states, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def expand_kv(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Called in the forward; what it returns are the key and value of :meth:`attend`."""
@@ -98,9 +85,9 @@ class Dots3Attention(LatentAttention):
     """Some of its layers have no indexer and read all rows, or a window of them."""
 
     def expand_kv(self, latent, k_rope):
-        return super(LatentAttention if self.indexer is None else Dots3Attention, self).expand_kv(
-            latent, k_rope
-        )
+        if self.indexer is None:
+            return super(LatentAttention, self).expand_kv(latent, k_rope)  # type: ignore[misc]
+        return super().expand_kv(latent, k_rope)
 
     def attend(self, query, latent, k_rope, mask, *, scaling, indices, sliding_window=None, **known):
         if self.indexer is None:

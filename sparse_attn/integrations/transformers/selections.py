@@ -84,7 +84,8 @@ class Indexer:
     ) -> Tensor:
         """``[B, S, k]`` int32: what ``select`` gives for chunks of the new tokens, or what is replayed."""
         if self.replayed_from is not None:
-            return self.replayed_from.next(self.layer_idx, *hidden_states.shape[:2], hidden_states.device)
+            batch, tokens = hidden_states.shape[:2]
+            return self.replayed_from.next(self.layer_idx, batch, tokens, hidden_states.device)
         out = torch.cat([select(t) for t in chunks], 1)
         if self.recorded_by is not None:
             self.recorded_by.append(self.layer_idx, out)
@@ -141,7 +142,7 @@ def replay(model: nn.Module, selections: Selections) -> Iterator[None]:
 
 
 def _indexers(model: nn.Module) -> list[Indexer]:
-    found = [module for module in model.modules() if isinstance(module, Indexer)]
+    found: list[Indexer] = [module for module in model.modules() if isinstance(module, Indexer)]
     if not found:
         raise ValueError(f"model: expected one that enable() changed, got {type(model).__name__}")
     return found
