@@ -70,10 +70,14 @@ def _packed_sequences(mask_function: Callable) -> Tensor | None:
     Raises:
         ValueError: another attention than a causal one, with or without a window.
     """
-    made_by = mask_function.__qualname__.partition(".")[0]
-    held = inspect.getclosurevars(mask_function).nonlocals if made_by != mask_function.__qualname__ else {}
-    if mask_function is causal_mask_function or made_by == "sliding_window_overlay":
+    if mask_function is causal_mask_function:
         return None
+    if is_tracing(torch.empty(0)):  # transformers then calls every row packed that has no mask and no cache
+        raise ValueError("attention_mask: expected one when compiling without a cache, got None")
+    made_by = mask_function.__qualname__.partition(".")[0]
+    if made_by == "sliding_window_overlay":
+        return None
+    held = inspect.getclosurevars(mask_function).nonlocals
     if made_by == "packed_sequence_mask_function":
         return held["packed_sequence_mask"]
     if made_by == "remap_positions_for_packed_sequence":
