@@ -185,9 +185,11 @@ def test_the_decode_step_compiles_in_one_graph(ids):
 def test_selections_by_score(ids, kind):
     """Both sides' indices, compared by the scores that they select; ours never see the future."""
     dense, sparse = models(kind)
-    theirs, keys = [], []
+    theirs = []
     for layer in layers(dense):
-        layer.self_attn.indexer.register_forward_hook(lambda module, args, out: theirs.append(out), always_call=True)
+        layer.self_attn.indexer.register_forward_hook(
+            lambda module, args, out: theirs.append(out), always_call=True
+        )
     with sa.record(sparse) as ours:
         sparse(ids)
     dense(ids)
