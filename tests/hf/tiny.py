@@ -130,7 +130,15 @@ def make_pair(kind, **changes):
     return dense, sparse
 
 
-models = functools.cache(make_pair)
+_pair = functools.cache(make_pair)
+
+
+def models(kind):
+    """The pair of a kind, made once, without what models with images remember of their last prompt."""
+    for module in (module for model in _pair(kind) for module in model.modules()):
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = None
+    return _pair(kind)
 
 
 def layers(model):
