@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tiny import KINDS, VOCABULARY, assert_same, generate, layers, logits, make, sa, transformers
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from sparse_attn.checkpoint import dequantize_blocks
 
@@ -46,6 +48,7 @@ def main(folder: Path) -> None:
             divided=sorted(n for n, p in layers(divided)[0].named_parameters() if isinstance(p, DTensor)),
         )
     block_scales(folder / "v32", ids)
+    replicas(ids)
     dist.barrier()
     os._exit(0)  # torch's gloo sometimes aborts while it ends
 
@@ -79,6 +82,20 @@ def block_scales(folder: Path, ids) -> None:
     sa.enable(divided)
     assert_same(divided(ids).logits, whole(ids).logits)
     say("block scales")
+
+
+def replicas(ids) -> None:
+    """Data parallelism: each rank has its own sequences, and all weights or a part of them."""
+    whole = make("glm-shared")
+    expected = whole(ids).logits
+    sa.enable(whole)
+    mine = slice(dist.get_rank() % 2, dist.get_rank() % 2 + 1)
+    assert_same(DistributedDataParallel(whole)(ids[mine]).logits, expected[mine])
+    for layer in layers(whole):
+        fully_shard(layer)
+    fully_shard(whole)
+    assert_same(whole(ids[mine]).logits, expected[mine])
+    say("replicas")
 
 
 if __name__ == "__main__":

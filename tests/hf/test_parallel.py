@@ -15,7 +15,7 @@ FAILS = {"dots"}
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_tensor_parallelism_changes_nothing(processes, tmp_path):
+def test_tensor_and_data_parallelism_change_nothing(processes, tmp_path):
     here = Path(__file__).parent
     command = [
         sys.executable,
@@ -36,7 +36,7 @@ def test_tensor_parallelism_changes_nothing(processes, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     said = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert [line["kind"] for line in said] == [*KINDS, "block scales"]
+    assert [line["kind"] for line in said] == [*KINDS, "block scales", "replicas"]
     assert {line["kind"] for line in said if "transformers" in line} == FAILS & {*KINDS}
     assert any("self_attn.kv_b_proj.weight" in line.get("divided", []) for line in said)
 
