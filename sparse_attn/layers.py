@@ -236,13 +236,15 @@ class SparseGQA(_SparseAttention):
         if config.is_mla:
             raise ValueError("config: SparseGQA expects a config without kv_lora_rank (use SparseMLA)")
         super().__init__(config, backend, dtype, device)
-        linear = {"bias": config.attention_bias, "dtype": dtype, "device": device}
+        linear = {"bias": bool(config.attention_bias), "dtype": dtype, "device": device}
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, **linear)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, **linear)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, **linear)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, **linear)
+        self.o_proj = nn.Linear(
+            q_size, config.hidden_size, **{**linear, "bias": config.attention_bias is True}
+        )
 
     def _project(self, hidden_states, positions):
         d = self.config.head_dim
