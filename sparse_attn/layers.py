@@ -158,7 +158,11 @@ class SparseMLA(_SparseAttention):
         dtype: torch.dtype | None = None,
         device=None,
     ) -> "SparseMLA":
-        """One layer of a Hugging Face checkpoint.
+        """One layer of a Hugging Face checkpoint, as vLLM and SGLang compute it.
+
+        ``q_norm`` and ``kv_norm`` take the config's ``rms_norm_eps`` (GLM-5: 1e-5), as in those engines.
+        transformers' own GLM and DeepSeek-V3.2 classes, and so
+        :func:`sparse_attn.integrations.transformers.enable`, take 1e-6 there, whatever the config says.
 
         Args:
             state_dict: tensors named ``...layers.{layer}.self_attn.*``; other names are ignored.
@@ -174,10 +178,9 @@ class SparseMLA(_SparseAttention):
         Raises:
             ValueError: weights are missing, unexpected or of another shape; all of them are named.
         """
-        block_size = checkpoint.BLOCK
+        block_size = None
         if not isinstance(config, DSAConfig):
-            quantization = config.get("quantization_config") or {}
-            block_size = quantization.get("weight_block_size") or block_size
+            block_size = (config.get("quantization_config") or {}).get("weight_block_size")
             config = DSAConfig.from_dict(config)
         module = cls(config, backend=backend, device="meta")
         shapes = {name: weight.shape for name, weight in module.state_dict().items()}
