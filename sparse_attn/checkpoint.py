@@ -19,6 +19,7 @@ NAMES = {
     **{f"indexer.{name}": f"indexer.{name}" for name in ("wq_b", "wk", "k_norm", "weights_proj")},
 }
 FP32 = ("indexer.weights_proj.weight", "indexer.k_norm.weight", "indexer.k_norm.bias")  # kept so if stored so
+INDEXER = "indexer."
 SCALE = "_scale_inv"  # what the name of an fp8 weight's block scales adds to the weight's
 BLOCK_FIELD = "quantization_config.weight_block_size"
 BLOCK = (128, 128)  # of DeepSeek's checkpoints, for configs without that field
@@ -79,7 +80,8 @@ def from_hf(
         state_dict: all or some of a model's tensors, under names ending in
             ``layers.{layer}.self_attn.*``; only those of the layer are read.
         layer: which layer.
-        shapes: the names that are expected and their shapes.
+        shapes: the names that are expected and their shapes. Without an indexer's, those of the layer are
+            left alone.
         block_size: rows and columns that share a scale in fp8 weights; None if the config does not say it.
 
     Returns:
@@ -91,10 +93,14 @@ def from_hf(
     prefix = _prefix(state_dict, layer)
     stored = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
     theirs = {_hf_name(name): name for name in shapes}
+    if not any(name.startswith(INDEXER) for name in theirs):
+        stored = {name for name in stored if not name.startswith(INDEXER)}
     missing = [name for name in theirs if name not in stored]
     wrong = [f"missing {prefix}{name}" for name in missing]
-    if missing and all(name.startswith("indexer.") for name in missing):
-        wrong.append("a layer that shares another layer's selection has no indexer and cannot run alone")
+    if missing and all(name.startswith(INDEXER) for name in missing):
+        wrong.append(
+            "if the layer shares another layer's selection, indexer_types in the config has to say it"
+        )
     block = block_size or BLOCK
     sizes = block if isinstance(block, Sequence) else ()
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):

@@ -95,6 +95,31 @@ def test_a_layer_of_transformers(kind):
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in back.items())
 
 
+@pytest.mark.parametrize(
+    "sharing", [{"indexer_types": ["full", "shared"]}, {"index_topk_freq": 2, "index_skip_topk_offset": 1}]
+)
+def test_a_layer_that_shares_a_selection_as_in_transformers(sharing):
+    model, hidden = model_of_transformers("GlmMoeDsa", **sharing), torch.randn(50, 96)
+    config, state = {**model.config.to_dict(), "indexer_types": None, **sharing}, model.state_dict()
+    assert PREFIX.replace("3", "1") + "indexer.wk.weight" not in state
+    (expected,), _, selection = attention(model, 0, hidden)
+    then = hidden + expected
+    (shared,), _, _ = attention(model, 1, then, selection)
+    unused = {name.replace("s.0.", "s.1."): weight for name, weight in state.items() if ".indexer." in name}
+    for stored in (state, {**state, **unused}):
+        for given in (config, DSAConfig.from_dict(config)):
+            layers = [SparseMLA.from_hf(stored, given, layer) for layer in range(2)]
+            caches = [DSACache(layer.config, 50, shares_selection=layer.shares_selection) for layer in layers]
+            assert layers[1].indexer is None and caches[1].nbytes < caches[0].nbytes
+            for a, b in ((0, 30), (30, 31), (31, 50)):
+                out, indices = layers[0](hidden[a:b], cache=caches[0], return_indices=True)
+                assert relative_error(out, expected[a:b]) < 1e-5
+                out = layers[1](hidden[a:b] + out, cache=caches[1], indices=indices)
+                assert relative_error(out, shared[a:b]) < 1e-5
+            names = {name for name in state if name.startswith("model.layers.1.self_attn.")}
+            assert set(layers[1].to_hf(1)) == names
+
+
 @pytest.mark.parametrize("kind", ["DeepseekV32", "GlmMoeDsa"])
 def test_latents_are_normalised_with_the_configs_epsilon(kind):
     """As the engines do; transformers has 1e-6 there, whatever its config says."""
@@ -240,5 +265,7 @@ def test_wrong_layers_are_named():
     with pytest.raises(ValueError, match=r"expected one model, got .* under draft\.model.*, model\.layers"):
         SparseMLA.from_hf(twice, CONFIG, 3)
     shared = {name: weight for name, weight in state.items() if ".indexer." not in name}
-    with pytest.raises(ValueError, match=r"missing .*indexer\.wk\.weight.* shares another layer's selection"):
+    with pytest.raises(
+        ValueError, match=r"missing .*indexer\.wk\.weight.* shares .* indexer_types in the config"
+    ):
         SparseMLA.from_hf(shared, CONFIG, 3)
