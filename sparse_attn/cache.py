@@ -72,7 +72,8 @@ class DSACache:
     Args:
         config: decides what is stored: for MLA the latent ``kv`` ``[batch_size, max_tokens,
             kv_lora_rank + qk_rope_head_dim]``, for GQA ``k`` and ``v`` ``[batch_size, max_tokens,
-            num_key_value_heads, head_dim]``; and ``index_k`` ``[batch_size, max_tokens, index_head_dim]``.
+            num_key_value_heads, head_dim]``; and ``index_k`` ``[batch_size, max_tokens, index_head_dim]``,
+            unless shares_selection.
         max_tokens: the most tokens per sequence.
         batch_size: number of sequences.
         dtype: that of the hidden states; default torch's default dtype. Or ``torch.float8_e4m3fn`` for MLA of
@@ -87,6 +88,7 @@ class DSACache:
             logits of ``max_tokens`` columns, unless ``index_topk`` is no less. Wrong boundaries and a full
             cache are found on the device: on a CPU they raise RuntimeError; on a GPU the next synchronisation
             does, and the process cannot use the GPU any more.
+        shares_selection: as for the layer, which then has no index keys to store.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class DSACache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         capturable: bool = False,
+        shares_selection: bool = False,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
             check.integer(name, value)
@@ -114,6 +117,7 @@ class DSACache:
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.capturable = capturable
+        self.shares_selection = shares_selection
         if dtype == torch.float8_e4m3fn:
             found = {name: getattr(config, name) for name in FP8_SIZES}
             if found != FP8_SIZES:
@@ -126,6 +130,8 @@ class DSACache:
         else:
             heads = (config.num_key_value_heads, config.head_dim)
             rows = {"k": heads, "v": heads, "index_k": (config.index_head_dim,)}
+        if shares_selection:
+            del rows["index_k"]
         self._tensors = {
             name: huge_pages(torch.empty(batch_size, max_tokens, *row, dtype=dtype, device=device))
             for name, row in rows.items()
@@ -155,12 +161,12 @@ class DSACache:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype = self["index_k"].dtype
+        dtype = next(iter(self._tensors.values())).dtype
         return torch.float8_e4m3fn if dtype == torch.uint8 else dtype
 
     @property
     def device(self) -> torch.device:
-        return self["index_k"].device
+        return next(iter(self._tensors.values())).device
 
     @property
     def nbytes(self) -> int:
@@ -206,7 +212,8 @@ class DSACache:
         slots = placement.first_rows + placement.positions
         if self.dtype == torch.float8_e4m3fn:
             write_kv(rows["kv"], self["kv"], slots, backend=backend)
-            write_index_k(rows["index_k"], self["index_k"], slots, hadamard=False, backend=backend)
+            if not self.shares_selection:
+                write_index_k(rows["index_k"], self["index_k"], slots, hadamard=False, backend=backend)
             return
         for name, tensor in self._tensors.items():
             tensor.flatten(0, 1)[slots] = rows[name]

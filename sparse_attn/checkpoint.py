@@ -19,8 +19,10 @@ NAMES = {
     **{f"indexer.{name}": f"indexer.{name}" for name in ("wq_b", "wk", "k_norm", "weights_proj")},
 }
 FP32 = ("indexer.weights_proj.weight", "indexer.k_norm.weight", "indexer.k_norm.bias")  # kept so if stored so
+INDEXER = "indexer."
 SCALE = "_scale_inv"  # what the name of an fp8 weight's block scales adds to the weight's
-BLOCK = (128, 128)
+BLOCK_FIELD = "quantization_config.weight_block_size"
+BLOCK = (128, 128)  # of DeepSeek's checkpoints, for configs without that field
 
 
 class Safetensors(Mapping[str, Tensor]):
@@ -70,7 +72,7 @@ def from_hf(
     state_dict: Mapping[str, Tensor],
     layer: int,
     shapes: Mapping[str, Sequence[int]],
-    block_size: Sequence[int] = BLOCK,
+    block_size: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """The weights of one attention layer under DeepSeek's names, fp8 blocks dequantised.
 
@@ -78,8 +80,9 @@ def from_hf(
         state_dict: all or some of a model's tensors, under names ending in
             ``layers.{layer}.self_attn.*``; only those of the layer are read.
         layer: which layer.
-        shapes: the names that are expected and their shapes.
-        block_size: rows and columns that share a scale in fp8 weights.
+        shapes: the names that are expected and their shapes. Without an indexer's, those of the layer are
+            left alone.
+        block_size: rows and columns that share a scale in fp8 weights; None if the config does not say it.
 
     Returns:
         A tensor for each of ``shapes``, in the dtype in which it is stored; fp8 becomes bf16.
@@ -90,10 +93,18 @@ def from_hf(
     prefix = _prefix(state_dict, layer)
     stored = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
     theirs = {_hf_name(name): name for name in shapes}
+    if not any(name.startswith(INDEXER) for name in theirs):
+        stored = {name for name in stored if not name.startswith(INDEXER)}
     missing = [name for name in theirs if name not in stored]
     wrong = [f"missing {prefix}{name}" for name in missing]
-    if missing and all(name.startswith("indexer.") for name in missing):
-        wrong.append("a layer that shares another layer's selection has no indexer and cannot run alone")
+    if missing and all(name.startswith(INDEXER) for name in missing):
+        wrong.append(
+            "if the layer shares another layer's selection, indexer_types in the config has to say it"
+        )
+    block = block_size or BLOCK
+    sizes = block if isinstance(block, Sequence) else ()
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{BLOCK_FIELD}: expected two sizes of at least 1, got {block_size}")
     weights = {}
     for name in [name for name in theirs if name in stored]:
         tensor, shape, scaled = state_dict[prefix + name], list(shapes[theirs[name]]), name + SCALE in stored
@@ -101,8 +112,15 @@ def from_hf(
             wrong.append(f"{prefix}{name} of shape {list(tensor.shape)} where {shape} is expected")
         elif scaled and tensor.dtype == torch.float8_e4m3fn:
             stored.remove(name + SCALE)
-            scale = state_dict[prefix + name + SCALE]
-            weights[theirs[name]] = dequantize_blocks(tensor, scale, block_size).bfloat16()
+            scale, blocks = state_dict[prefix + name + SCALE], _blocks(shape, block)
+            if list(scale.shape) == blocks:
+                weights[theirs[name]] = dequantize_blocks(tensor, scale, block).bfloat16()
+            else:
+                source = "" if block_size else " (not in the config, assumed)"
+                wrong.append(
+                    f"{prefix}{name}{SCALE} of shape {list(scale.shape)} where {blocks} is expected, one "
+                    f"scale per block of {BLOCK_FIELD}={list(block)}{source} in {shape}"
+                )
         elif tensor.is_floating_point() and tensor.element_size() > 1:
             weights[theirs[name]] = tensor
         else:
@@ -140,6 +158,11 @@ def _prefix(state_dict: Mapping[str, Tensor], layer: int) -> str:
     raise ValueError(f"state_dict: expected one model, got {part!r} under {', '.join(sorted(found))}")
 
 
+def _blocks(shape: Sequence[int], block_size: Sequence[int]) -> list[int]:
+    """How many blocks each dimension has, the last one of which may be cut."""
+    return [-(-size // block) for size, block in zip(shape, block_size, strict=True)]
+
+
 def dequantize_blocks(weight: Tensor, scale_inv: Tensor, block_size: Sequence[int] = BLOCK) -> Tensor:
     """fp32 ``[n, m]`` from e4m3 values with one scale for each block of them.
 
@@ -150,10 +173,10 @@ def dequantize_blocks(weight: Tensor, scale_inv: Tensor, block_size: Sequence[in
 
     Source: DeepSeek-V3 report, section 3.3.2; ``weight_scale_inv`` in its checkpoints.
     """
-    blocks = tuple(-(-size // block) for size, block in zip(weight.shape, block_size, strict=True))
-    if scale_inv.shape != blocks:
+    blocks = _blocks(weight.shape, block_size)
+    if list(scale_inv.shape) != blocks:
         raise ValueError(
-            f"scale_inv: expected shape {list(blocks)} for a weight {list(weight.shape)} in blocks of "
+            f"scale_inv: expected shape {blocks} for a weight {list(weight.shape)} in blocks of "
             f"{list(block_size)}, got {list(scale_inv.shape)}"
         )
     scale = scale_inv.float()

@@ -2,11 +2,34 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-# Model types whose indexer is known; any other config must name its own convention.
-INDEXER_ROPE = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}
+# Model types whose attention is computed here, and the indexer_rope of those that have an indexer.
+MODEL_TYPES: dict[Any, str | None] = {
+    "deepseek_v3": None,
+    "deepseek_v32": "half",
+    "glm_moe_dsa": "interleaved",
+    "llama": None,
+    "mistral": None,
+    "mixtral": None,
+    "qwen2": None,
+}
+# A field that is not read is refused if its name has one of these words, which speak of attention ...
+ATTENTION = re.compile(
+    r"att(n|ention)|index|rope|rotary|alibi|position|head|kv|query|key|value|(^|_)(q|k|v|o|qk|qkv)(_|$)|sink|"
+    r"causal|window|sliding|gat(e|ed|ing)(_|$)|soft_?cap|scal(e|ing)|compress|pool|lora|per_layer|block|"
+    r"linear_|conv|mamba|ssm"
+)
+# ... and none of these, which place it elsewhere in the model, in training or in generation.
+ELSEWHERE = re.compile(
+    r"dropout|attn_implementation|^output_(attentions|router)|expert|moe|rout|mlp|_dense_|mtp|lm_head|"
+    r"logits?_scal|final_logit|token_i(d|ndex)|^top_k$"
+)
+# One of these for all layers, as a config here describes each of them.
+LAYER_TYPES = ("full_attention", "indexed_attention", "deepseek_sparse_attention")
 # Of a size that only the other kind of layer has. The fields are ints to a type checker, because
 # DSAConfig refuses to be made without the sizes of its own kind.
 ABSENT: Any = None
@@ -22,6 +45,20 @@ def _missing(cls: Any, values: Mapping[str, Any]) -> str:
     """The fields without a default that ``values`` lacks."""
     required = (field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING)
     return ", ".join(name for name in required if name not in values)
+
+
+def _not_computed(fields: Mapping[str, Any], computed: Mapping[str, Any]) -> str:
+    """The fields, with their values, that are neither as computed nor, when it does not name them, off."""
+    wrong = []
+    for name, value in fields.items():
+        expected = computed.get(name)
+        if isinstance(value, float | int) and isinstance(expected, float):
+            fits = math.isclose(value, expected, rel_tol=1e-6)
+        else:
+            fits = value == expected if name in computed else not value
+        if value is not None and not fits:
+            wrong.append(f"{name}={reprlib.repr(value)}")
+    return ", ".join(wrong)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +92,70 @@ class YaRN:
     def from_dict(cls, scaling: Mapping[str, Any]) -> "YaRN | None":
         """From a ``rope_scaling`` or ``rope_parameters`` dict; None for the default type."""
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind == "default":
-            return None
-        if kind != "yarn":
+        if kind not in ("default", "yarn"):
             raise ValueError(f"rope_scaling: expected type 'yarn' or 'default', got {kind!r}")
-        values = _known(cls, scaling)
-        if missing := _missing(cls, values):
-            raise ValueError(f"rope_scaling: expected {missing} for YaRN, got {dict(scaling)}")
-        return cls(**values)
+        yarn, read, computed = None, {"rope_type", "type", "rope_theta"}, {"partial_rotary_factor": 1.0}
+        if kind == "yarn":
+            values = _known(cls, scaling)
+            if missing := _missing(cls, values):
+                raise ValueError(f"rope_scaling: expected {missing} for YaRN, got {dict(scaling)}")
+            yarn = cls(**values)
+            read |= values.keys()
+            computed |= {"attention_factor": yarn.rotation_scale, "truncate": True}
+        if others := _not_computed({n: v for n, v in scaling.items() if n not in read}, computed):
+            raise ValueError(f"rope_scaling: RoPE of type {kind!r} is not computed with {others}")
+        return yarn
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    old, new = (dict(config.get(name) or {}) for name in ("rope_scaling", "rope_parameters"))
+    if old and new and old != new:
+        raise ValueError(f"rope_scaling: expected it or rope_parameters, got both: {old} and {new}")
+    return new or old
+
+
+def _indexer_types(config: Mapping[str, Any]) -> Sequence[str]:
+    """Which layers run their indexer, as GLM-5.2's config and the engines say it."""
+    if types := config.get("indexer_types"):
+        return types
+    if pattern := config.get("index_topk_pattern"):
+        return [{"F": "full", "S": "shared"}.get(letter) or letter for letter in pattern]
+    every, first = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset")
+    if every == 1:
+        return ()
+    if "num_hidden_layers" not in config:
+        raise ValueError(f"num_hidden_layers: expected with index_topk_freq={every}, got None")
+    first = 2 if first is None else first
+    layers = range(config["num_hidden_layers"])
+    return ["shared" if max(layer - first + 1, 0) % every else "full" for layer in layers]
+
+
+def _other_attention(config: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """The fields of a model's config, with their values, that ask for attention which no layer computes."""
+    read = {field.name for field in dataclasses.fields(DSAConfig)} | {
+        *("rope_parameters", "indexer_rope_interleave"),
+        *("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"),
+    }
+    if config.get("use_sliding_window") is False:
+        read |= {"sliding_window", "max_window_layers"}
+    fields = {
+        name: value
+        for name, value in config.items()
+        if name not in read and ATTENTION.search(name) and not ELSEWHERE.search(name)
+    }
+    kinds = sorted(set(config.get("layer_types") or ()))
+    if kinds not in ([], *([kind] for kind in LAYER_TYPES)):
+        fields["layer_types"] = kinds
+    is_mla = "kv_lora_rank" in values
+    computed = {
+        "rope_interleave": is_mla,
+        "partial_rotary_factor": 1.0,
+        "position_embedding_type": "rope",
+        "is_causal": True,
+    }
+    if is_mla:
+        computed["qk_head_dim"] = values.get("qk_nope_head_dim", 0) + values.get("qk_rope_head_dim", 0)
+    return _not_computed(fields, computed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +174,10 @@ class DSAConfig:
             of the main attention.
         indexer_fp8: rotate index queries and keys by a Hadamard matrix and round them to fp8 as
             DeepSeek's own inference code does. Off by default: bf16 index keys are more exact.
+        indexer_types: "full" or "shared" for each layer of the model; a shared one has no indexer and takes
+            the selection of the last full one before it. Layers beyond the list are full.
+        attention_bias: whether the projections of GQA have biases; "qkv" for all but the output's (Qwen2).
+        rms_norm_eps: of the norms of MLA's latents.
         rope_scaling: :class:`YaRN`, or a Hugging Face ``rope_scaling`` dict.
     """
 
@@ -99,7 +196,8 @@ class DSAConfig:
     head_dim: int = ABSENT
     index_rope_head_dim: int | None = None
     indexer_fp8: bool = False
-    attention_bias: bool = False
+    indexer_types: tuple[str, ...] = ()
+    attention_bias: bool | Literal["qkv"] = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: YaRN | None = None
@@ -110,13 +208,13 @@ class DSAConfig:
             object.__setattr__(self, "rope_scaling", YaRN.from_dict(self.rope_scaling))
         if self.indexer_rope not in ("half", "interleaved"):
             raise ValueError(f"indexer_rope: expected 'half' or 'interleaved', got {self.indexer_rope!r}")
-        needed = ("num_key_value_heads", "head_dim")
-        if self.is_mla:
-            needed = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        kind = "MLA (kv_lora_rank is given)" if self.is_mla else "GQA (kv_lora_rank is None)"
-        for name in needed:
-            if getattr(self, name) is None:
-                raise ValueError(f"{name}: expected a size for {kind}, got None")
+        object.__setattr__(self, "indexer_types", tuple(self.indexer_types))  # JSON gives a list
+        if set(self.indexer_types) - {"full", "shared"} or self.shares_selection(0):
+            raise ValueError(
+                "indexer_types: expected 'full' or 'shared' for each layer, and 'full' for the first, "
+                f"got {list(self.indexer_types)}"
+            )
+        self._check_kind()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type not in (int, int | None) or value is None:
@@ -126,6 +224,24 @@ class DSAConfig:
             if value < (0 if field.name == "qk_nope_head_dim" else 1):
                 raise ValueError(f"{field.name}: expected a positive size, got {value}")
         self._check_divisions()
+
+    def _check_kind(self) -> None:
+        """The sizes of this kind of attention are given, and nothing that it does not compute."""
+        latent = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
+        if self.is_mla:
+            kind, needed = "MLA (kv_lora_rank is given)", (*latent, "v_head_dim")
+            computed = {"num_key_value_heads": (None, self.num_attention_heads), "attention_bias": (False,)}
+        else:
+            kind, needed = "GQA (kv_lora_rank is None)", ("num_key_value_heads", "head_dim")
+            computed = {name: (None,) for name in latent}
+            computed |= {"v_head_dim": (None, self.head_dim), "attention_bias": (False, True, "qkv")}
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: expected a size for {kind}, got None")
+        for name, values in computed.items():
+            if getattr(self, name) not in values:
+                expected = " or ".join(map(repr, values))
+                raise ValueError(f"{name}: expected {expected} for {kind}, got {getattr(self, name)!r}")
 
     def _check_divisions(self) -> None:
         heads, kv_heads, d = self.num_attention_heads, self.num_key_value_heads, self.index_head_dim
@@ -165,32 +281,55 @@ class DSAConfig:
         d = self.qk_nope_head_dim + self.qk_rope_head_dim if self.is_mla else self.head_dim
         return d**-0.5 * (self.rope_scaling.softmax_factor if self.rope_scaling else 1.0)
 
+    def shares_selection(self, layer: int) -> bool:
+        """Whether this layer of the model takes the selection of an earlier one."""
+        return layer < len(self.indexer_types) and self.indexer_types[layer] == "shared"
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "DSAConfig":
-        """From a Hugging Face ``config.json`` dict; fields that attention does not use are ignored.
+        """From a Hugging Face ``config.json`` dict.
 
         RoPE is read from ``rope_theta`` and ``rope_scaling``, or from the newer ``rope_parameters``.
         ``indexer_rope`` follows from ``indexer_rope_interleave``, or from ``model_type`` for deepseek_v32
-        and glm_moe_dsa, and must be given otherwise.
+        and glm_moe_dsa, and must be given otherwise. ``indexer_types`` may also be said by
+        ``index_topk_pattern``, or by ``index_topk_freq`` and ``index_skip_topk_offset``.
+
+        Fields of other parts of the model are ignored. What changes attention and is not computed here is
+        refused: a ``model_type`` of other attention, and by its name every field about attention that is
+        not read, unless it is off (None, False, 0, empty) or says what is computed anyway.
 
         Raises:
-            ValueError: a required field is missing (all of them are named) or has a wrong value.
+            ValueError: a required field is missing (all of them are named), has a wrong value or is refused.
         """
+        model_type = config.get("model_type")
+        if model_type not in (None, "", *MODEL_TYPES):
+            raise ValueError(
+                f"model_type: expected one whose attention is computed here ({', '.join(MODEL_TYPES)}), got "
+                f"{model_type!r}; sparse_attn.integrations.transformers runs other models with an indexer in "
+                "transformers; a dict without model_type is taken at its word"
+            )
         values = _known(cls, config)
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope = _rope(config)
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         values["rope_scaling"] = YaRN.from_dict(rope)
         interleave = config.get("indexer_rope_interleave")
         if interleave is None:
-            values.setdefault("indexer_rope", INDEXER_ROPE.get(config.get("model_type", "")))
+            values.setdefault("indexer_rope", MODEL_TYPES.get(model_type))
         else:
             values.setdefault("indexer_rope", "interleaved" if interleave else "half")
+        values["indexer_types"] = _indexer_types(config)
+        if model_type == "qwen2":
+            values["attention_bias"] = "qkv"  # its code says so, and no field of its config
         if "kv_lora_rank" not in values and "num_attention_heads" in values and "hidden_size" in values:
             values.setdefault("num_key_value_heads", values["num_attention_heads"])
             values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values.update(overrides)
         values = {name: value for name, value in values.items() if value is not None}
+        if refused := _other_attention(config, values):
+            raise ValueError(
+                f"config: no layer here computes {refused}; take out of the dict what changes no attention"
+            )
         if missing := _missing(cls, values):
             raise ValueError(
                 f"config: missing {missing} (model_type {config.get('model_type')!r}); "

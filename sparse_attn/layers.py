@@ -20,20 +20,29 @@ from .rope import apply_rope, rope_cos_sin
 class _SparseAttention(nn.Module):
     """What both layers share: place the tokens, store their rows, select, attend."""
 
+    indexer: LightningIndexer  # None if the layer shares a selection
     # Queries, the rows to store by their name in the cache, and the input of the indexer's queries.
     _project: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor], Tensor]]
     # From queries, rows and which of them each query selects to ``[tokens, hidden_size]``.
     _attend: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor]
 
-    def __init__(self, config: DSAConfig, backend: str, dtype, device) -> None:
+    def __init__(self, config: DSAConfig, shares_selection: bool, backend: str, dtype, device) -> None:
         super().__init__()
         self.config = config
+        self.shares_selection = shares_selection
         self.backend = backend
-        self.indexer = LightningIndexer(config, dtype=dtype, device=device)
+        indexer = None if shares_selection else LightningIndexer(config, dtype=dtype, device=device)
+        self.register_module("indexer", indexer)
 
     def forward(
-        self, hidden_states: Tensor, *, cache: DSACache | None = None, cu_seqlens_q: Tensor | None = None
-    ) -> Tensor:
+        self,
+        hidden_states: Tensor,
+        *,
+        cache: DSACache | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        indices: Tensor | None = None,
+        return_indices: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from new tokens to everything before them in their sequence, themselves included.
 
         Args:
@@ -44,17 +53,25 @@ class _SparseAttention(nn.Module):
                 hidden_states, starting at 0; a sequence may have no new tokens. Best kept on the CPU,
                 since it is read there; with a capturable cache on its device. Default: all tokens belong
                 to one sequence.
+            indices: ``[tokens, topk]`` int32 for any topk, positions in each token's own sequence, which are
+                read in place of the indexer's selection: one recorded before, or that of another layer.
+                Negative ones, and those after the token itself, are ignored; duplicates count twice. Index
+                keys are still stored, so the next step may select. Required with shares_selection.
+            return_indices: whether to return the positions that were read.
 
         Returns:
-            ``[tokens, hidden_size]``.
+            ``[tokens, hidden_size]``; with return_indices a tuple of it and the positions ``[tokens, k]``
+            int32, -1 where there is none. Those that the layer selected are ascending, with -1 at the end,
+            and k is the smaller of index_topk and the longest context (of a capturable cache, max_tokens).
+            Given ones keep their places. As ``indices`` of the same call they give the same bits.
 
         Raises:
-            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache. A capturable cache
-                finds the last two on the device, see :class:`DSACache`. After these and any other exception,
-                such as a lack of memory or an interrupt, the cache holds what it held before, and the call
-                may be made again.
+            TypeError, ValueError: wrong shape, dtype, device or boundaries; a full cache; no indices for a
+                layer that shares a selection. A capturable cache finds wrong boundaries and a lack of room on
+                the device, see :class:`DSACache`. After these and any other exception, such as a lack of
+                memory or an interrupt, the cache holds what it held before, and the call may be made again.
         """
-        self._check_inputs(hidden_states, cache)
+        self._check_inputs(hidden_states, cache, indices)
         tokens, device = hidden_states.shape[0], hidden_states.device
         boundaries = _boundaries(tokens, cache, cu_seqlens_q)
         if cache is None:
@@ -63,19 +80,24 @@ class _SparseAttention(nn.Module):
         else:
             placement = cache.place(tokens, boundaries)
         q, rows, q_lora = self._project(hidden_states, placement.positions)
-        index_k = self.indexer.keys(hidden_states, placement.positions)
+        stored = dict(rows)
+        if not self.shares_selection:
+            stored["index_k"] = self.indexer.keys(hidden_states, placement.positions)
         if cache is not None:
-            cache.write(placement, **rows, index_k=index_k, backend=self.backend)
+            cache.write(placement, **stored, backend=self.backend)
             rows = {name: cache[name].flatten(0, 1) for name in rows}
-        if placement.longest <= self.config.index_topk:
-            indices = _all_visible(placement)
+        if indices is not None:
+            selected = _rows(indices, placement)
+        elif placement.longest <= self.config.index_topk:
+            selected = _all_visible(placement)
         else:
             index_q, weights = self.indexer.queries(hidden_states, q_lora, placement.positions)
-            indices = self._select(index_q, index_k, weights, placement, cache)
-        out = self._attend(q, rows, indices)
+            selected = self._select(index_q, stored["index_k"], weights, placement, cache)
+        out = self._attend(q, rows, selected)
+        result = (out, _positions(selected, placement)) if return_indices else out
         if cache is not None:
             cache.commit(placement)
-        return out
+        return result
 
     def _select(
         self, q: Tensor, k: Tensor, weights: Tensor, placement: Placement, cache: DSACache | None
@@ -95,8 +117,9 @@ class _SparseAttention(nn.Module):
         )
         return torch.where(positions >= 0, positions + first[:, None], -1).int()
 
-    def _check_inputs(self, hidden_states: Tensor, cache: DSACache | None) -> None:
-        dtype, device = self.indexer.wk.weight.dtype, self.indexer.wk.weight.device
+    def _check_inputs(self, hidden_states: Tensor, cache: DSACache | None, indices: Tensor | None) -> None:
+        weight = next(self.parameters())  # of a projection; those that may stay in fp32 come later
+        dtype, device = weight.dtype, weight.device
         if isinstance(hidden_states, Tensor) and hidden_states.dim() == 3:
             raise ValueError(
                 f"hidden_states: expected shape [tokens, hidden_size], got {list(hidden_states.shape)}; "
@@ -104,12 +127,23 @@ class _SparseAttention(nn.Module):
             )
         dims = {"hidden_size": self.config.hidden_size}
         check.tensor("hidden_states", hidden_states, "tokens hidden_size", dims, (dtype,), device)
+        if indices is None and self.shares_selection:
+            raise ValueError(
+                "indices: expected [tokens, topk], as the layer shares the selection of an earlier one "
+                "(its return_indices=True gives them), got None"
+            )
+        check.optional("indices", indices, "tokens topk", dims, check.INT32, device)
         if cache is None:
             return
         if not isinstance(cache, DSACache):
             raise TypeError(f"cache: expected a DSACache, got {type(cache).__name__}")
         if cache.config != self.config:
             raise ValueError("cache: expected a cache made with this layer's config, got another config")
+        if cache.shares_selection != self.shares_selection:
+            raise ValueError(
+                f"cache: expected one made with the layer's shares_selection={self.shares_selection}, "
+                f"got {cache.shares_selection}"
+            )
         if cache.dtype == torch.float8_e4m3fn and dtype not in check.WRITER_FLOATS:
             raise TypeError(f"cache: float8_e4m3fn expects a layer of at most 32 bits, got {dtype}")
         if cache.dtype not in (dtype, torch.float8_e4m3fn) or cache.device != device:
@@ -125,16 +159,23 @@ class SparseMLA(_SparseAttention):
 
     Args:
         config: a :class:`DSAConfig` with ``kv_lora_rank``.
+        shares_selection: the layer has no indexer; every call takes the ``indices`` of an earlier layer.
         backend: of the sparse operations: "auto", "cpu", "triton" or "reference".
         dtype, device: of the weights.
     """
 
     def __init__(
-        self, config: DSAConfig, *, backend: str = "auto", dtype: torch.dtype | None = None, device=None
+        self,
+        config: DSAConfig,
+        *,
+        shares_selection: bool = False,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device=None,
     ) -> None:
         if not config.is_mla:
             raise ValueError("config: SparseMLA expects a config with kv_lora_rank, got None (use SparseGQA)")
-        super().__init__(config, backend, dtype, device)
+        super().__init__(config, shares_selection, backend, dtype, device)
         factory = {"dtype": dtype, "device": device}
         linear = {"bias": False, **factory}
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -158,14 +199,19 @@ class SparseMLA(_SparseAttention):
         dtype: torch.dtype | None = None,
         device=None,
     ) -> "SparseMLA":
-        """One layer of a Hugging Face checkpoint.
+        """One layer of a Hugging Face checkpoint, as vLLM and SGLang compute it.
+
+        ``q_norm`` and ``kv_norm`` take the config's ``rms_norm_eps`` (GLM-5: 1e-5), as in those engines.
+        transformers' own GLM and DeepSeek-V3.2 classes, and so
+        :func:`sparse_attn.integrations.transformers.enable`, take 1e-6 there, whatever the config says.
 
         Args:
             state_dict: tensors named ``...layers.{layer}.self_attn.*``; other names are ignored.
                 :class:`sparse_attn.checkpoint.Safetensors` reads files lazily. e4m3 weights with
                 ``weight_scale_inv`` are dequantised.
             config: the dict of the checkpoint's ``config.json``, or a :class:`DSAConfig`.
-            layer: which layer.
+            layer: which layer. If the config says that it shares a selection it becomes one with
+                shares_selection, and weights of an indexer that the checkpoint may hold for it are not read.
             backend, device: as for the class.
             dtype: of the weights; by default that of the checkpoint, bf16 for fp8. The weights of the
                 indexer's norm and head weights stay in fp32 if they are stored so. Weights that need no
@@ -174,12 +220,12 @@ class SparseMLA(_SparseAttention):
         Raises:
             ValueError: weights are missing, unexpected or of another shape; all of them are named.
         """
-        block_size = checkpoint.BLOCK
+        block_size = None
         if not isinstance(config, DSAConfig):
-            quantization = config.get("quantization_config") or {}
-            block_size = quantization.get("weight_block_size") or block_size
+            block_size = (config.get("quantization_config") or {}).get("weight_block_size")
             config = DSAConfig.from_dict(config)
-        module = cls(config, backend=backend, device="meta")
+        shares = config.shares_selection(layer)
+        module = cls(config, shares_selection=shares, backend=backend, device="meta")
         shapes = {name: weight.shape for name, weight in module.state_dict().items()}
         weights = checkpoint.from_hf(state_dict, layer, shapes, block_size)
         dtype = dtype or weights["wkv_b.weight"].dtype
@@ -227,22 +273,30 @@ class SparseGQA(_SparseAttention):
 
     Args:
         config: a :class:`DSAConfig` without ``kv_lora_rank``.
-        backend, dtype, device: as for :class:`SparseMLA`.
+        shares_selection, backend, dtype, device: as for :class:`SparseMLA`.
     """
 
     def __init__(
-        self, config: DSAConfig, *, backend: str = "auto", dtype: torch.dtype | None = None, device=None
+        self,
+        config: DSAConfig,
+        *,
+        shares_selection: bool = False,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device=None,
     ) -> None:
         if config.is_mla:
             raise ValueError("config: SparseGQA expects a config without kv_lora_rank (use SparseMLA)")
-        super().__init__(config, backend, dtype, device)
-        linear = {"bias": config.attention_bias, "dtype": dtype, "device": device}
+        super().__init__(config, shares_selection, backend, dtype, device)
+        linear = {"bias": bool(config.attention_bias), "dtype": dtype, "device": device}
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, **linear)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, **linear)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, **linear)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, **linear)
+        self.o_proj = nn.Linear(
+            q_size, config.hidden_size, **{**linear, "bias": config.attention_bias is True}
+        )
 
     def _project(self, hidden_states, positions):
         d = self.config.head_dim
@@ -265,6 +319,18 @@ def value_part(kv_b: Tensor, qk_nope_head_dim: int) -> Tensor:
     values = kv_b[:, qk_nope_head_dim:]
     # If it were not contiguous, torch's bf16 product on a CPU would transpose it at every call.
     return values.contiguous() if values.device.type == "cpu" and values.dtype == torch.bfloat16 else values
+
+
+def _rows(positions: Tensor, placement: Placement) -> Tensor:
+    """The rows of those positions that each query sees: ``[tokens, topk]`` int32, -1 for the others."""
+    positions = positions.contiguous()  # other strides may take another kernel, whose last bits differ
+    seen = (positions >= 0) & (positions <= placement.positions[:, None])
+    return torch.where(seen, positions + placement.first_rows[:, None].int(), -1)
+
+
+def _positions(rows: Tensor, placement: Placement) -> Tensor:
+    """The way back from :func:`_rows`."""
+    return torch.where(rows >= 0, rows - placement.first_rows[:, None].int(), -1)
 
 
 def _all_visible(placement: Placement) -> Tensor:

@@ -53,8 +53,8 @@ def test_there_and_back():
     assert torch.equal(SparseMLA.from_hf(bare, layer.config, 3)(hidden), layer(hidden))
 
 
-@pytest.mark.parametrize("kind", ["DeepseekV32", "GlmMoeDsa"])
-def test_a_layer_of_transformers(kind):
+def model_of_transformers(kind, **changes):
+    """A model of two layers whose selections are far from ties."""
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, f"{kind}Config"):
         pytest.skip("an older transformers")
@@ -65,23 +65,73 @@ def test_a_layer_of_transformers(kind):
     config = getattr(transformers, f"{kind}Config")(
         **SIZES,
         **{"num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 32, "intermediate_size": 32},
-        **{"first_k_dense_replace": 2, "rms_norm_eps": 1e-6, "rope_parameters": yarn},
+        **{"first_k_dense_replace": 2, "rms_norm_eps": 1e-6, "rope_parameters": yarn, **changes},
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
         if "self_attn" in name and parameter.dim() > 1:
             parameter.mul_(4)
-    hidden = torch.randn(1, 50, 96)
-    rope = model.model.rotary_emb(hidden, torch.arange(50)[None])
-    mask = torch.full((1, 1, 50, 50), torch.finfo(torch.float32).min).triu(1)
-    expected = model.model.layers[1].self_attn(hidden, rope, mask)[0][0]
-    layer = SparseMLA.from_hf(model.state_dict(), config.to_dict(), 1)
+    return model
+
+
+def attention(model, layer, hidden, *selection):
+    """What transformers computes: attention of a layer over ``[tokens, hidden_size]``, and its selection."""
+    tokens = len(hidden)
+    rope = model.model.rotary_emb(hidden[None], torch.arange(tokens)[None])
+    mask = torch.full((1, 1, tokens, tokens), torch.finfo(torch.float32).min).triu(1)
+    return model.model.layers[layer].self_attn(hidden[None], rope, mask, None, None, *selection)
+
+
+@pytest.mark.parametrize("kind", ["DeepseekV32", "GlmMoeDsa"])
+def test_a_layer_of_transformers(kind):
+    model, hidden = model_of_transformers(kind), torch.randn(50, 96)
+    expected = attention(model, 1, hidden)[0][0]
+    layer = SparseMLA.from_hf(model.state_dict(), model.config.to_dict(), 1)
     cache = DSACache(layer.config, 50)
-    out = torch.cat([layer(part, cache=cache) for part in hidden[0].split([30, 1, 19])])
+    out = torch.cat([layer(part, cache=cache) for part in hidden.split([30, 1, 19])])
     assert relative_error(out, expected) < 5e-6
     back = layer.to_hf(1)
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in back.items())
+
+
+@pytest.mark.parametrize(
+    "sharing", [{"indexer_types": ["full", "shared"]}, {"index_topk_freq": 2, "index_skip_topk_offset": 1}]
+)
+def test_a_layer_that_shares_a_selection_as_in_transformers(sharing):
+    model, hidden = model_of_transformers("GlmMoeDsa", **sharing), torch.randn(50, 96)
+    config, state = {**model.config.to_dict(), "indexer_types": None, **sharing}, model.state_dict()
+    assert PREFIX.replace("3", "1") + "indexer.wk.weight" not in state
+    (expected,), _, selection = attention(model, 0, hidden)
+    then = hidden + expected
+    (shared,), _, _ = attention(model, 1, then, selection)
+    unused = {name.replace("s.0.", "s.1."): weight for name, weight in state.items() if ".indexer." in name}
+    for stored in (state, {**state, **unused}):
+        for given in (config, DSAConfig.from_dict(config)):
+            layers = [SparseMLA.from_hf(stored, given, layer) for layer in range(2)]
+            caches = [DSACache(layer.config, 50, shares_selection=layer.shares_selection) for layer in layers]
+            assert layers[1].indexer is None and caches[1].nbytes < caches[0].nbytes
+            for a, b in ((0, 30), (30, 31), (31, 50)):
+                out, indices = layers[0](hidden[a:b], cache=caches[0], return_indices=True)
+                assert relative_error(out, expected[a:b]) < 1e-5
+                out = layers[1](hidden[a:b] + out, cache=caches[1], indices=indices)
+                assert relative_error(out, shared[a:b]) < 1e-5
+            names = {name for name in state if name.startswith("model.layers.1.self_attn.")}
+            assert set(layers[1].to_hf(1)) == names
+
+
+@pytest.mark.parametrize("kind", ["DeepseekV32", "GlmMoeDsa"])
+def test_latents_are_normalised_with_the_configs_epsilon(kind):
+    """As the engines do; transformers has 1e-6 there, whatever its config says."""
+    model, hidden = model_of_transformers(kind, rms_norm_eps=1e-5), torch.randn(50, 96)
+    theirs = model.model.layers[1].self_attn
+    for projection, rank in (theirs.q_a_proj, 48), (theirs.kv_a_proj_with_mqa, 40):
+        projection.weight[:rank].mul_(0.01)  # latents of small variance
+    layer = SparseMLA.from_hf(model.state_dict(), model.config.to_dict(), 1)
+    assert relative_error(layer(hidden), attention(model, 1, hidden)[0][0]) > 1e-3
+    for norm in (theirs.q_a_layernorm, theirs.kv_a_layernorm):
+        norm.variance_epsilon = 1e-5
+    assert relative_error(layer(hidden), attention(model, 1, hidden)[0][0]) < 5e-6
 
 
 @pytest.mark.parametrize("block", [(128, 128), (32, 16)])
@@ -108,6 +158,38 @@ def test_fp8_blocks(block, tmp_path):
     as_fp32 = SparseMLA.from_hf(state, config, 3, dtype=torch.float32)
     assert {p.dtype for p in as_fp32.parameters()} == {torch.float32}
     assert relative_error(loaded(hidden.bfloat16()), as_fp32(hidden)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "blocks, scale, expected",
+    [
+        (
+            [64, 128],
+            [1, 1],
+            "[1, 1] where [2, 1] is expected, one scale per block of {}=[64, 128] in [96, 80]",
+        ),
+        ([64, 64], [], "[] where [2, 2] is expected, one scale per block of {}=[64, 64] in"),
+        (None, [2, 1], "[2, 1] where [1, 1] is expected, one scale per block of {}=[128, 128] (not in the"),
+    ],
+    ids=str,
+)
+def test_scales_that_do_not_fit_their_blocks_are_named(blocks, scale, expected):
+    state = make().to_hf(3)
+    name = PREFIX + "o_proj.weight"
+    state[name], state[name + "_scale_inv"] = state[name].to(torch.float8_e4m3fn), torch.ones(scale)
+    with pytest.raises(ValueError) as error:
+        SparseMLA.from_hf(state, {**CONFIG, "quantization_config": {"weight_block_size": blocks}}, 3)
+    expected = f"{name}_scale_inv of shape {expected.format('quantization_config.weight_block_size')}"
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("block", [128, [128], [0, 128], [64.0, 64]], ids=str)
+def test_blocks_of_no_size_are_refused(block):
+    config = {**CONFIG, "quantization_config": {"weight_block_size": block}}
+    with pytest.raises(
+        ValueError, match=r"quantization_config\.weight_block_size: expected two sizes .* got"
+    ):
+        SparseMLA.from_hf(make().to_hf(3), config, 3)
 
 
 def test_dequantize_blocks_is_its_formula():
@@ -183,5 +265,7 @@ def test_wrong_layers_are_named():
     with pytest.raises(ValueError, match=r"expected one model, got .* under draft\.model.*, model\.layers"):
         SparseMLA.from_hf(twice, CONFIG, 3)
     shared = {name: weight for name, weight in state.items() if ".indexer." not in name}
-    with pytest.raises(ValueError, match=r"missing .*indexer\.wk\.weight.* shares another layer's selection"):
+    with pytest.raises(
+        ValueError, match=r"missing .*indexer\.wk\.weight.* shares .* indexer_types in the config"
+    ):
         SparseMLA.from_hf(shared, CONFIG, 3)

@@ -1,4 +1,4 @@
-"""SparseMLA, SparseGQA and their cache: dense equivalence, prefill, chunks, decode, batches, capture."""
+"""SparseMLA, SparseGQA and their cache: dense equivalence, prefill, steps, batches, selections, capture."""
 
 import dataclasses
 import importlib.util
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, formats, layers
-from sparse_attn.reference import index_logits
+from sparse_attn.reference import index_logits, select_topk
 from sparse_attn.rope import apply_rope, rope_cos_sin
-from sparse_attn.testing import relative_error
+from sparse_attn.testing import INT_MAX, INT_MIN, relative_error
 
 spec = importlib.util.spec_from_file_location("graph_capture", Path(__file__).with_name("graph_capture.py"))
 graph_capture = importlib.util.module_from_spec(spec)
@@ -138,7 +138,7 @@ def test_an_empty_batch(config):
     assert out.shape == (0, 96) and cache.lengths == (0, 0)
 
 
-def dense_mla(layer, hidden):
+def dense_mla(layer, hidden, mask=None):
     """Multi-head latent attention as the models' papers write it: keys and values expanded, SDPA."""
     config = layer.config
     nope, rope, heads = config.qk_nope_head_dim, config.qk_rope_head_dim, config.num_attention_heads
@@ -150,16 +150,16 @@ def dense_mla(layer, hidden):
     expanded = layer.wkv_b(layer.kv_norm(latent)).unflatten(-1, (heads, -1))
     k_nope, v = expanded.split([nope, config.v_head_dim], -1)
     q, k, v = (rearrange(x, "t h d -> 1 h t d") for x in (q, torch.cat([k_nope, k_rope], -1), v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.softmax_scale)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=config.softmax_scale)
     return layer.wo(rearrange(out, "1 h t d -> t (h d)"))
 
 
-def dense_gqa(layer, hidden):
+def dense_gqa(layer, hidden, mask=None):
     cos, sin = rope_cos_sin(torch.arange(len(hidden)), layer.config.head_dim, layer.config)
     q, k, v = (p(hidden).unflatten(-1, (-1, 32)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k = (apply_rope(x, cos, sin, "half") for x in (q, k))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return layer.o_proj(rearrange(out, "1 h t d -> t (h d)"))
 
 
@@ -357,6 +357,161 @@ def test_a_cache_made_in_inference_mode_is_changed_outside_of_it(config):
     assert cache.lengths == (0,)
 
 
+# Selections that go in and out
+
+KINDS = {  # config, dtype of the layer and of the cache
+    "mla": (MLA, torch.float32, torch.float32),
+    "mla in bf16": (MLA, torch.bfloat16, torch.bfloat16),
+    "fp8 cache": (V32, torch.bfloat16, FP8),
+    "gqa": (GQA, torch.float32, torch.float32),
+}
+STEPS = [[[60]], [[20], [40]], [[9], [1], [1], [49]], [[30, 0, 9], [1, 1, 1], [0, 7, 30]]]
+
+
+@pytest.mark.parametrize("config, dtype, cache_dtype", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+def test_a_replay_gives_the_same_bits(config, dtype, cache_dtype, capturable, steps, monkeypatch):
+    layer, batch = make(config, dtype), len(steps[0])
+    recorded, replayed, plain = (
+        DSACache(config, 64, batch, dtype=cache_dtype, capturable=capturable) for _ in range(3)
+    )
+    for counts in [*steps, [1] * batch]:
+        step = {"hidden_states": torch.randn(sum(counts), 96, dtype=dtype), "cu_seqlens_q": cumulated(counts)}
+        out, indices = layer(**step, cache=recorded, return_indices=True)
+        longest = 64 if capturable else max(recorded.lengths)
+        assert indices.shape == (sum(counts), min(12, longest)) and indices.dtype == torch.int32
+        assert torch.equal(layer(**step, cache=plain), out)
+        with monkeypatch.context() as patch:
+            patch.delattr(layers, "lightning_topk")
+            patch.delattr(LightningIndexer, "queries")
+            again, read = layer(**step, cache=replayed, indices=indices.T.contiguous().T, return_indices=True)
+        assert torch.equal(again, out) and torch.equal(read, indices)
+    for name in recorded._tensors:  # a replay stores index keys too
+        for held, other, n in zip(recorded[name], replayed[name], recorded.lengths, strict=True):
+            assert torch.equal(held[:n], other[:n])
+
+
+def test_a_replay_without_a_cache_gives_the_same_bits(config):
+    layer, hidden, cu = make(config), torch.randn(70, 96), torch.tensor([0, 30, 30, 31, 70])
+    out, indices = layer(hidden, cu_seqlens_q=cu, return_indices=True)
+    assert torch.equal(layer(hidden, cu_seqlens_q=cu, indices=indices), out)
+    assert torch.equal(layer(hidden, cu_seqlens_q=cu), out)
+
+
+def test_what_a_layer_returns_is_the_selection(config):
+    """Positions in each token's own sequence, the same from a packed prefill as from steps over a cache."""
+    layer, hidden = make(config), torch.randn(60, 96)
+    q_lora = layer.q_norm(layer.wq_a(hidden)) if config.is_mla else hidden
+    expected = []
+    for part, lora in zip(hidden.split([23, 37]), q_lora.split([23, 37]), strict=True):
+        q, k, weights = layer.indexer(part, lora, torch.arange(len(part)))
+        ks = torch.zeros(len(part), dtype=torch.int32)
+        ke = torch.arange(1, len(part) + 1, dtype=torch.int32)
+        expected.append(select_topk(index_logits(q, k, weights, ks, ke), 12, ks, ke))
+    _, packed = layer(hidden, cu_seqlens_q=torch.tensor([0, 23, 60]), return_indices=True)
+    assert torch.equal(packed, torch.cat(expected))
+    cache, made = DSACache(config, 40, batch_size=2), []
+    for a, b in ((0, 5), (5, 20), (20, 23)):
+        new = torch.cat([hidden[a:b], hidden[23 + a : 23 + b]])
+        cu = torch.tensor([0, b - a, 2 * (b - a)])
+        made.append(layer(new, cache=cache, cu_seqlens_q=cu, return_indices=True)[1].chunk(2)[1])
+    assert [len(rows[0]) for rows in made] == [5, 12, 12]
+    made[0] = F.pad(made[0], (0, 7), value=-1)
+    assert torch.equal(torch.cat(made), expected[1][:23])
+
+
+@pytest.mark.parametrize("topk", [0, 1, 7, 40, 90])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("own", [12, 64])  # what the layer itself would select of 41 tokens
+def test_a_selection_made_elsewhere(config, topk, cached, own):
+    """Any positions, against dense attention over what is visible of them, as often as it stands there."""
+    config = dataclasses.replace(config, index_topk=own)
+    layer, hidden, lengths = make(config), torch.randn(63, 96), [41, 22]
+    indices = torch.randint(-3, 45, (63, topk), dtype=torch.int32)
+    indices[::5, -2:] = torch.tensor([INT_MIN, INT_MAX], dtype=torch.int32)[-topk:][:topk]
+    cache = DSACache(config, 50, batch_size=2) if cached else None
+    out = layer(hidden, cache=cache, cu_seqlens_q=torch.tensor([0, 41, 63]), indices=indices)
+    dense = dense_mla if config.is_mla else dense_gqa
+    for part, rows, result in zip(
+        hidden.split(lengths), indices.split(lengths), out.split(lengths), strict=True
+    ):
+        n = len(part)
+        position = torch.arange(n)
+        count = (rows[:, :, None] == position).sum(1).tril()  # [n, n]
+        empty = ~count.any(1)
+        mask = count.float().log()
+        mask[empty] = 0.0
+        expected = dense(layer, part, mask)
+        expected[empty] = 0.0
+        assert relative_error(result, expected) < 5e-6
+
+
+def test_a_replay_reads_the_recorded_tokens_in_other_programs():
+    """What an engine recorded over an fp8 cache, by steps and in a batch, is replayed by a prefill."""
+    layer, hidden = make(V32), torch.randn(2, 40, 96)
+    cache, recorded = DSACache(V32, 40, batch_size=2, dtype=FP8), ([], [])
+    for part in hidden.split([25, 1, 14], dim=1):
+        n = part.shape[1]
+        _, indices = layer(
+            part.flatten(0, 1), cache=cache, cu_seqlens_q=torch.tensor([0, n, 2 * n]), return_indices=True
+        )
+        for made, rows in zip(recorded, indices.chunk(2), strict=True):
+            made.append(rows)
+    for sequence, rows in zip(hidden, map(torch.cat, recorded), strict=True):
+        out, read = layer(sequence, indices=rows, return_indices=True)
+        assert torch.equal(read, rows)
+        visible = (rows[:, :, None] == torch.arange(40)).any(1)
+        assert relative_error(out, dense_mla(layer, sequence, visible)) < 5e-6
+
+
+@pytest.mark.parametrize("config, dtype, cache_dtype", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_layer_that_shares_a_selection(config, dtype, cache_dtype, capturable):
+    """It computes what a layer of its weights does with the same indices, and stores no index keys."""
+    full = make(config, dtype)
+    shared = make(config, dtype, shares_selection=True)
+    weights = {name: w for name, w in full.state_dict().items() if not name.startswith("indexer.")}
+    shared.load_state_dict(weights)
+    assert shared.indexer is None
+    options = {"batch_size": 2, "dtype": cache_dtype, "capturable": capturable}
+    caches = [DSACache(config, 40, shares_selection=shares, **options) for shares in (False, True)]
+    assert set(caches[0]._tensors) - set(caches[1]._tensors) == {"index_k"}
+    assert caches[1].dtype == cache_dtype and caches[1].device == caches[0].device
+    assert caches[1].nbytes < caches[0].nbytes
+    for counts in ([20, 5], [1, 1], [4, 0], [0, 9]):
+        hidden, cu = torch.randn(sum(counts), 96, dtype=dtype), cumulated(counts)
+        out, indices = full(hidden, cache=caches[0], cu_seqlens_q=cu, return_indices=True)
+        assert torch.equal(shared(hidden, cache=caches[1], cu_seqlens_q=cu, indices=indices), out)
+        caches[0].truncate(caches[0].lengths[0] - 1)
+        caches[1].truncate(caches[1].lengths[0] - 1)
+    assert torch.equal(shared(hidden, indices=indices), full(hidden, indices=indices))
+
+
+def test_wrong_selections_are_refused(config):
+    layer, shared, hidden = make(config), make(config, shares_selection=True), torch.randn(6, 96)
+    indices = torch.zeros(6, 3, dtype=torch.int32)
+    cache, without = DSACache(config, 8), DSACache(config, 8, shares_selection=True)
+    for wrong, error, words in (
+        (indices.tolist(), TypeError, r"indices: expected a tensor \[tokens=6, topk\], got list"),
+        (indices[:5], ValueError, r"indices: expected shape \[tokens=6, topk\], got \[5, 3\]"),
+        (indices[:, None], ValueError, r"indices: expected shape \[tokens=6, topk\], got \[6, 1, 3\]"),
+        (indices.long(), TypeError, "indices: expected dtype int32, got int64"),
+        (indices.to("meta"), ValueError, "indices: expected device .*, got meta"),
+    ):
+        with pytest.raises(error, match=words):
+            layer(hidden, cache=cache, indices=wrong)
+    with pytest.raises(
+        ValueError, match=r"indices: expected \[tokens, topk\], as the layer shares .* got None"
+    ):
+        shared(hidden, cache=without)
+    with pytest.raises(ValueError, match=r"cache: expected .*layer's shares_selection=False, got True"):
+        layer(hidden, cache=without)
+    with pytest.raises(ValueError, match=r"cache: expected .*layer's shares_selection=True, got False"):
+        shared(hidden, cache=cache, indices=indices)
+    assert cache.lengths == without.lengths == (0,)
+
+
 # Steps that a CUDA graph can hold; tests/test_gpu.py captures real ones.
 
 CAPTURED = {  # config, dtype of the layer and of the cache
@@ -410,6 +565,33 @@ def test_a_captured_step_follows_its_inputs(config, dtype, cache_dtype, batch, s
 
 def cumulated(counts):
     return torch.tensor([0, *itertools.accumulate(counts)])
+
+
+@pytest.mark.parametrize("config, dtype, cache_dtype", KINDS.values(), ids=KINDS)
+def test_a_captured_replay_follows_its_selection(config, dtype, cache_dtype):
+    layer, shared = make(config, dtype), make(config, dtype, shares_selection=True)
+    options = {"dtype": cache_dtype, "capturable": True}
+    eager, captured = DSACache(config, 40, **options), DSACache(config, 40, **options)
+    beside = [DSACache(config, 40, shares_selection=True, **options) for _ in range(2)]
+    prompt, hidden = torch.randn(20, 96, dtype=dtype), torch.zeros(4, 96, dtype=dtype)
+    indices = torch.zeros(4, 12, dtype=torch.int32)
+
+    def step(cache, other):
+        out, made = layer(hidden, cache=cache, return_indices=True)
+        return made, out + shared(hidden, cache=other, indices=indices)
+
+    for cache, other in zip((eager, captured), beside, strict=True):
+        _, made = layer(prompt, cache=cache, return_indices=True)
+        shared(prompt, cache=other, indices=made)
+    graph = graph_capture.Graph(lambda: step(captured, beside[1]))
+    for cache in (captured, beside[1]):
+        cache.truncate(20)
+    for _ in range(3):
+        hidden.normal_()
+        indices.random_(0, 20)
+        graph.replay()
+        for a, b in zip(graph.result, step(eager, beside[0]), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_step_that_reads_lengths_on_the_host_cannot_be_captured(config):
