@@ -60,6 +60,17 @@ PIXTRAL |= {"num_attention_heads": 2, "head_dim": 16}
 HY_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 HY_VISION |= {"out_hidden_size": 96, "max_image_size": 64}
 
+GQA = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+M3 = {  # blocks of 8 rows, of which each of two kv heads reads 3, its own with them
+    **{"num_hidden_layers": 3, "num_local_experts": 4, "shared_intermediate_size": 32},
+    **{"dense_intermediate_size": 64, "index_n_heads": 2, "index_head_dim": 32, "index_block_size": 8},
+    **{"index_topk_blocks": 3, "index_local_blocks": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+M3_VISION = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+M3_VISION |= {"image_size": 28}
+
 
 def _dots(**sizes):
     return transformers.Dots3NoteTextConfig(**sizes)
@@ -92,11 +103,14 @@ KINDS = {
     "dots": (_dots, {**MLA, **DOTS}),
     "mistral": (_with_vision("MistralLarge4", PIXTRAL), {**MLA, **FIRST_DENSE, **MISTRAL}),
     "v4": (_plain("DeepseekV4"), {**MLA, **V4}),
+    "m3": (_plain("MiniMaxM3VLText"), {**GQA, **M3}),
+    "m3-vl": (_with_vision("MiniMaxM3VL", M3_VISION), {**GQA, **M3}),
 }
-FAMILY = {"v32-yarn": "v32", "glm-shared": "glm"}
+FAMILY = {"v32-yarn": "v32", "glm-shared": "glm", "m3-vl": "m3"}
 MODEL_TYPES = {
     **{"v32": "deepseek_v32", "glm": "glm_moe_dsa", "axk2": "axk2", "hy": "hy_v4", "hy-vl": "hy_v4_vl"},
     **{"dots": "dots3_note", "mistral": "mistral_large4", "v4": "deepseek_v4"},
+    "m3": "minimax_m3_vl",
 }
 KINDS = {kind: made for kind, made in KINDS.items() if MODEL_TYPES[FAMILY.get(kind, kind)] in sa.SUPPORTED}
 

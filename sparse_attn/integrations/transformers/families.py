@@ -5,6 +5,7 @@ import inspect
 
 from torch import nn
 
+from .blocks import BlockAttention, BlockIndexer
 from .inputs import ACCEPTED
 from .latent import Dots3Attention, LatentAttention
 from .tokens import HYV4Indexer, MistralIndexer, TokenIndexer
@@ -46,3 +47,4 @@ _family("hy_v4", "HYV4", LatentAttention, HYV4Indexer, HALF)
 _family("hy_v4_vl", "HYV4VL", LatentAttention, HYV4Indexer, HALF)
 _family("dots3_note", "Dots3NoteText", Dots3Attention, TokenIndexer, INTERLEAVED)
 _family("mistral_large4", "MistralLarge4Text", LatentAttention, MistralIndexer, INTERLEAVED)
+_family("minimax_m3_vl", "MiniMaxM3VL", BlockAttention, BlockIndexer, HALF)

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ...ops.attention import sparse_gqa
 from .inputs import query_chunks
 
+INDEX_BYTES = 8  # of an index while it is made: itself, and what it is compared with
+
 
 def attend_grouped(
-    query: Tensor, key: Tensor, value: Tensor, indices: Callable[[slice], Tensor], scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Callable[[slice], Tensor],
+    scaling: float,
+    indices_per_token: int = 0,
 ) -> Tensor:
     """Attention to the rows that each query reads.
 
@@ -19,19 +25,31 @@ def attend_grouped(
         key, value: ``[B, kv_heads, T, d]`` and ``[B, kv_heads, T, d_v]``.
         indices: gives those of some of the queries: ``[B, s_q, k]`` or ``[B, s_q, kv_heads, k]`` int32,
             negative for none.
+        indices_per_token: how many those are, of all sequences and heads; for memory, where they are many.
 
     Returns:
         ``[B, S, heads, d_v]``.
     """
     batch, heads, s_q, d = query.shape
+    kv_heads, d_v = value.shape[1], value.shape[3]
     k, v = key.transpose(1, 2), value.transpose(1, 2)
-    outs = []
-    for t in query_chunks(s_q, batch * heads * d * query.element_size()):
-        q, selected = query[:, :, t].transpose(1, 2), indices(t)
+    q = query.transpose(1, 2).unflatten(2, (kv_heads, -1))
+    out = query.new_empty(batch, s_q, *q.shape[2:4], d_v)
+    bytes_per_token = batch * heads * d * query.element_size() + INDEX_BYTES * indices_per_token
+    for t in query_chunks(s_q, bytes_per_token):
+        selected = indices(t)
+        every = selected.dim() == 3 or selected.shape[1] == 1
+        # Many queries take one kv head after the other, whose rows then stay in the processor's cache.
+        groups = [slice(None)] if every else [slice(h, h + 1) for h in range(kv_heads)]
         # A call for each sequence: their keys lie in one tensor, but not as rows of one distance.
-        outs.append(
-            torch.stack(
-                [sparse_gqa(q[b], k[b], v[b], selected[b], softmax_scale=scaling) for b in range(batch)]
-            )
-        )
-    return torch.cat(outs, 1)
+        for b in range(batch):
+            for g in groups:
+                sparse_gqa(
+                    q[b, t, g].flatten(1, 2),
+                    k[b, :, g],
+                    v[b, :, g],
+                    selected[b] if every else selected[b, :, g],
+                    softmax_scale=scaling,
+                    out=out[b, t, g].flatten(1, 2),
+                )
+    return out.flatten(2, 3)

@@ -64,6 +64,22 @@ def growing(cache: Cache | None) -> Any:
     return cache if cache is None or is_tracing(torch.empty(0)) else Growing(cache)
 
 
+def update_index(cache: Any, keys: Tensor, layer_idx: int) -> Tensor:
+    """Store index keys ``[B, 1, S, d]`` in a layer of the cache that takes them itself (MiniMax-M3); all of
+    them so far, ``[B, 1, T, d]``."""
+    layer = cache.layers[layer_idx]
+    if not hasattr(layer, "update_index"):
+        raise ValueError(
+            "past_key_values: expected transformers.DynamicCache(config=model.config), whose layer "
+            f"{layer_idx} holds index keys, got {type(layer).__name__}"
+        )
+    plain = cache._plain(layer_idx) if isinstance(cache, Growing) else None
+    if plain is not None and _same_kind(plain.idx_keys, keys):
+        plain.idx_keys = append(plain.idx_keys, keys)
+        return plain.idx_keys
+    return layer.update_index(keys)
+
+
 def append(held: Tensor, new: Tensor) -> Tensor:
     """``torch.cat([held, new], -2)``; ``held`` is copied only if its buffer is full."""
     start, stop = held.shape[-2], held.shape[-2] + new.shape[-2]

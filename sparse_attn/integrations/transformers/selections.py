@@ -13,8 +13,9 @@ class Selections:
     """What each indexer of a model selected for each token, in the order in which the model read the tokens.
 
     ``selections[layer_idx]`` is ``[B, tokens, k]`` int32: rows of the cache (for DeepSeek-V4 its compressed
-    entries), negative for none. Only layers with an indexer have one; the others share the selection of a
-    layer before them. Four bytes are kept per index: ``4 * B * tokens * index_topk`` for each indexer.
+    entries; for MiniMax-M3 blocks of rows, those of one kv head after those of another), negative for none.
+    Only layers with an indexer have one; the others share the selection of a layer before them. Four bytes
+    are kept per index: ``4 * B * tokens * k`` for each indexer.
 
     Args:
         layers: such tensors by the number of their layer, for a selection that was made elsewhere.
