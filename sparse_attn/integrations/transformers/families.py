@@ -6,6 +6,7 @@ import inspect
 from torch import nn
 
 from .blocks import BlockAttention, BlockIndexer
+from .deepseek_v4 import CompressedAttention, CompressedIndexer, Compressor
 from .inputs import ACCEPTED
 from .latent import Dots3Attention, LatentAttention
 from .tokens import HYV4Indexer, MistralIndexer, TokenIndexer
@@ -15,7 +16,9 @@ SUPPORTED: list[str] = []  # families, by model_type
 HALF, INTERLEAVED = "apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"  # names of their functions
 
 
-def _family(name: str, prefix: str, attention: type, indexer: type, rotation: str | None = None) -> None:
+def _family(
+    name: str, prefix: str, attention: type, indexer: type, rotation: str | None = None, **others: type
+) -> None:
     """Make the classes of one family, if this release of transformers has it."""
     try:
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
@@ -26,6 +29,9 @@ def _family(name: str, prefix: str, attention: type, indexer: type, rotation: st
     SPARSE[theirs] = _subclass(theirs, attention, accepted=accepted)
     theirs = getattr(module, f"{prefix}Indexer")
     SPARSE[theirs] = _subclass(theirs, indexer, **_rotation(module, rotation))
+    for part, ours in others.items():
+        theirs = getattr(module, f"{prefix}{part}")
+        SPARSE[theirs] = _subclass(theirs, ours)
     SUPPORTED.append(name)
 
 
@@ -48,3 +54,8 @@ _family("hy_v4_vl", "HYV4VL", LatentAttention, HYV4Indexer, HALF)
 _family("dots3_note", "Dots3NoteText", Dots3Attention, TokenIndexer, INTERLEAVED)
 _family("mistral_large4", "MistralLarge4Text", LatentAttention, MistralIndexer, INTERLEAVED)
 _family("minimax_m3_vl", "MiniMaxM3VL", BlockAttention, BlockIndexer, HALF)
+_family(
+    *("deepseek_v4", "DeepseekV4", CompressedAttention, CompressedIndexer),
+    CSACompressor=Compressor,
+    HCACompressor=Compressor,
+)

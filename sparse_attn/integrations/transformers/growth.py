@@ -40,14 +40,14 @@ class Growing:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         layer = self._plain(layer_idx)
-        if layer is not None and _same_kind(layer.keys, keys) and _same_kind(layer.values, values):
+        if layer is not None and same_kind(layer.keys, keys) and same_kind(layer.values, values):
             layer.keys, layer.values = append(layer.keys, keys), append(layer.values, values)
             return layer.keys, layer.values
         return self.cache.update(keys, values, layer_idx, *args, **kwargs)
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
         layer = self._plain(layer_idx)
-        if layer is not None and _same_kind(layer.indexer_keys, keys):
+        if layer is not None and same_kind(layer.indexer_keys, keys):
             layer.indexer_keys = append(layer.indexer_keys, keys)
             return layer.indexer_keys
         return self.cache.update_indexer(keys, layer_idx)
@@ -74,7 +74,7 @@ def update_index(cache: Any, keys: Tensor, layer_idx: int) -> Tensor:
             f"{layer_idx} holds index keys, got {type(layer).__name__}"
         )
     plain = cache._plain(layer_idx) if isinstance(cache, Growing) else None
-    if plain is not None and _same_kind(plain.idx_keys, keys):
+    if plain is not None and same_kind(plain.idx_keys, keys):
         plain.idx_keys = append(plain.idx_keys, keys)
         return plain.idx_keys
     return layer.update_index(keys)
@@ -94,7 +94,7 @@ def append(held: Tensor, new: Tensor) -> Tensor:
     return rows
 
 
-def _same_kind(held: Tensor | None, new: Tensor) -> bool:
+def same_kind(held: Tensor | None, new: Tensor) -> bool:
     """Whether rows may lie in one tensor with those that are held, if any are."""
     if held is None or held.dim() != new.dim():
         return False

@@ -1,6 +1,7 @@
 """The selections of a model's indexers: recorded as they are made, or replayed in their place."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -76,8 +77,8 @@ class _Replay:
 class Indexer:
     """Mixed into the indexer classes of transformers, beside how each of them selects."""
 
-    recorded_by: Selections | None = None
-    replayed_from: _Replay | None = None
+    recorded_by: Callable[[Tensor], None] | None = None
+    replayed_from: Callable[[int, int, torch.device], Tensor] | None = None
     __getattr__: Callable[[str], Any]  # for type checkers: the other attributes are those of transformers
 
     def selected(
@@ -86,10 +87,10 @@ class Indexer:
         """``[B, S, k]`` int32: what ``select`` gives for chunks of the new tokens, or what is replayed."""
         if self.replayed_from is not None:
             batch, tokens = hidden_states.shape[:2]
-            return self.replayed_from.next(self.layer_idx, batch, tokens, hidden_states.device)
+            return self.replayed_from(batch, tokens, hidden_states.device)
         out = torch.cat([select(t) for t in chunks], 1)
         if self.recorded_by is not None:
-            self.recorded_by.append(self.layer_idx, out)
+            self.recorded_by(out)
         return out
 
 
@@ -104,12 +105,12 @@ def record(model: nn.Module, device: torch.device | str | None = None) -> Iterat
         :class:`Selections`, which grow with every call of the model.
     """
     selections = Selections(device=device)
-    for indexer in (indexers := _indexers(model)):
-        indexer.recorded_by = selections
+    for layer, indexer in (indexers := _indexers(model)).items():
+        indexer.recorded_by = functools.partial(selections.append, layer)
     try:
         yield selections
     finally:
-        for indexer in indexers:
+        for indexer in indexers.values():
             indexer.recorded_by = None
 
 
@@ -127,23 +128,28 @@ def replay(model: nn.Module, selections: Selections) -> Iterator[None]:
             or another batch.
     """
     indexers = _indexers(model)
-    missing = sorted({indexer.layer_idx for indexer in indexers} - {*selections})
+    missing = sorted({*indexers} - {*selections})
     if missing:
         raise ValueError(
             f"selections: expected one for each layer with an indexer, got none for layers {missing}"
         )
     source = _Replay(selections)
-    for indexer in indexers:
-        indexer.replayed_from = source
+    for layer, indexer in indexers.items():
+        indexer.replayed_from = functools.partial(source.next, layer)
     try:
         yield
     finally:
-        for indexer in indexers:
+        for indexer in indexers.values():
             indexer.replayed_from = None
 
 
-def _indexers(model: nn.Module) -> list[Indexer]:
-    found: list[Indexer] = [module for module in model.modules() if isinstance(module, Indexer)]
+def _indexers(model: nn.Module) -> dict[int, Indexer]:
+    """By the number of the layer that each is in; not every indexer knows it."""
+    found: dict[int, Indexer] = {}
+    for layer in model.modules():
+        number: Any = getattr(layer, "layer_idx", None)
+        if number is not None:
+            found.update((number, module) for module in layer.modules() if isinstance(module, Indexer))
     if not found:
         raise ValueError(f"model: expected one that enable() changed, got {type(model).__name__}")
     return found
