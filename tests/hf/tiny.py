@@ -54,11 +54,30 @@ MISTRAL = {  # no RoPE in the second layer; the third reads the first's latents,
     "indexer_types": ["full", "full", "shared", "full"],
     "rope_parameters": {**YARN, "attention_factor": 1.0},
 }
+KPOOL = {  # pools of 4 tokens, of which 6 are selected; no positions; the first layer is linear
+    **{"index_kpool": 4, "qk_rope_head_dim": 0, "num_hidden_layers": 3, "hc_mult": 2},
+    **{"linear_head_dim": 16, "linear_num_heads": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+    "indexer_types": ["full", "full", "full"],
+}
+QSA = {  # blocks of 4 tokens, of which 6 are selected; the first layer is linear
+    **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+    **{"indexer_n_heads": 32, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": TOPK},
+    **{"indexer_compress_ratio": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "hc_count": 2, "hc_lowrank": 16},
+    "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "mrope_section": [4, 2, 2],
+    },
+}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}}
 PIXTRAL = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 PIXTRAL |= {"num_attention_heads": 2, "head_dim": 16}
 HY_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 HY_VISION |= {"out_hidden_size": 96, "max_image_size": 64}
+GLM_VISION = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 96}
 
 GQA = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 M3 = {  # blocks of 8 rows, of which each of two kv heads reads 3, its own with them
@@ -105,12 +124,18 @@ KINDS = {
     "v4": (_plain("DeepseekV4"), {**MLA, **V4}),
     "m3": (_plain("MiniMaxM3VLText"), {**GQA, **M3}),
     "m3-vl": (_with_vision("MiniMaxM3VL", M3_VISION), {**GQA, **M3}),
+    "glm5": (_with_vision("Glm5Next", GLM_VISION), {**MLA, **KPOOL}),
+    "glm5-shared": (
+        _with_vision("Glm5Next", GLM_VISION),
+        {**MLA, **KPOOL, "indexer_types": ["full", "full", "shared"]},
+    ),
+    "qwen4": (_plain("Qwen4ExpText"), {**COMMON, **QSA}),
 }
-FAMILY = {"v32-yarn": "v32", "glm-shared": "glm", "m3-vl": "m3"}
+FAMILY = {"v32-yarn": "v32", "glm-shared": "glm", "glm5-shared": "glm5", "m3-vl": "m3"}
 MODEL_TYPES = {
     **{"v32": "deepseek_v32", "glm": "glm_moe_dsa", "axk2": "axk2", "hy": "hy_v4", "hy-vl": "hy_v4_vl"},
     **{"dots": "dots3_note", "mistral": "mistral_large4", "v4": "deepseek_v4"},
-    "m3": "minimax_m3_vl",
+    **{"glm5": "glm5_next", "qwen4": "qwen4_exp", "m3": "minimax_m3_vl"},
 }
 KINDS = {kind: made for kind, made in KINDS.items() if MODEL_TYPES[FAMILY.get(kind, kind)] in sa.SUPPORTED}
 
@@ -130,6 +155,8 @@ def make(kind, **changes):
             parameter.mul_(4)
         if name.endswith((".sinks", ".position_bias", "compress_ape")):  # zeros
             parameter.normal_()
+        if name.endswith("compress_gate"):  # ones
+            parameter.normal_(std=0.2)
         if "softmax_scaling" in name or name.endswith("rotary_emb.alpha"):  # neutral
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.get_input_embeddings().weight[0] = 0.02  # else a generated pad token scores 0 everywhere: all ties

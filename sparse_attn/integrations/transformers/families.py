@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 
 from torch import nn
 
@@ -9,6 +10,7 @@ from .blocks import BlockAttention, BlockIndexer
 from .deepseek_v4 import CompressedAttention, CompressedIndexer, Compressor
 from .inputs import ACCEPTED
 from .latent import Dots3Attention, LatentAttention
+from .pools import Glm5NextAttention, Glm5NextIndexer, Qwen4ExpAttention, Qwen4ExpIndexer
 from .tokens import HYV4Indexer, MistralIndexer, TokenIndexer
 
 SPARSE: dict[type[nn.Module], type[nn.Module]] = {}  # transformers' class: ours
@@ -27,7 +29,9 @@ def _family(
     theirs = getattr(module, f"{prefix}Attention")
     accepted = frozenset(inspect.signature(theirs.forward).parameters) | ACCEPTED
     SPARSE[theirs] = _subclass(theirs, attention, accepted=accepted)
-    theirs = getattr(module, f"{prefix}Indexer")
+    theirs = next(
+        x for name, x in vars(module).items() if name.startswith(prefix) and name.endswith("Indexer")
+    )
     SPARSE[theirs] = _subclass(theirs, indexer, **_rotation(module, rotation))
     for part, ours in others.items():
         theirs = getattr(module, f"{prefix}{part}")
@@ -53,6 +57,8 @@ _family("hy_v4", "HYV4", LatentAttention, HYV4Indexer, HALF)
 _family("hy_v4_vl", "HYV4VL", LatentAttention, HYV4Indexer, HALF)
 _family("dots3_note", "Dots3NoteText", Dots3Attention, TokenIndexer, INTERLEAVED)
 _family("mistral_large4", "MistralLarge4Text", LatentAttention, MistralIndexer, INTERLEAVED)
+_family("glm5_next", "Glm5NextText", Glm5NextAttention, Glm5NextIndexer)
+_family("qwen4_exp", "Qwen4ExpText", Qwen4ExpAttention, Qwen4ExpIndexer, HALF)
 _family("minimax_m3_vl", "MiniMaxM3VL", BlockAttention, BlockIndexer, HALF)
 _family(
     *("deepseek_v4", "DeepseekV4", CompressedAttention, CompressedIndexer),

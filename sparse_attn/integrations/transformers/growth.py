@@ -20,6 +20,7 @@ class _Room:
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer, self.filled = buffer, 0
+        self.notes: dict[str, Any] = {}
 
     def takes(self, start: int, stop: int) -> bool:
         frozen = self.buffer.is_inference() and not torch.is_inference_mode_enabled()
@@ -85,13 +86,23 @@ def append(held: Tensor, new: Tensor) -> Tensor:
     start, stop = held.shape[-2], held.shape[-2] + new.shape[-2]
     room = _rooms.get(held)
     if room is None or not room.takes(start, stop):
+        notes = notes_of(held)
         room = _Room(held.new_empty(*held.shape[:-2], stop + stop // SPARE + 1, held.shape[-1]))
         room.buffer[..., :start, :] = held
+        room.notes.update(notes)
+        notes.clear()  # one owner, who may change them in place
     room.buffer[..., start:stop, :] = new
     room.filled = stop
     rows = room.buffer[..., :stop, :]
     _rooms[rows] = room
     return rows
+
+
+def notes_of(rows: Tensor) -> dict[str, Any]:
+    """What was derived from rows of a cache, for whoever derives it to keep: it goes with them as they grow,
+    and not into a part, a copy or another order of them. Rows that do not grow start with none each time."""
+    room = _rooms.get(rows)
+    return room.notes if room is not None and room.filled == rows.shape[-2] else {}
 
 
 def same_kind(held: Tensor | None, new: Tensor) -> bool:
