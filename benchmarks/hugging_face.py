@@ -10,6 +10,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,9 +84,14 @@ def cases(family: str, options: argparse.Namespace) -> Iterator[tuple[str, Funct
 def calls(models: dict, embeddings: Tensor, caches: dict | None = None) -> Functions:
     functions = {}
     for name, model in models.items():
-        options = {"use_cache": False} if caches is None else {"past_key_values": caches[name]}
+        options = {"use_cache": False} if caches is None else {cache_name(model): caches[name]}
         functions[name] = functools.partial(model, inputs_embeds=embeddings, **options)
     return functions
+
+
+def cache_name(model: transformers.PreTrainedModel) -> str:
+    """The argument's name: another one from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def filled(models: dict, context: int, options: argparse.Namespace) -> dict:
@@ -97,7 +103,7 @@ def filled(models: dict, context: int, options: argparse.Namespace) -> dict:
         cache = transformers.DynamicCache(config=config)
     for start in range(0, context, CHUNK):
         prompt = torch.randn(1, min(CHUNK, context - start), 1024, dtype=DTYPES[options.dtype])
-        models["sparse_attn"](inputs_embeds=prompt, past_key_values=cache)
+        models["sparse_attn"](inputs_embeds=prompt, **{cache_name(models["sparse_attn"]): cache})
     return {"transformers": copy.deepcopy(cache), "sparse_attn": cache}
 
 

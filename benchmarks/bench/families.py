@@ -19,7 +19,7 @@ MLA = {"num_key_value_heads": 16, "q_lora_rank": 512, "kv_lora_rank": 512, "qk_n
 MLA |= {"qk_rope_head_dim": 64, "v_head_dim": 128, "index_head_dim": 128, "index_topk": 2048}
 MLA |= {"n_routed_experts": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 DENSE_MLP = {"mlp_layer_types": ["dense"]}
-HALVES = {"indexed_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 64 / 192}}
+INDEXED = {"layer_types": ["indexed_attention"]}
 
 # By model_type: the class of the text's config, and its sizes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,9 +29,46 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v4": ("HYV4Config", {**MLA, **DENSE_MLP, "index_n_heads": 16, "hc_mult": 2}),
     "dots3_note": (
         "Dots3NoteTextConfig",
-        {**MLA, **DENSE_MLP, "index_n_heads": 16, "layer_types": ["indexed_attention"], "head_dim": 192},
+        {**MLA, **DENSE_MLP, **INDEXED, "index_n_heads": 16, "head_dim": 192},
     ),
     "mistral_large4": ("MistralLarge4TextConfig", {**MLA, **DENSE_MLP, "index_n_heads": 16}),
+    "deepseek_v4": (
+        "DeepseekV4Config",  # entries of 4 tokens beside a window of 128
+        {
+            **{"num_key_value_heads": 1, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 512},
+            **{"index_n_heads": 16, "index_head_dim": 128, "index_topk": 512, "sliding_window": 128},
+            **{"o_groups": 4, "o_lora_rank": 256, "hc_mult": 2, "n_routed_experts": 2, "n_shared_experts": 1},
+            **{"layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"]},
+        },
+    ),
+    "glm5_next": (
+        "Glm5NextTextConfig",
+        {
+            **{**MLA, **DENSE_MLP, **INDEXED, "qk_rope_head_dim": 0, "qk_nope_head_dim": 192, "hc_mult": 2},
+            **{"index_n_heads": 16, "index_kpool": 4, "indexer_types": ["full"]},
+        },
+    ),
+    "qwen4_exp": (
+        "Qwen4ExpTextConfig",
+        {
+            **{**INDEXED, "num_key_value_heads": 2, "head_dim": 256, "num_experts": 2, "hc_count": 2},
+            **{"hc_lowrank": 16, "shared_expert_intermediate_size": 64, "indexer_kv_heads": 1},
+            **{"indexer_n_heads": 16, "indexer_head_dim": 128, "indexer_budget": 2048},
+            **{"indexer_compress_ratio": 4, "num_attention_heads": 16},
+            "rope_parameters": {
+                **{"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+                "mrope_section": [11, 11, 10],
+            },
+        },
+    ),
+    "minimax_m3_vl": (
+        "MiniMaxM3VLTextConfig",
+        {
+            **{"num_key_value_heads": 4, "head_dim": 128, "index_n_heads": 4, "index_head_dim": 128},
+            **{"dense_intermediate_size": 64, "shared_intermediate_size": 64, "num_local_experts": 2},
+            **{**DENSE_MLP, "layer_types": ["minimax_m3_sparse"]},
+        },
+    ),
 }
 
 
