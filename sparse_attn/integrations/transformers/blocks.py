@@ -70,7 +70,7 @@ class BlockIndexer(Indexer):
             q = self._rotate(q, [x[:, t] for x in rotary]).float()
             best = self._best_of_blocks(q, keys, position_ids[:, t])
             best = best.masked_fill((block <= last) & (block > last - self.local_blocks), torch.inf)
-            stop = (last + 1).expand(-1, -1, heads, -1).flatten()
+            stop = (last + 1).repeat(1, 1, heads, 1).flatten()
             return select_topk(best.flatten(0, 2), topk, ke=stop).view(batch, -1, heads * topk)
 
         chunks = query_chunks(s_q, batch * heads * rows * k.element_size())
@@ -88,7 +88,7 @@ class BlockIndexer(Indexer):
         best = [scores[:, : whole * self.block_size].unflatten(1, (whole, self.block_size)).amax(2)]
         if rest:
             best.append(scores[:, -rest:].amax(1, keepdim=True))
-        return torch.cat(best, 1).mT.unflatten(1, q.shape[1:3])
+        return torch.cat(best, 1).mT.contiguous().unflatten(1, q.shape[1:3])
 
     def _rotate(self, x: Tensor, rotary: list[Tensor]) -> Tensor:
         """``x`` ``[B, s_q, heads, head_dim]``."""

@@ -101,7 +101,7 @@ def append(held: Tensor, new: Tensor) -> Tensor:
 def notes_of(rows: Tensor) -> dict[str, Any]:
     """What was derived from rows of a cache, for whoever derives it to keep: it goes with them as they grow,
     and not into a part, a copy or another order of them. Rows that do not grow start with none each time."""
-    room = _rooms.get(rows)
+    room = None if is_tracing(rows) else _rooms.get(rows)
     return room.notes if room is not None and room.filled == rows.shape[-2] else {}
 
 

@@ -2,16 +2,18 @@
 
 A pool is ``size`` tokens in a row, counted from the first token of their sequence, and its key is made of
 theirs. A token selects ``budget`` of the pools whose last token it may read. It reads all rows of those, and
-the tail: what it may read behind the last of those pools, fewer than ``size`` rows.
+the tail: what it may read behind the last pool of that kind, fewer than ``size`` rows.
 
-``P``: pools of a sequence. The keys of pools that are whole never change, so they are kept beside a cache
-that grows in place, and a decoded token makes one of them at most.
+``P``: pools of a sequence. The keys of whole pools never change, so they are kept beside a cache that grows
+in place, and a decoded token makes one key at most. Other caches give all keys anew at each call.
 
-Padding that is not all on the left follows transformers' own layers. glm5_next pools rows of the cache: a
-pool with padding in it cannot be selected, and the tail is counted in tokens but read as rows, so a token
-behind such padding may miss some that came just before it. qwen4_exp pools the tokens that are visible,
-whatever lies between them. With ``index_kpool_always_select_tail`` off, a token of glm5_next with no whole
-pool before it reads nothing (transformers' own reads the mean of all rows then, also of later ones).
+Padding that is not all on the left is treated as in transformers' own layers. glm5_next pools rows of the
+cache: a pool with padding in it cannot be selected, and the tail is counted in tokens but read as rows, so
+that behind such padding it may miss some. qwen4_exp pools the tokens that are visible, whatever lies between
+them. A token that may read nothing (padding; in glm5_next also one that padding cut off, or, without
+``index_kpool_always_select_tail``, one before the end of the first pool) gets 0, as with SDPA. Eager
+attention gives it the mean of all rows, later ones and unused ones included, and before release 5.23 NaN in
+qwen4_exp, which then spreads to the whole sequence.
 """
 
 from collections.abc import Callable
@@ -43,11 +45,8 @@ class Pools(NamedTuple):
 
 
 class PoolIndexer(Indexer):
-    """Mixed into an indexer class of transformers; families differ in how they make pools and queries."""
-
-    size: int  # rows of a pool
-    budget: int  # pools that a token selects
-    head_dim: int
+    """Mixed into an indexer class of transformers. Families differ in how they make keys and queries, and say
+    what ``size``, ``budget`` and ``head_dim`` are."""
 
     def extended(
         self,
@@ -75,11 +74,10 @@ class PoolIndexer(Indexer):
         whole &= members[..., -1] < rows
 
         more = count + 1 - (0 if known is None else known.keys.shape[1])
-        room = keys.new_zeros(batch, more, keys.shape[2])
-        none = torch.full((batch, more, 1), NONE, dtype=torch.int32, device=first.device)
-        all_keys, start = (
-            (room, none) if known is None else (append(known.keys, room), append(known.start, none))
-        )
+        all_keys = keys.new_zeros(batch, more, keys.shape[2])
+        start = torch.full((batch, more, 1), NONE, dtype=torch.int32, device=first.device)
+        if known is not None:
+            all_keys, start = append(known.keys, all_keys), append(known.start, start)
         filled = (start[..., 0] < NONE).sum(1, keepdim=True)
         at = torch.where(whole, filled + whole.cumsum(1) - 1, count)
         sequence = torch.arange(batch, device=first.device)[:, None]
@@ -119,9 +117,11 @@ class PoolIndexer(Indexer):
         rows = (first[:, None] + count)[..., None] - left + offsets
         return torch.where(offsets < left, rows, -1).int()
 
-    def chunks(self, s_q: int, batch: int, query_bytes: int):
-        """Slices of the new tokens whose queries and selections are held together."""
-        return query_chunks(s_q, batch * (query_bytes + 16 * self.budget * self.size))
+    def chunks(self, new: Tensor, heads: int, pools: Pools):
+        """Slices of the new tokens ``[B, S, ...]`` whose queries and selections are held together."""
+        batch, s_q = new.shape[:2]
+        selected = self.size * min(self.budget, pools.keys.shape[1])
+        return query_chunks(s_q, batch * (heads * self.head_dim * new.element_size() + 16 * selected))
 
     def _offsets(self, device: torch.device) -> Tensor:
         return torch.arange(self.size, device=device)
@@ -191,34 +191,27 @@ class Glm5NextIndexer(PoolIndexer):
             twice = (rows[..., :: self.size] == tail[..., :1]).any(-1, keepdim=True)
             return torch.cat([rows, torch.where(exists & ~twice, tail, -1)], -1)
 
-        chunks = self.chunks(s_q, batch, self.n_heads * self.head_dim * k.element_size())
-        return self.selected(select, chunks, hidden_states)
+        return self.selected(select, self.chunks(hidden_states, self.n_heads, pools), hidden_states)
 
 
 class Glm5NextAttention(LatentAttention):
-    """Its forward hands the attention function a mask made of the selection; here that is the selection."""
+    """Its forward makes a mask of the selection for the attention function; here that is the selection.
+    Tokens and their positions, which it is given too, play no part."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor,
-        *args,
-        input_ids=None,
-        position_ids=None,
-        **kwargs,
-    ) -> Any:
-        expected = hidden_states.shape[:2]
-        if attention_mask.dtype != torch.bool or attention_mask.shape != expected:
+        self, hidden_states: Tensor, attention_mask: Tensor, input_ids=None, position_ids=None, **kwargs
+    ):
+        got = "none" if attention_mask is None else f"{list(attention_mask.shape)} {attention_mask.dtype}"
+        expected = f"{list(hidden_states.shape[:2])} {torch.bool}"
+        if got != expected:
             raise ValueError(
-                f"attention_mask: expected {list(expected)} torch.bool, False where a new token is padding, "
-                f"got {list(attention_mask.shape)} {attention_mask.dtype}; 4-D masks are not supported"
+                f"attention_mask: expected {expected}, False where a new token is padding, got {got}; "
+                "4-D masks are not supported"
             )
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is None and position_ids is not None and not is_tracing(position_ids):
             _check_packed((position_ids.diff(dim=-1) != 1).any() & attention_mask.all())
-        return super().forward(
-            hidden_states, *args, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-        )
+        return super().forward(hidden_states, attention_mask, **kwargs)
 
     def build_attention_mask_from_topk(self, topk_indices: Tensor, query_states: Tensor, kv_length: int):
         return topk_indices
@@ -268,10 +261,10 @@ class Qwen4ExpIndexer(PoolIndexer):
         """
         cache = past_key_values if cache is None else cache
         batch, s_q, _ = hidden_states.shape
-        new_q, held = (
-            self.index_qk_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).tensor_split([-1], 2)
-        )
-        held = held[:, :, 0] if cache is None else cache.update_indexer(held[:, :, 0], self.layer_idx)
+        qk = self.index_qk_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        new_q, held = qk[:, :, :-1], qk[:, :, -1]
+        if cache is not None:
+            held = cache.update_indexer(held, self.layer_idx)
         visible = Visible.of(attention_mask.visible, s_q, held.shape[1])
         first, stop = visible.first[:, 0], visible.stop
         if cache is None and not is_tracing(first):
@@ -279,6 +272,11 @@ class Qwen4ExpIndexer(PoolIndexer):
         cos, sin = (x.expand(batch, -1, -1) for x in position_embeddings)
         new_cos, new_sin = cos[:, -s_q:], sin[:, -s_q:]
         rows = cos.shape[1]  # of a static cache, those that are in use
+        if rows > held.shape[1]:
+            raise ValueError(
+                f"past_key_values: expected positions of the {held.shape[1]} tokens that it holds at most, "
+                f"got {rows}; in transformers 5.20 crop() and reset() leave them as they are"
+            )
         notes, order = {}, None
         if visible.rows is not None:  # the tokens alone, one after the other
             exists = visible.rows[:, :rows] >= 0
@@ -313,8 +311,7 @@ class Qwen4ExpIndexer(PoolIndexer):
             found = order.gather(1, selected.clamp_min(0).flatten(1).long()).view_as(selected)
             return torch.where(selected >= 0, found, -1).int()
 
-        chunks = self.chunks(s_q, batch, self.index_n_heads * self.head_dim * held.element_size())
-        return self.selected(select, chunks, hidden_states)
+        return self.selected(select, self.chunks(new_q, self.index_n_heads, pools), hidden_states)
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``x`` ``[B, n, heads, head_dim]``."""
@@ -322,11 +319,9 @@ class Qwen4ExpIndexer(PoolIndexer):
 
 
 class Qwen4ExpAttention(SparseAttention):
-    """Its forward combines what the indexer returns with the mask, and hands that to the attention function."""
+    """Its forward combines the mask with what the indexer returns, for the attention function."""
 
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Tensor, **kwargs
-    ) -> Any:
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Tensor, **kwargs):
         kind = self.config.rope_parameters["rope_type"]
         mask = Mask(attention_mask, fixed_rotation="dynamic" not in kind and kind != "longrope")
         return super().forward(hidden_states, position_embeddings, mask, **kwargs)
