@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 LAYERS = range(len(V4["layer_types"]))
-CSA = V4["layer_types"].index("compressed_sparse_attention")
+HCA, CSA = (
+    V4["layer_types"].index(f"{name}_attention") for name in ("heavily_compressed", "compressed_sparse")
+)
 
 
 @pytest.fixture
@@ -18,10 +20,11 @@ def ids():
     return torch.randint(3, 256, (2, 70))
 
 
-def attend(model, layer, hidden, chunks=None):
-    """What one attention layer of a model makes of hidden states ``[B, S, hidden_size]``."""
+def attend(model, layer, hidden, chunks=None, cache=None):
+    """What one attention layer of a model makes of hidden states ``[B, S, hidden_size]``, fed in chunks to
+    a cache or whole without one."""
     attention, window = model.model.layers[layer].self_attn, model.config.sliding_window
-    cache = None if chunks is None else empty_cache(model)
+    cache = empty_cache(model) if chunks and cache is None else cache
     outs, past = [], 0
     for part in hidden.split(chunks or hidden.shape[1], 1):
         (batch, new), first = part.shape[:2], 0 if cache is None else max(0, past - window + 1)
@@ -90,6 +93,20 @@ def test_half_precision_layers_are_as_exact(layer, dtype, made, tmp_path):
     assert ours <= 1.2 * theirs
 
 
+@pytest.mark.parametrize("layer", [HCA, CSA])
+def test_entries_are_those_of_transformers(layer, tmp_path):
+    """To the last bit in bf16: what is kept in fp32 is added in fp32."""
+    hidden = torch.randn(2, 70, 96).bfloat16()
+    dense = loaded(models("v4")[0], torch.bfloat16, tmp_path)
+    sparse = copy.deepcopy(dense)
+    sa.enable(sparse)
+    caches = [empty_cache(model) for model in (dense, sparse)]
+    for model, cache in zip((dense, sparse), caches, strict=True):
+        attend(model, layer, hidden, [30, 1, 39], cache)
+    theirs, ours = (cache.layers[layer].compressed_kv for cache in caches)
+    assert all(torch.equal(ours[name], entries) for name, entries in theirs.items())
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 4, 7, 8, 15, 16, 17])
 def test_prompts_around_one_group_or_one_window(ids, tokens):
     for cache in (True, False):
@@ -112,6 +129,9 @@ def test_padding_longer_than_a_group_or_a_window(ids, lengths, side):
     for changes in ({}, {"use_cache": False}, {"use_cache": False, "position_ids": positions}):
         dense, sparse = (model(batch, attention_mask=mask, **changes).logits for model in models("v4"))
         assert_same(sparse[mask.bool()], dense[mask.bool()])
+    if side == "left":  # positions that lag behind the entries
+        tokens = [generate(model, batch, attention_mask=mask, max_new_tokens=20) for model in models("v4")]
+        assert torch.equal(*tokens)
     width = batch.shape[1]
     batch, mask = torch.cat([batch, ids[:, -12:]], 1), torch.cat([mask, torch.ones(2, 12).long()], 1)
     for chunks in ([width, 12], [width, 5, 1, 1, 5]):

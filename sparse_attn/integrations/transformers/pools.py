@@ -12,8 +12,8 @@ cache: a pool with padding in it cannot be selected, and the tail is counted in 
 that behind such padding it may miss some. qwen4_exp pools the tokens that are visible, whatever lies between
 them. A token that may read nothing (padding; in glm5_next also one that padding cut off, or, without
 ``index_kpool_always_select_tail``, one before the end of the first pool) gets 0, as with SDPA. Eager
-attention gives it the mean of all rows, later ones and unused ones included, and before release 5.23 NaN in
-qwen4_exp, which then spreads to the whole sequence.
+attention gives it the mean of all rows, later and unused ones too; in qwen4_exp before release 5.23 it gives
+NaN, which spreads to the whole sequence.
 """
 
 from collections.abc import Callable
@@ -196,7 +196,7 @@ class Glm5NextIndexer(PoolIndexer):
 
 class Glm5NextAttention(LatentAttention):
     """Its forward makes a mask of the selection for the attention function; here that is the selection.
-    Tokens and their positions, which it is given too, play no part."""
+    ``input_ids`` and ``position_ids`` are given to it, but play no part."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor, input_ids=None, position_ids=None, **kwargs
