@@ -67,6 +67,8 @@ def test_what_does_not_fit_is_refused(ids):
         pass
     with sa.record(sparse) as selections:
         sparse(ids)
+    with pytest.raises(TypeError, match="selections: expected Selections, got dict"), sa.replay(sparse, {}):
+        pass
     partial = sa.Selections({0: selections[0]})
     with (
         pytest.raises(ValueError, match=r"selections: .* got none for layers \[3\]"),

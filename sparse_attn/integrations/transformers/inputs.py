@@ -17,6 +17,10 @@ ACCEPTED = {
     *("cache", "past_key_values", "use_cache", "position_ids", "position_embeddings"),
     *("num_items_in_batch", "output_hidden_states", "output_router_logits"),
 }
+REASONS = {
+    "output_attentions": "there is no [S, T] matrix to return",
+    "cu_seq_lens": "sequences that are packed in a row are found from position_ids",
+}
 NEUTRAL = {"output_attentions": False, "is_causal": True}  # the value that means what is done anyway
 
 
@@ -104,11 +108,8 @@ class Visible(NamedTuple):
         heads. ``window``: of the layer, counted in tokens."""
         ours = isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64) and mask.dim() in (3, 4)
         if not ours:
-            got = "none" if mask is None else f"{list(mask.shape)} {mask.dtype}"
-            raise ValueError(
-                f"attention_mask: expected one of shape [batch, tokens], or none, got {got}; "
-                "4-D masks are not supported"
-            )
+            got = "none for a layer" if mask is None else f"a 4-D mask of {mask.dtype}"
+            raise ValueError(f"attention_mask: expected one of shape [batch, tokens], or none, got {got}")
         mask = mask.flatten(0, -3)
         if mask.dtype == torch.int32:
             first, stop, numbers = mask[..., 0], mask[..., 1], None
@@ -158,10 +159,8 @@ def check(layer: Any, hidden_states: Tensor, kwargs: dict) -> None:
         )
     for key, value in kwargs.items():
         if key not in layer.accepted and value is not None and value != NEUTRAL.get(key):
-            raise TypeError(
-                f"{key}: expected only arguments that {name} knows, got {key}={value!r:.60}; "
-                "packed sequences are found from position_ids, and there is no [S, T] matrix to return"
-            )
+            why = next((f"; {why}" for start, why in REASONS.items() if key.startswith(start)), "")
+            raise TypeError(f"{key}: {name} does not know this argument, got {value!r:.60}{why}")
 
 
 def query_chunks(s_q: int, bytes_per_token: int) -> Iterator[slice]:

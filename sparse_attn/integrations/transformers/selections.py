@@ -124,9 +124,12 @@ def replay(model: nn.Module, selections: Selections) -> Iterator[None]:
     supported: both read tokens again.
 
     Raises:
+        TypeError: something else than Selections.
         ValueError: there is no selection for one of the model's indexers, or, while replaying, too few tokens
             or another batch.
     """
+    if not isinstance(selections, Selections):
+        raise TypeError(f"selections: expected Selections, got {type(selections).__name__}")
     indexers = _indexers(model)
     missing = sorted({*indexers} - {*selections})
     if missing:
