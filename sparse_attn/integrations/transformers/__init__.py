@@ -1,6 +1,6 @@
 """Sparse attention inside the models of Hugging Face transformers that have a lightning indexer.
 
-``enable(model)`` gives the attention layers of a loaded model and their indexers other classes,
+``enable(model)`` gives the attention layers of a loaded model, their indexers and compressors other classes,
 ``disable(model)`` takes them back. The model keeps its weights, its config and its cache classes, and the
 layers store in a cache what transformers' own layers store: either may continue where the other stopped.
 

@@ -61,7 +61,7 @@ class CompressedAttention:
         kv = kv[:, 0]
         rows = kv.shape[1]
         visible = Visible.of(attention_mask, s_q, rows)
-        if cache is None and self.layer_idx == 0:  # of a model, one layer's look is enough
+        if cache is None and self.layer_idx == 0:  # once per model, as it waits for the device
             _check_not_packed(visible)
         entries, selected = None, None
         if self.compressor is not None:
@@ -133,7 +133,13 @@ class Compressor:
         self, hidden_states: Tensor, q_residual: Tensor, positions: Tensor, states: Any
     ) -> tuple[Tensor, Tensor | None]:
         """All entries so far ``[B, E, head_dim]``, and which of them each new token reads
-        ``[B, S, k]`` int32, -1 padded, if the layer has an indexer."""
+        ``[B, S, k]`` int32, -1 padded, if the layer has an indexer.
+
+        Args:
+            q_residual: ``[B, S, q_lora_rank]``.
+            positions: ``[B, S]``.
+            states: what the cache holds of the layer, or None.
+        """
         entries = self.compress(hidden_states, states)
         indexer = getattr(self, "indexer", None)
         return entries, None if indexer is None else indexer(hidden_states, q_residual, positions, states)
