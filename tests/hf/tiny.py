@@ -149,7 +149,10 @@ def make(kind, **changes):
     auto = transformers.AutoModelForCausalLM
     if config.get_text_config() is not config:
         auto = transformers.AutoModelForImageTextToText
-    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    # Eager attention of Qwen4-Exp gave NaN to padded batches before release 5.23.
+    old = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
+    attention = "sdpa" if kind == "qwen4" and old else "eager"
+    model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
     for name, parameter in model.named_parameters():
         if "attn." in name and parameter.dim() > 1:
             parameter.mul_(4)
