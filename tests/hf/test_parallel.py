@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import KINDS, VOCABULARY, assert_same, generate, models, sa
 
-# transformers itself fails under its plan: in dots3_note layers differ in size, and the plan's hook asks the whole
-# config for them; in hy_v4 before release 5.23.
+# transformers itself fails under its plan: in dots3_note layers differ in size, and the plan's hook asks the
+# whole config for them; in hy_v4 of release 5.20.
 FAILS = {"dots", "hy"}
 
 
