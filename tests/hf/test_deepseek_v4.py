@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from tiny import TOLERANCE, V4, assert_same, empty_cache, generate, logits, make_pair, models, padded, sa
-from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 LAYERS = range(len(V4["layer_types"]))
@@ -233,34 +232,3 @@ def test_entries_grow_in_place_and_branch(ids, monkeypatch):
     assert_same(logits(model, other[:, 44:], [4, 6], branch), model(other).logits[:, 44:])
     assert_same(logits(model, ids[:, 48:60], 1, cache), model(ids[:, :60]).logits[:, 48:])
     assert all(torch.equal(before[name], entries) for name, entries in copies.items())
-
-
-class Shapes(TorchDispatchMode):
-    """The shapes of all tensors that are made."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.seen.add(tuple(tensor.shape))
-        return out
-
-
-def test_no_mask():
-    """No tensor has both the new tokens and the rows of the window, or all entries, among its dimensions."""
-    past, new = 133, 63
-    ids = torch.randint(3, 256, (1, past + new))
-    others = {V4["sliding_window"] - 1 + new, (past + new) // V4["compress_rate_csa"]}
-    found = []
-    for model in models("v4"):
-        cache = empty_cache(model)
-        model(ids[:, :past], past_key_values=cache)
-        with Shapes() as shapes:
-            model(ids[:, past:], past_key_values=cache)
-        found.append({shape for shape in shapes.seen if new in shape and others.intersection(shape)})
-    dense, sparse = found
-    assert dense and not sparse

@@ -31,7 +31,7 @@ from .growth import append, notes_of
 from .inputs import Visible, query_chunks
 from .latent import LatentAttention
 from .selections import Indexer
-from .tokens import lightning
+from .tokens import head_weights, lightning
 
 NONE = 2**31 - 1  # behind every row
 
@@ -178,9 +178,7 @@ class Glm5NextIndexer(PoolIndexer):
         def select(t: slice) -> Tensor:
             def query() -> tuple[Tensor, Tensor]:
                 q = self.wq_b(q_resid[:, t]).unflatten(-1, (-1, self.head_dim))
-                weights = self.weights_proj(hidden_states[:, t].to(self.weights_proj.weight.dtype))
-                weights = weights.to(torch.promote_types(q.dtype, torch.float32))
-                return q, weights * (self.n_heads**-0.5 * self.softmax_scale)
+                return q, head_weights(self, hidden_states[:, t])
 
             rows = self.rows_of_pools(pools, stop[:, t], query)
             if not self.index_kpool_always_select_tail or self.size == 1:

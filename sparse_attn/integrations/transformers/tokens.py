@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.index import lightning_topk
-from .inputs import Visible, query_chunks
+from .inputs import Visible, query_chunks, slots_of
 from .selections import Indexer
 
 
@@ -40,9 +40,7 @@ class TokenIndexer(Indexer):
                 return visible.part(t).table(rows)
             positions = None if position_ids is None else position_ids[:, t]
             q = self._rotate(self._query(q_resid[:, t], positions), [x[:, t] for x in position_embeddings])
-            weights = self.weights_proj(hidden_states[:, t].to(self.weights_proj.weight.dtype))
-            weights = weights.to(torch.promote_types(q.dtype, torch.float32))
-            weights = weights * (self.n_heads**-0.5 * self.softmax_scale)
+            weights = head_weights(self, hidden_states[:, t])
             return lightning(q, k, weights, self.index_topk, visible.part(t))
 
         chunks = query_chunks(s_q, batch * self.n_heads * d * k.element_size())
@@ -88,6 +86,13 @@ class MistralIndexer(TokenIndexer):
         return super()._rotate(x, position_embeddings) if self.use_rope else x
 
 
+def head_weights(indexer: Any, hidden_states: Tensor) -> Tensor:
+    """``[B, s_q, n_heads]`` in fp32 (fp64 for fp64 hidden states)."""
+    weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype))
+    weights = weights.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    return weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+
+
 def lightning(q: Tensor, k: Tensor, weights: Tensor, topk: int, visible: Visible) -> Tensor:
     """Rows of ``k`` ``[B, T, d]`` that each query selects, ``[B, s_q, topk]`` int32, -1 padded.
 
@@ -99,13 +104,7 @@ def lightning(q: Tensor, k: Tensor, weights: Tensor, topk: int, visible: Visible
     if visible.rows is None:  # a page is a sequence
         pages, table = k, torch.arange(len(k), dtype=torch.int32, device=k.device)[:, None]
     else:  # a page is a row, so that any row can be left out
-        pages, table = k.flatten(0, 1)[:, None], page_numbers(visible.rows)
+        pages, table = k.flatten(0, 1)[:, None], slots_of(visible.rows[:, None], k.shape[1])
     ks, ke = visible.first.flatten(), visible.stop.flatten()
     selected = lightning_topk(q.flatten(0, 1), pages, weights.flatten(0, 1), topk, ks, ke, block_table=table)
     return selected.unflatten(0, q.shape[:2])
-
-
-def page_numbers(rows: Tensor) -> Tensor:
-    """Rows of each sequence ``[B, T]``, -1 for none, as slots ``b * T + row``."""
-    first = rows.shape[1] * torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    return torch.where(rows >= 0, rows + first[:, None], -1)
