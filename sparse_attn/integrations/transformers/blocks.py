@@ -154,11 +154,7 @@ class BlockAttention(SparseAttention):
 def _rows_of_blocks(visible: Visible, rows: int, size: int) -> Tensor:
     """``[B, blocks + 1, size]`` int32: the rows in each block, -1 for padding and behind the last row. The
     block behind the last has none; it is also block -1."""
-    numbers = visible.rows
-    if numbers is None:
-        numbers = torch.arange(rows, dtype=torch.int32, device=visible.stop.device)
-        numbers = numbers.expand(len(visible.stop), -1)
-    return F.pad(numbers, (0, -rows % size + size), value=-1).unflatten(1, (-1, size))
+    return F.pad(visible.numbers(rows), (0, -rows % size + size), value=-1).unflatten(1, (-1, size))
 
 
 def _some_may_lack_rows(mask: Tensor, visible: Visible, position_ids: Tensor | None, config: Any) -> bool:

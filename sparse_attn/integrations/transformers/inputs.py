@@ -130,11 +130,15 @@ class Visible(NamedTuple):
         """Of some of the new tokens."""
         return Visible(self.first[:, t], self.stop[:, t], self.rows)
 
+    def numbers(self, rows: int) -> Tensor:
+        """``[B, T]`` int32: the number of each of ``rows`` rows, -1 for padding that is not below first."""
+        if self.rows is not None:
+            return self.rows
+        return torch.arange(rows, dtype=torch.int32, device=self.stop.device).expand(len(self.stop), -1)
+
     def table(self, rows: int) -> Tensor:
         """``[B, S, T]`` int32: each row of the cache, or -1 where a token may not read it."""
-        row = torch.arange(rows, dtype=torch.int32, device=self.stop.device)
-        row = row.expand(len(self.stop), -1) if self.rows is None else self.rows
-        row = row[:, None]
+        row = self.numbers(rows)[:, None]
         return torch.where((row >= self.first[..., None]) & (row < self.stop[..., None]), row, -1)
 
 
