@@ -1,9 +1,9 @@
-"""A layer of each family of Hugging Face transformers that has an indexer, before and after enable(model).
+"""An attention layer of each family of Hugging Face transformers with an indexer, before and after enable().
 
-The layer has hidden size 1024 and 16 heads, and the family's sizes else (benchmarks/bench/families.py). It
-is the only one of its model, so that a call of the model is little more than a call of the layer with its
-mask, projections and cache. Timed are one new token after a context, and a whole prompt; both sides are
-compared first.
+The layer has hidden size 1024 and 16 heads, and the family's sizes else (benchmarks/bench/families.py). Timed
+is its forward, with projections, indexer and cache, in calls of a model that has no other: for one new token
+after a context, and for a whole prompt. Memory is that of a call of the model, which makes the mask. Both
+sides are compared first.
 """
 
 import argparse
@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench import families
 from bench.command import parser, table
-from bench.timing import Timing, append_json, cpu_clock, describe, peak_memory, thread_clock
+from bench.timing import Timing, append_json, describe, peak_memory
 from sparse_attn.testing import relative_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,14 +58,14 @@ def main() -> None:
         for family in chosen:
             for label, functions, rounds in cases(family, options):
                 progress.update(task, description=f"{family}: {label}")
-                row = {"family": family, "case": label, **measure(functions, rounds, options)}
+                row = {"family": family, "case": label, **measure(functions, rounds, options.dtype)}
                 append_json(options.json, "hugging_face", [{**settings, **row}])
                 rows.append(row)
                 progress.advance(task)
     show(console, rows, options)
 
 
-Functions = dict[str, Callable[[], Any]]
+Functions = dict[str, Callable[[], tuple[Tensor, float]]]
 
 
 def cases(family: str, options: argparse.Namespace) -> Iterator[tuple[str, Functions, int]]:
@@ -85,8 +85,21 @@ def calls(models: dict, embeddings: Tensor, caches: dict | None = None) -> Funct
     functions = {}
     for name, model in models.items():
         options = {"use_cache": False} if caches is None else {cache_name(model): caches[name]}
-        functions[name] = functools.partial(model, inputs_embeds=embeddings, **options)
+        functions[name] = functools.partial(call, model, inputs_embeds=embeddings, **options)
     return functions
+
+
+def call(model: transformers.PreTrainedModel, **inputs) -> tuple[Tensor, float]:
+    """What a model returns, and the seconds that its attention layer took; of one thread, in CPU time."""
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    layer, moments = model.layers[0].self_attn, []
+    add = (layer.register_forward_pre_hook, layer.register_forward_hook)
+    hooks = [add_hook(lambda *_: moments.append(now())) for add_hook in add]
+    out = model(**inputs).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    start, end = moments
+    return out, end - start
 
 
 def cache_name(model: transformers.PreTrainedModel) -> str:
@@ -107,27 +120,25 @@ def filled(models: dict, context: int, options: argparse.Namespace) -> dict:
     return {"transformers": copy.deepcopy(cache), "sparse_attn": cache}
 
 
-def measure(functions: Functions, rounds: int, options: argparse.Namespace) -> dict:
-    """Compare the outputs and measure the memory of the first calls, and time, or time those."""
-    clock = thread_clock if options.threads == 1 else cpu_clock
+def measure(functions: Functions, rounds: int, dtype: str) -> dict:
+    """Compare the outputs and measure the memory of the first calls, and time further ones, or those."""
     outs: dict[str, Tensor] = {}
     memory: dict[str, int | None] = {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for name, function in functions.items():
 
         def first(name=name, function=function) -> None:
-            samples[name].append(clock(lambda: outs.update({name: function().last_hidden_state}), 1))
+            outs[name], seconds = function()
+            samples[name].append(seconds)
 
         memory[name] = peak_memory(first)
     error = relative_error(outs["sparse_attn"], outs["transformers"])
-    if error > TOLERANCE[options.dtype]:
-        raise SystemExit(
-            f"the results differ by {error:.1e}, expected {TOLERANCE[options.dtype]:.1e} at most"
-        )
+    if error > TOLERANCE[dtype]:
+        raise SystemExit(f"the results differ by {error:.1e}, expected {TOLERANCE[dtype]:.1e} at most")
     outs.clear()
     for number in range(rounds):
         for name, function in functions.items():
-            samples[name] = samples[name] * (number > 0) + [clock(function, 1)]
+            samples[name] = samples[name] * (number > 0) + [function()[1]]
     return {
         "difference": error,
         **{f"{name}_seconds": dataclasses.asdict(Timing.of(samples[name])) for name in functions},

@@ -102,6 +102,17 @@ def test_calls_really_reach_the_library(isa, only_cpp):
     assert picked.tolist() == [[1, 2]]
 
 
+def test_vectors_with_gaps_stay_with_the_library(only_cpp):
+    q, k, weights = torch.randn(5, 4, 32), torch.randn(90, 32), torch.rand(5, 4)
+    ranges = torch.stack([torch.arange(5), torch.arange(80, 85)], 1).int()
+    ks, ke = ranges.unbind(1)
+    indices = sparse_attn.lightning_topk(q, k, weights, 20, ks, ke)
+    assert torch.equal(indices, sparse_attn.lightning_topk(q, k, weights, 20, ks.clone(), ke.clone()))
+    options = {"topk_length": ranges[:, 1] - 70, "attn_sink": torch.randn(4)}
+    gaps = {name: x.repeat_interleave(2)[::2] for name, x in options.items()}
+    assert torch.equal(*(sparse_attn.sparse_mla(q, k, indices, d_v=16, **x) for x in (options, gaps)))
+
+
 # Accuracy at the shapes of models
 
 
@@ -120,7 +131,7 @@ def test_mla_at_model_shapes(isa, h_q, d_qk, spread):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    "h_q, h_kv, d", [(32, 8, 128), (24, 2, 256), (16, 16, 64), (10, 2, 96), (64, 1, 128)]
+    "h_q, h_kv, d", [(32, 8, 128), (24, 2, 256), (16, 16, 64), (10, 2, 96), (64, 1, 128), (16, 2, 72)]
 )
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gqa_at_model_shapes(isa, dtype, h_q, h_kv, d, per_head):

@@ -212,7 +212,7 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
 
 void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args) {
   const int64_t group = args->h_q / args->h_kv;
-  const bool few = group <= kFewHeads;
+  const bool few = group <= find(isa, [](const Kernels& k) { return k.few_heads; });
   const bool plain = std::all_of(args->segments, args->segments + args->n_segments,
                                  [](const Segment& s) { return s.format == kPlain; });
   const auto attend = find(isa, [&](const Kernels& k) {
@@ -221,16 +221,17 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
                                     : k.attend_packed;
     return many_or_few[args->dtype];
   });
-  // The heads of one call: whole kv heads if each has few heads, else a part of one kv head.
-  const bool shared = args->segments[0].indices_head == 0;
-  const int64_t unit = few ? group : kHeadUnit;
-  int64_t block = few ? (shared ? args->h_q : group) : std::min(group, kMaxHeads);
+  // Heads that read the same rows: those of all kv heads, if each has few and they share their indices, else
+  // of one. One call serves them, or a part of them. All queries come before the next range of heads, so that
+  // rows of one kv head stay in the processor's cache.
+  const bool joined = few && args->segments[0].indices_head == 0;
+  const int64_t range = joined ? args->h_q : group, unit = few ? group : kHeadUnit;
+  int64_t block = few ? range : std::min(group, kMaxHeads);
   while (block > unit && args->s_q * (args->h_q / block) < threads) block = round_up((block + 1) / 2, unit);
-  const int64_t range = few ? args->h_q : group;  // of heads, split into blocks
   const int64_t blocks = (range + block - 1) / block, ranges = args->h_q / range;
-  parallel_for(args->s_q * ranges * blocks, threads, [&](int64_t i) {
-    const int64_t t = i / (ranges * blocks), first = i / blocks % ranges * range,
-                  head = first + i % blocks * block;
+  parallel_for(ranges * args->s_q * blocks, threads, [&](int64_t i) {
+    const int64_t first = i / (args->s_q * blocks) * range, t = i / blocks % args->s_q;
+    const int64_t head = first + i % blocks * block;
     attend(*args, t, head, std::min(head + block, first + range));
   });
 }

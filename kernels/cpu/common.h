@@ -83,8 +83,9 @@ struct Kernels {
   void (*select)(const float* x, int64_t begin, int64_t n, int64_t topk, int32_t* out);
   // Attention of heads [head, head_end) of query t: at most kMaxHeads, all of one kv head.
   void (*attend[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
-  // The same for at most kFewHeads heads per kv head; all heads of one call share their indices.
+  // The same for at most few_heads heads per kv head; all heads of one call share their indices.
   void (*attend_few[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
+  int64_t few_heads;
   // Both for quantised rows.
   void (*attend_packed[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
   void (*attend_few_packed[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
@@ -94,7 +95,6 @@ struct Kernels {
 enum PeakKind : int32_t { kPeakFp32 = 0, kPeakBf16 = 1 };
 
 constexpr int64_t kMaxHeads = 128;
-constexpr int64_t kFewHeads = 8;
 constexpr int64_t kHeadUnit = 16;  // a range of heads is split at multiples of it
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

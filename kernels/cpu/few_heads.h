@@ -13,13 +13,11 @@ template <class Rows>
 class FewHeads {
   using T = typename Rows::Element;
   static constexpr int kBlock = 64;  // rows at a time
-  static constexpr int kRows = 4;    // of a register tile
+  static constexpr int kRows = kTileVectors;  // of a register tile
   static constexpr int kHeads = 4;
   static constexpr float kSlack = 8.0f;  // see OnlineSoftmax
 
  public:
-  static constexpr int kMaxGroup = kFewHeads;
-
   template <class Memory>
   FewHeads(const HeadGroup& unit, Memory& memory)
       : args_(unit.args),
@@ -33,8 +31,8 @@ class FewHeads {
         top_(memory.template take<float>(unit.heads)),
         highest_(memory.template take<float>(unit.heads)),
         total_(memory.template take<float>(unit.heads)),
-        sums_(memory.template take<float>((kBlock + kRows) * kMaxGroup * kWidth)),
-        scores_(memory.template take<float>(kBlock * kMaxGroup)) {
+        sums_(memory.template take<float>((kBlock + kRows) * kFewHeads * kWidth)),
+        scores_(memory.template take<float>(kBlock * kFewHeads)) {
     for (lanes_ = 1; lanes_ < group_;) lanes_ *= 2;
   }
 
@@ -113,7 +111,7 @@ class FewHeads {
   void softmax(int64_t g, int rows) {
     const float scale = args_.softmax_scale * kLog2e;
     const int n = rows * lanes_;
-    constexpr int kPattern = kWidth > kMaxGroup ? kWidth : kMaxGroup;  // lanes repeat after so many
+    constexpr int kPattern = kWidth > kFewHeads ? kWidth : kFewHeads;  // lanes repeat after so many
     float top[kPattern], sums[kPattern];
     for (int lane = 0; lane < group_; lane++) {
       float& before = top_[g * group_ + lane];

@@ -11,6 +11,7 @@ extern const Kernels kernels_amx = {
     nullptr,
     {attend_plain<AmxEngine>},
     {},
+    0,
     {attend_packed_in_bf16<AmxEngine, kernels_avx512>},
     {},
     [](int32_t kind, int64_t rounds) { return kind == kPeakBf16 ? run_tile_peak(rounds) : 0; },

@@ -22,15 +22,19 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
 constexpr int kTileVectors = 4;  // a register tile is kTileRows x kTileVectors accumulators
+constexpr int kFewHeads = 8;     // of a kv head: more are the columns of register tiles
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kTileVectors = 2;
+constexpr int kFewHeads = 4;
 #elif defined(__aarch64__)
 constexpr int kWidth = 4;
 constexpr int kTileVectors = 4;
+constexpr int kFewHeads = 8;
 #else
 constexpr int kWidth = 4;
 constexpr int kTileVectors = 2;
+constexpr int kFewHeads = 8;
 #endif
 constexpr int kTileRows = 6;
 

@@ -90,7 +90,12 @@ def implementation(name: str, backend: str) -> Callable[[Any], None]:
     in_cpp = getattr(native, name, None)
     if in_cpp is None:
         return serve
-    return lambda a: serve(a) if native.refuses(name, a) else in_cpp(a)
+
+    def run(a: Any) -> None:
+        a = native.without_gaps(a)
+        (serve if native.refuses(name, a) else in_cpp)(a)
+
+    return run
 
 
 def _run_triton(name: str, a: Any) -> None:

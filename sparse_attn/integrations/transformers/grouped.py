@@ -31,25 +31,14 @@ def attend_grouped(
         ``[B, S, heads, d_v]``.
     """
     batch, heads, s_q, d = query.shape
-    kv_heads, d_v = value.shape[1], value.shape[3]
+    d_v = value.shape[3]
     k, v = key.transpose(1, 2), value.transpose(1, 2)
-    q = query.transpose(1, 2).unflatten(2, (kv_heads, -1))
-    out = query.new_empty(batch, s_q, *q.shape[2:4], d_v)
+    q = query.transpose(1, 2)
+    out = query.new_empty(batch, s_q, heads, d_v)
     bytes_per_token = batch * heads * d * query.element_size() + INDEX_BYTES * indices_per_token
     for t in query_chunks(s_q, bytes_per_token):
         selected = indices(t)
-        every = selected.dim() == 3 or selected.shape[1] == 1
-        # Many queries take one kv head after the other, whose rows then stay in the processor's cache.
-        groups = [slice(None)] if every else [slice(h, h + 1) for h in range(kv_heads)]
         # A call for each sequence: their keys lie in one tensor, but not as rows of one distance.
         for b in range(batch):
-            for g in groups:
-                sparse_gqa(
-                    q[b, t, g].flatten(1, 2),
-                    k[b, :, g],
-                    v[b, :, g],
-                    selected[b] if every else selected[b, :, g],
-                    softmax_scale=scaling,
-                    out=out[b, t, g].flatten(1, 2),
-                )
-    return out.flatten(2, 3)
+            sparse_gqa(q[b, t], k[b], v[b], selected[b], softmax_scale=scaling, out=out[b, t])
+    return out

@@ -183,6 +183,13 @@ def peak(kind: str, rounds: int) -> int:
     return library.peak(library.isa, PEAK_KINDS[kind], rounds) if library and library.isa is not None else 0
 
 
+def without_gaps(a: Any) -> Any:
+    """The record with contiguous ks, ke, topk_length and attn_sink: callers cut them out of other tensors."""
+    vectors = {f: x for f, x in zip(a._fields, a, strict=True) if isinstance(x, Tensor) and x.dim() == 1}
+    gaps = {field: x.contiguous() for field, x in vectors.items() if not x.is_contiguous()}
+    return a._replace(**gaps) if gaps else a
+
+
 def refuses(name: str, a: Any) -> str | None:
     """Why the library does not run op ``name`` of the record ``a``, or None."""
     if not available():
