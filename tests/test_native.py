@@ -139,6 +139,15 @@ def test_gqa_at_model_shapes(isa, dtype, h_q, h_kv, d, per_head):
     assert_attention(sparse_attn.sparse_gqa, inputs)
 
 
+@pytest.mark.parametrize("dtype", WORDS)
+@pytest.mark.parametrize("softmax_scale", [0.0, -0.3])
+def test_any_softmax_scale(isa, dtype, softmax_scale):
+    for h_q in (1, 3, 8, 16):
+        for topk in (3, 64, 97):  # blocks that padding fills up, and whole ones
+            inputs = gqa_inputs(2, 300, h_q, 1, topk, 32, 32, dtype=dtype)
+            assert_attention(sparse_attn.sparse_gqa, inputs, softmax_scale=softmax_scale)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("h_q", [1, 8, 16, 100])
 @pytest.mark.parametrize("power_of_two", [True, False])

@@ -15,6 +15,9 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
+// The score of tokens that fill up a block: times the scale it is -inf.
+inline float no_score(const AttentionArgs& args) { return args.softmax_scale < 0.0f ? INFINITY : -INFINITY; }
+
 // Writes lse and max_logits of a head and returns the factor that turns its accumulated values into its
 // output. In units of log2, top is the softmax's reference and highest the highest score; total is the sum of
 // 2^(score - top), and zero if all scores are -inf.
@@ -360,7 +363,7 @@ class OnlineSoftmax {
       engine_.load_rows(rows_.keys(), rows_.values(), tokens, padded);
       const auto next = [&](int64_t j) { return rows_.fetch(std::min(i + ahead + j, n - 1)); };
       engine_.scores(scores_, Fetch(Engine::Math::kPerWord * Rows::kBytes, next));
-      for (int64_t j = tokens * stride_; j < padded * stride_; j++) scores_[j] = -INFINITY;
+      for (int64_t j = tokens * stride_; j < padded * stride_; j++) scores_[j] = no_score(args);
       for (int64_t h = 0; h < columns_; h += kWidth) block_softmax(h, padded);
       engine_.accumulate(probabilities_, i ? alpha_ : nullptr, acc_);
     }

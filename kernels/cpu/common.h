@@ -61,7 +61,7 @@ struct AttentionArgs {
   int64_t q_query, q_head, out_query, out_head, lse_query, max_logits_query;
   int64_t s_q, h_q, h_kv, d_qk, d_v;
   int32_t n_segments, dtype;
-  float softmax_scale;
+  float softmax_scale;  // not zero
 };
 
 struct SelectArgs {

@@ -112,13 +112,17 @@ class FewHeads {
     const float scale = args_.softmax_scale * kLog2e;
     const int n = rows * lanes_;
     constexpr int kPattern = kWidth > kFewHeads ? kWidth : kFewHeads;  // lanes repeat after so many
-    float top[kPattern], sums[kPattern];
+    float found[kPattern], top[kPattern], sums[kPattern];
+    for (int i = n; i < round_up(n, kPattern); i++) scores_[i] = no_score(args_);
+    for (int j = 0; j < kPattern; j += kWidth) {
+      Float best = splat(-3e38f);
+      for (int i = j; i < n; i += kPattern) best = max(load(scores_ + i) * scale, best);
+      store(found + j, best);
+    }
     for (int lane = 0; lane < group_; lane++) {
       float& before = top_[g * group_ + lane];
-      float highest = highest_[g * group_ + lane];
-      for (int i = lane; i < n; i += lanes_)
-        highest = scores_[i] * scale > highest ? scores_[i] * scale : highest;
-      highest_[g * group_ + lane] = highest;
+      float& highest = highest_[g * group_ + lane];
+      for (int i = lane; i < kPattern; i += lanes_) highest = found[i] > highest ? found[i] : highest;
       if (highest > before + kSlack) {
         const float alpha = exp2(splat(before - highest))[0];
         total_[g * group_ + lane] *= alpha;
@@ -129,7 +133,6 @@ class FewHeads {
       top[lane] = before;
     }
     for (int i = 0; i < kPattern; i++) top[i] = i % lanes_ < group_ ? top[i % lanes_] : 0.0f;
-    for (int i = n; i < round_up(n, kPattern); i++) scores_[i] = -INFINITY;
     std::memset(sums, 0, sizeof sums);
     for (int i = 0; i < n; i += kPattern)
       for (int j = 0; j < kPattern; j += kWidth) {

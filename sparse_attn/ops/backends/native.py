@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+NEARLY_ZERO = 2.0**-126  # a softmax_scale of 0 would make NaN of the infinite scores that fill up a block
 # Quantised caches: the library's number of a format, by the bytes per token.
 ROW_FORMATS = {656: 1, 584: 2, 528: 3, 288: 4}
 # Index queries and keys, by their dtype.
@@ -301,7 +302,7 @@ def _set_selection(segment: _Segment, indices: Tensor, topk_length: Tensor | Non
 
 def _attention_args(a: "SparseMLAOp | SparseGQAOp", h_kv: int, d_v: int) -> _AttentionArgs:
     """Everything but the rows and their selection: one segment of them."""
-    args = _AttentionArgs(h_kv=h_kv, d_v=d_v, n_segments=1, softmax_scale=a.softmax_scale)
+    args = _AttentionArgs(h_kv=h_kv, d_v=d_v, n_segments=1, softmax_scale=a.softmax_scale or NEARLY_ZERO)
     _set_addresses(args, a, "q", "attn_sink", "out", "lse")
     args.s_q, args.h_q, args.d_qk = a.q.shape
     args.q_query, args.q_head, _ = a.q.stride()
