@@ -12,7 +12,7 @@ namespace {
 template <class Rows>
 class FewHeads {
   using T = typename Rows::Element;
-  static constexpr int kBlock = 64;  // rows at a time
+  static constexpr int kBlock = 64;           // rows at a time
   static constexpr int kRows = kTileVectors;  // of a register tile
   static constexpr int kHeads = 4;
   static constexpr float kSlack = 8.0f;  // see OnlineSoftmax
