@@ -137,6 +137,8 @@ def test_mla_at_model_shapes(isa, h_q, d_qk, spread):
 def test_gqa_at_model_shapes(isa, dtype, h_q, h_kv, d, per_head):
     inputs = gqa_inputs(2, 900, h_q, h_kv, 500, d, d, dtype=dtype, per_head=per_head)
     assert_attention(sparse_attn.sparse_gqa, inputs)
+    by_head = {name: inputs[name].transpose(0, 1).contiguous().transpose(0, 1) for name in "kv"}
+    assert torch.equal(sparse_attn.sparse_gqa(**inputs), sparse_attn.sparse_gqa(**{**inputs, **by_head}))
 
 
 @pytest.mark.parametrize("dtype", WORDS)

@@ -221,10 +221,11 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
                                     : k.attend_packed;
     return many_or_few[args->dtype];
   });
-  // Heads that read the same rows: those of all kv heads, if each has few and they share their indices, else
-  // of one. One call serves them, or a part of them. All queries come before the next range of heads, so that
-  // rows of one kv head stay in the processor's cache.
-  const bool joined = few && args->segments[0].indices_head == 0;
+  // The heads of one kv head; or all, if each kv head has few, they share their indices, and their rows lie
+  // side by side. One call serves such a range, or a part of it. All queries come before the next range, so
+  // that the rows of one kv head stay in the processor's cache.
+  const Segment& first_rows = args->segments[0];
+  const bool joined = few && first_rows.indices_head == 0 && first_rows.k_head <= first_rows.k_row;
   const int64_t range = joined ? args->h_q : group, unit = few ? group : kHeadUnit;
   int64_t block = few ? range : std::min(group, kMaxHeads);
   while (block > unit && args->s_q * (args->h_q / block) < threads) block = round_up((block + 1) / 2, unit);

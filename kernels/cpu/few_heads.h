@@ -1,8 +1,8 @@
 // Attention of a few heads per kv head. Memory is the limit, so vectors run along the rows and each row is
 // read from memory once.
 //
-// One call serves all neighbouring kv heads that share a selection, so that a row's memory page is visited
-// once for all of them.
+// One call serves kv heads that share a selection and lie side by side in a row, so that the row's memory
+// page is visited once for all of them.
 #pragma once
 
 #include "attention.h"
