@@ -148,8 +148,8 @@ def measure(functions: Functions, rounds: int, dtype: str) -> dict:
 
 def show(console: Console, rows: list[dict], options: argparse.Namespace) -> None:
     console.print(
-        f"An attention layer inside transformers {transformers.__version__}, {options.dtype}: its own attention "
-        f"({options.attention}, or eager where it has no other) and sparse_attn's, {options.cache} cache, "
+        f"An attention layer inside transformers {transformers.__version__}, {options.dtype}: its own "
+        f"({options.attention}, or eager where it has no other) and with sparse_attn, {options.cache} cache, "
         f"medians of {options.rounds} interleaved rounds, prompts once"
     )
     cells = []
