@@ -26,7 +26,7 @@ constexpr int kFewHeads = 8;     // of a kv head: more are the columns of regist
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kTileVectors = 2;
-constexpr int kFewHeads = 4;
+constexpr int kFewHeads = 4;  // five fill most of a vector
 #elif defined(__aarch64__)
 constexpr int kWidth = 4;
 constexpr int kTileVectors = 4;

@@ -31,10 +31,9 @@ def attend_grouped(
         ``[B, S, heads, d_v]``.
     """
     batch, heads, s_q, d = query.shape
-    d_v = value.shape[3]
     k, v = key.transpose(1, 2), value.transpose(1, 2)
     q = query.transpose(1, 2)
-    out = query.new_empty(batch, s_q, heads, d_v)
+    out = query.new_empty(batch, s_q, heads, value.shape[3])
     bytes_per_token = batch * heads * d * query.element_size() + INDEX_BYTES * indices_per_token
     for t in query_chunks(s_q, bytes_per_token):
         selected = indices(t)
