@@ -3,7 +3,8 @@
     out[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])   for ks[t] <= s < ke[t], else -inf
 
 Keys are rows of k, or, with a block table, logical positions: position s of query t is row s % page_size
-of page block_table[t // (s_q / n), s // page_size]. A page that does not exist gives -inf.
+of page block_table[row, s // page_size], where row is t // (s_q / n), or the query's sequence. A page that does
+not exist gives -inf, as every position does to a query of no sequence.
 
 Quantised operands: the scale of an e4m3 key multiplies the sum, not the key. Where q and k are both e4m3 and
 the GPU multiplies e4m3, the product takes their bytes as they are; otherwise they are decoded before it. e2m1
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .arguments import cdiv, next_power_of_2, refuse_fp64
+from .arguments import cdiv, contiguous, next_power_of_2, refuse_fp64
 from .configs import (
     INDEX_LOGITS,
     INDEX_LOGITS_FP8,
@@ -33,6 +34,7 @@ from .configs import (
     has_native_fp8,
 )
 from .quantised import from_e2m1, from_e4m3, opaque
+from .sequences import group_of, most_groups
 
 if TYPE_CHECKING:
     from ..ops.index import IndexLogitsOp
@@ -57,16 +59,19 @@ def index_logits(a: "IndexLogitsOp") -> None:
     width = a.out.shape[1]
     if s_q == 0 or width == 0:
         return
+    if a.block_table is not None and len(a.block_table) == 0:  # no sequence
+        a.out.fill_(float("-inf"))
+        return
     q_format, k_format = FORMATS.get(a.q.dtype), FORMATS.get(a.k.dtype)
     d = 2 * d if q_format == "e2m1" else d
     native_fp8 = has_native_fp8(a.q.device)
     fp8_product = native_fp8 and q_format == k_format == "e4m3"
     # sm_80 has no name for e4m3.
     q, k = (x if form is None else x.view(torch.uint8) for x, form in ((a.q, q_format), (a.k, k_format)))
-    pages, page_size, queries_per_row, table_strides = 0, 1, s_q, (0, 0)
+    pages, page_size, rows, table_strides = 0, 1, 1, (0, 0)
     if a.block_table is not None:
         pages, page_size = k.shape[:2]
-        queries_per_row, table_strides = s_q // a.block_table.shape[0], a.block_table.stride()
+        rows, table_strides = a.block_table.shape[0], a.block_table.stride()
     if q.dtype == torch.float32:
         table = INDEX_LOGITS_FP32 if k_format is None else INDEX_LOGITS_FP32_QUANTISED
     else:
@@ -75,8 +80,11 @@ def index_logits(a: "IndexLogitsOp") -> None:
     config = for_device(table, q.device)
     block_h = max(16, next_power_of_2(h))
     queries = min(max(1, config.MAX_HEADS // block_h), MAX_QUERIES)
-    queries = queries if queries_per_row > 1 else 1  # no third variant to compile
-    groups = s_q // queries_per_row * cdiv(queries_per_row, queries)
+    queries = queries if s_q >= 2 * rows else 1  # no third variant to compile
+    if a.cu_seqlens_q is None:
+        groups = rows * cdiv(s_q // rows, queries)
+    else:
+        groups = most_groups(s_q, rows, queries)
     keys_per_program = _keys_per_program(groups, width, q.device)
     with torch.cuda.device_of(q):
         _index_logits_kernel[(groups * cdiv(width, keys_per_program),)](
@@ -94,12 +102,14 @@ def index_logits(a: "IndexLogitsOp") -> None:
             a.ke.contiguous(),
             a.block_table,
             *table_strides,
+            contiguous(a.cu_seqlens_q),
             a.out,
             *a.out.stride(),
             width,
             pages,
             page_size,
-            queries_per_row,
+            s_q,
+            rows,
             h,
             keys_per_program,
             D=d,
@@ -139,7 +149,7 @@ def _page_strides(x, block_table) -> tuple:
 @triton.jit(
     do_not_specialize=[
         *("stride_table_row", "stride_out_t", "width", "pages"),
-        *("queries_per_row", "h", "keys_per_program"),
+        *("s_q", "rows", "h", "keys_per_program"),
     ]
 )
 def _index_logits_kernel(
@@ -162,16 +172,18 @@ def _index_logits_kernel(
     stride_weights_h,
     ks_ptr,  # [s_q]
     ke_ptr,  # [s_q]
-    table_ptr,  # [s_q / queries_per_row, max_pages], or None
+    table_ptr,  # [rows, max_pages], or None
     stride_table_row,
     stride_table_page,
+    cu_seqlens_q_ptr,  # [rows + 1], or None
     out_ptr,  # [s_q, width]
     stride_out_t,
     stride_out_n,
     width,
     pages,
     page_size,
-    queries_per_row,
+    s_q,
+    rows,
     h,
     keys_per_program,
     D: tl.constexpr,
@@ -189,13 +201,21 @@ def _index_logits_kernel(
     CLEAN: tl.constexpr,
 ):
     """One program: QUERIES queries, keys_per_program keys. Queries vary fastest: neighbours share keys."""
-    groups_per_row = tl.cdiv(queries_per_row, QUERIES)
     groups = tl.num_programs(0) // tl.cdiv(width, keys_per_program)
     group = tl.program_id(0) % groups
-    table_row = (group // groups_per_row).to(tl.int64)
-    member = group % groups_per_row * QUERIES + tl.arange(0, QUERIES)  # [QUERIES]: query within the table row
-    live = member < queries_per_row
-    offs_t = table_row * queries_per_row + member  # [QUERIES]
+    if cu_seqlens_q_ptr is None:
+        queries_per_row = s_q // rows
+        groups_per_row = groups // rows
+        table_row = group // groups_per_row
+        first_t = table_row * queries_per_row + group % groups_per_row * QUERIES
+        stop_t = (table_row + 1) * queries_per_row
+    else:
+        table_row, first_t, stop_t = group_of(group, cu_seqlens_q_ptr, rows, s_q, QUERIES)
+        pages = tl.where(table_row < rows, pages, 0)
+        table_row = tl.minimum(table_row, rows - 1)
+    table_row = table_row.to(tl.int64)
+    offs_t = first_t.to(tl.int64) + tl.arange(0, QUERIES)  # [QUERIES]
+    live = offs_t < stop_t
     first = tl.program_id(0) // groups * keys_per_program
     last = tl.minimum(first + keys_per_program, width)
     starts = tl.maximum(tl.load(ks_ptr + offs_t, mask=live, other=0), first)  # [QUERIES]
@@ -216,9 +236,8 @@ def _index_logits_kernel(
         0, QUERIES * BLOCK_H
     )  # [QUERIES * BLOCK_H]: heads of the first query, of the second ...
     head = (offs_r % BLOCK_H).to(tl.int64)
-    query = group % groups_per_row * QUERIES + offs_r // BLOCK_H
-    real = (query < queries_per_row) & (head < h)
-    query = table_row * queries_per_row + query
+    query = first_t.to(tl.int64) + offs_r // BLOCK_H
+    real = (query < stop_t) & (head < h)
     q_rows = q_ptr + (query[:, None] * stride_q_t + head[:, None] * stride_q_h)
     q_scales = None
     if Q_FORMAT == "e2m1":

@@ -1,9 +1,10 @@
 """Logical positions to physical slots of a paged cache.
 
-    out[t, i] = block_table[row, position // page_size] * page_size + position % page_size
+    out[t, i] = block_table[row, position // page_size] * page_stride + position % page_size
 
-with position = indices[t, i] and row = t // (s_q / n). -1 where the position is negative or beyond the table,
-and where the table holds a negative page or a page whose slots do not fit int32.
+with position = indices[t, i] and row = t // (s_q / n), or the query's sequence. -1 where the position is
+negative or beyond the table, where the table holds a negative page or a page whose slots do not fit int32, and
+for queries of no sequence.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import cdiv
+from .arguments import cdiv, contiguous
+from .sequences import row_of
 
 if TYPE_CHECKING:
     from ..ops.index import PhysicalSlotsOp
@@ -26,8 +28,8 @@ def refuses(a: "PhysicalSlotsOp") -> None:
 
 def physical_slots(a: "PhysicalSlotsOp") -> None:
     """Fill out."""
-    indices, block_table, page_size, out = a
-    s_q, topk = indices.shape
+    indices, block_table, page_size, page_stride, out, cu_seqlens_q = a
+    (s_q, topk), (n, max_pages) = indices.shape, block_table.shape
     if out.numel() == 0:
         return
     blocks = cdiv(topk, BLOCK)
@@ -39,31 +41,37 @@ def physical_slots(a: "PhysicalSlotsOp") -> None:
             *block_table.stride(),
             out,
             *out.stride(),
+            contiguous(cu_seqlens_q),
             topk,
-            block_table.shape[1],
+            n,
+            max_pages,
             page_size,
-            s_q // block_table.shape[0],
+            page_stride,
+            1 if cu_seqlens_q is not None else s_q // n,
             BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
         )
 
 
-@triton.jit(do_not_specialize=["topk", "max_pages", "queries_per_row"])
+@triton.jit(do_not_specialize=["topk", "n", "max_pages", "page_stride", "queries_per_row"])
 def _physical_slots_kernel(
     indices_ptr,  # [s_q, topk]
     stride_indices_t,
     stride_indices_n,
-    table_ptr,  # [s_q / queries_per_row, max_pages]
+    table_ptr,  # [n, max_pages]
     stride_table_row,
     stride_table_page,
     out_ptr,  # [s_q, topk]
     stride_out_t,
     stride_out_n,
+    cu_seqlens_q_ptr,  # [n + 1], or None
     topk,
+    n,
     max_pages,
     page_size,
-    queries_per_row,
+    page_stride,
+    queries_per_row,  # without cu_seqlens_q
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK indices of one query."""
@@ -73,11 +81,15 @@ def _physical_slots_kernel(
     inside = offs_n < topk
     offs_n = offs_n.to(tl.int64)
     index = tl.load(indices_ptr + t * stride_indices_t + offs_n * stride_indices_n, mask=inside, other=-1)
-    table_row = table_ptr + t // queries_per_row * stride_table_row
+    row = t // queries_per_row
+    if cu_seqlens_q_ptr is not None:
+        row = row_of(t, cu_seqlens_q_ptr, n).to(tl.int64)
+        max_pages = tl.where(row < n, max_pages, 0)
+    table_row = table_ptr + row * stride_table_row
     mapped = (index >= 0) & (index // page_size < max_pages)
     page = tl.load(
         table_row + (index // page_size).to(tl.int64) * stride_table_page, mask=mapped, other=-1
     )  # [BLOCK]
-    slot = page.to(tl.int64) * page_size + index % page_size
+    slot = page.to(tl.int64) * page_stride + index % page_size
     slot = tl.where((page >= 0) & (slot <= 0x7FFFFFFF), slot, -1)
     tl.store(out_ptr + t * stride_out_t + offs_n * stride_out_n, slot.to(tl.int32), mask=inside)

@@ -42,6 +42,7 @@ def index_logits(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     clean: bool = True,
 ) -> Tensor:
     """``logits[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])`` for ``ks[t] <= s < ke[t]``, else -inf.
@@ -52,7 +53,7 @@ def index_logits(
     Source: the lightning indexer of the DeepSeek-V3.2 report, equation 1.
     """
     if block_table is not None:
-        return _paged_index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table)
+        return _paged_index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table, cu_seqlens_q)
     dtype = compute_dtype(q.dtype)
     q, keys = dequantise(q, q_scale, dtype=dtype), dequantise(k, k_scale, dtype=dtype).mT  # keys [d, s_kv]
     logits = q.new_empty(len(q), len(k))
@@ -61,12 +62,12 @@ def index_logits(
     return logits.masked_fill(~_visible(len(k), ks, ke), -INF)
 
 
-def _paged_index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table):
+def _paged_index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table, cu_seqlens_q):
     pages, page_size, _ = k.shape
-    queries_per_row = len(q) // max(len(block_table), 1)
     logits = q.new_full((len(q), block_table.shape[1] * page_size), -INF, dtype=compute_dtype(q.dtype))
+    rows = table_rows(len(q), block_table, cu_seqlens_q)
     for row, table in enumerate(block_table if pages else ()):
-        t = slice(row * queries_per_row, (row + 1) * queries_per_row)
+        t = rows == row
         exists = (table >= 0) & (table < pages)
         page = torch.where(exists, table, 0).long()
         keys, scales = k[page].flatten(0, 1), None if k_scale is None else k_scale[page].flatten(0, 1)
@@ -99,22 +100,47 @@ def lightning_topk(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     workspace_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`select_topk` of :func:`index_logits`, and the scores of the selected.
+
+    All logits are held, whatever the workspace.
+    """
+    logits = index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table, cu_seqlens_q)
+    indices = select_topk(logits, topk, ks, ke)
+    return indices, scores_of(logits, indices)
+
+
+def scores_of(logits: Tensor, indices: Tensor) -> Tensor:
+    """The logits ``[s_q, topk]`` at indices; -inf at index -1."""
+    padded = F.pad(logits, (0, 1), value=-INF) if logits.shape[1] == 0 else logits
+    return padded.gather(1, indices.clamp(min=0).long()).masked_fill_(indices < 0, -INF)
+
+
+def physical_slots(
+    indices: Tensor,
+    block_table: Tensor,
+    page_size: int,
+    page_stride: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
 ) -> Tensor:
-    """:func:`index_logits`, then :func:`select_topk`; all logits are held, whatever the workspace."""
-    logits = index_logits(q, k, weights, ks, ke, q_scale, k_scale, block_table)
-    return select_topk(logits, topk, ks, ke)
-
-
-def physical_slots(indices: Tensor, block_table: Tensor, page_size: int) -> Tensor:
-    """``block_table[row, index // page_size] * page_size + index % page_size``; -1 where there is none."""
+    """``block_table[row, index // page_size] * page_stride + index % page_size``; -1 where there is none."""
     pages = block_table.shape[1]
-    table = F.pad(block_table.long(), (0, 1), value=-1)  # what is not mapped finds page -1
+    table = F.pad(block_table.long(), (0, 1, 0, 1), value=-1)  # what is not mapped finds page -1
     mapped = (indices >= 0) & (indices < pages * page_size)
-    row = torch.arange(len(indices), device=indices.device) // max(len(indices) // max(len(table), 1), 1)
+    row = table_rows(len(indices), block_table, cu_seqlens_q)
     page = table[row[:, None], torch.where(mapped, indices // page_size, pages)]
-    slots = page * page_size + indices % page_size
+    slots = page * (page_stride or page_size) + indices % page_size
     return torch.where((page >= 0) & (slots < 2**31), slots, -1).int()
+
+
+def table_rows(s_q: int, block_table: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    """The row of the block table of each query, ``[s_q]`` int64; n for a query of no sequence."""
+    t = torch.arange(s_q, device=block_table.device)
+    if cu_seqlens_q is None:
+        return t // max(s_q // max(len(block_table), 1), 1)
+    return torch.searchsorted(cu_seqlens_q[1:].long().contiguous(), t, right=True)
 
 
 def sparse_mla(

@@ -75,23 +75,40 @@ void score_and_select(int isa, int threads, IndexArgs args, int s_kv, double key
   const int d = static_cast<int>(args.d), topk = pick(1, s_kv + 3);
   const auto q = random_values<T>(size_t(s_q) * heads * d);
   const auto weights = random_values<float>(size_t(s_q) * heads);
-  std::vector<int32_t> ks(s_q), ke(s_q), table(pages), indices(size_t(s_q) * topk), again(indices);
+  const int tables = pick(1, 3);  // sequences; the last queries may belong to none
+  std::vector<int32_t> ks(s_q), ke(s_q), table(size_t(tables) * pages), ends(tables + 1);
+  std::vector<int32_t> indices(size_t(s_q) * topk), again(indices), slots(indices);
   for (int t = 0; t < s_q; t++) ks[t] = pick(-2, s_kv), ke[t] = pick(-2, s_kv + 5);
-  for (int i = 0; i < pages; i++) table[i] = i % 5 == 3 ? std::numeric_limits<int32_t>::max() : pages - 1 - i;
-  std::vector<float> logits(size_t(s_q) * width), expected(logits);
+  for (int i = 0; i < tables * pages; i++)
+    table[i] = i % 5 == 3 ? std::numeric_limits<int32_t>::max() : pages - 1 - i % pages;
+  for (int i = 1; i <= tables; i++) ends[i] = pick(ends[i - 1], s_q);
+  std::vector<float> logits(size_t(s_q) * width), expected(logits), scores(size_t(s_q) * topk, NAN);
 
   args.q = q.data(), args.weights = weights.data(), args.ks = ks.data(), args.ke = ke.data();
   args.block_table = pages > 1 ? table.data() : nullptr;
   args.q_query = heads * d, args.q_head = d, args.weights_query = heads;
-  args.tables = 1, args.width = width;
+  args.tables = args.block_table ? tables : 1, args.width = width, args.block_table_row = pages;
+  args.cu_seqlens_q = args.block_table && pick(0, 1) ? ends.data() : nullptr;
+  if (!args.cu_seqlens_q && s_q % tables) args.tables = 1;
   sparse_attn_index_logits(isa, threads, &args, logits.data(), width);
   SelectArgs select = {};
   select.logits = logits.data(), select.ks = ks.data(), select.ke = ke.data(), select.out = indices.data();
   select.logits_query = width, select.out_query = topk, select.s_q = s_q, select.s_kv = width,
   select.topk = topk;
   sparse_attn_select_topk(isa, threads, &select);
-  sparse_attn_lightning_topk(isa, threads, &args, topk, pick(1, 100000), again.data(), topk);
+  sparse_attn_lightning_topk(isa, threads, &args, topk, pick(1, 100000), again.data(), topk, scores.data(),
+                             topk);
   check(indices == again, "the fused selection differs");
+  for (size_t i = 0; i < scores.size(); i++) {
+    const float logit = indices[i] < 0 ? -INFINITY : logits[i / topk * width + indices[i]];
+    check(scores[i] == logit, "the score of a selected position");
+  }
+  SlotArgs to_slots = {indices.data(), table.data(), args.cu_seqlens_q, slots.data(), topk, pages, topk};
+  to_slots.s_q = s_q, to_slots.topk = topk, to_slots.tables = args.tables, to_slots.max_pages = pages;
+  to_slots.page_size = args.page_size, to_slots.page_stride = args.page_size + pick(0, 9);
+  sparse_attn_physical_slots(isa, threads, &to_slots);
+  for (size_t i = 0; i < slots.size(); i++)
+    check(slots[i] < pages * to_slots.page_stride && (slots[i] < 0 || indices[i] >= 0), "a slot");
 
   if (isa == portable()) return;
   sparse_attn_index_logits(portable(), 1, &args, expected.data(), width);

@@ -119,6 +119,134 @@ def test_a_block_table_row_serves_consecutive_queries(backend, device):
         assert_logits_close(logits[t], **part, k=pages, block_table=table[row, None])
 
 
+def ragged_batch(counts, device, page_size=8, padding=2, dtype=torch.float32, heads=5):
+    """Arguments of a batch whose sequence i has counts[i] queries, its keys in shuffled pages, some missing.
+
+    All are small integers: every way to sum gives the same logits.
+    """
+    g = torch.Generator().manual_seed(0)
+    n, s_q, pages = len(counts), sum(counts) + padding, 6
+    inputs = index_inputs(s_q, pages * page_size, heads, dtype=dtype, device=device)
+    table = torch.randint(-2, 22, (n, pages), generator=g, dtype=torch.int32)  # of 20 pages
+    inputs["k"] = torch.randn(20, page_size, 32, generator=g).to(device, dtype)
+    for name in ("q", "k", "weights"):
+        inputs[name].round_()
+    cu_seqlens_q = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+    return {**inputs, "block_table": table.to(device), "cu_seqlens_q": cu_seqlens_q.to(device)}
+
+
+RAGGED = [[3, 0, 1, 9, 0, 2], [1, 1, 1, 1], [0, 0], [40], [], [1] * 270, [0] * 300 + [5, 2]]
+
+
+@pytest.mark.parametrize("counts", RAGGED, ids=lambda counts: f"{len(counts)} sequences, {sum(counts)}")
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_ragged_batch_is_its_sequences(backend, device, counts, padding):
+    batch, options = ragged_batch(counts, device, padding=padding), {"backend": backend}
+    cu_seqlens_q, table = batch["cu_seqlens_q"], batch["block_table"]
+    logits = sparse_attn.index_logits(**batch, **options)
+    assert torch.isneginf(logits[sum(counts) :]).all()
+    selected, scores = sparse_attn.lightning_topk(**batch, topk=7, return_scores=True, **options)
+    expected = sparse_attn.select_topk(logits, 7, batch["ks"], batch["ke"], **options)
+    assert torch.equal(selected, expected)
+    assert torch.equal(scores, reference.scores_of(logits, selected))
+    slots = sparse_attn.physical_slots(selected, table, 8, cu_seqlens_q=cu_seqlens_q, **options)
+    assert (slots[sum(counts) :] == -1).all()
+    filled = [row for row, count in enumerate(counts) if count]
+    for row in {*filled[:5], *filled[-3:]}:
+        t = slice(int(cu_seqlens_q[row]), int(cu_seqlens_q[row + 1]))
+        one = {name: batch[name][t] for name in ("q", "weights", "ks", "ke")}
+        one |= {"k": batch["k"], "block_table": table[row, None]}
+        assert_logits_close(logits[t], **one)
+        assert torch.equal(sparse_attn.index_logits(**one, **options), logits[t])
+        assert torch.equal(sparse_attn.lightning_topk(**one, topk=7, **options), selected[t])
+        assert torch.equal(sparse_attn.physical_slots(selected[t], table[row, None], 8, **options), slots[t])
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 40 * 48 * 3, 1 << 30])
+def test_the_workspace_never_changes_a_ragged_batch(backend, device, workspace_bytes):
+    batch = ragged_batch([3, 0, 1, 9, 0, 2], device)
+    options = {"topk": 7, "return_scores": True, "backend": backend}
+    whole = sparse_attn.lightning_topk(**batch, **options)
+    parts = sparse_attn.lightning_topk(**batch, **options, workspace_bytes=workspace_bytes)
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+
+
+def test_a_row_per_query_is_a_ragged_batch_of_ones(backend, device):
+    batch = ragged_batch([1] * 6, device, padding=0)
+    ragged = sparse_attn.index_logits(**batch, backend=backend)
+    del batch["cu_seqlens_q"]
+    assert torch.equal(sparse_attn.index_logits(**batch, backend=backend), ragged)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 64])
+def test_quantised_ragged_batches(backend, device, page_size):
+    counts, g = [2, 0, 5, 1], torch.Generator().manual_seed(1)
+    inputs, straight = quantised_index_inputs("e4m3", "e4m3", device, 8, 3 * page_size, 16)
+    k = formats.pack_index_k(torch.randn(9, page_size, 128, generator=g)).to(device)
+    table = torch.randint(-1, 10, (4, 3), generator=g, dtype=torch.int32).to(device)
+    cu_seqlens_q = torch.tensor([0, 2, 2, 7, 8], dtype=torch.int32, device=device)
+    options = {"k": k, "k_scale": None, "backend": backend}
+    batch = {**inputs, **options, "block_table": table, "cu_seqlens_q": cu_seqlens_q}
+    logits = sparse_attn.index_logits(**batch)
+    for row, t in enumerate((slice(0, 2), slice(2, 2), slice(2, 7), slice(7, 8))):
+        assert t.stop - t.start == counts[row]
+        one = {name: inputs[name][t] for name in ("q", "weights", "ks", "ke")}
+        expected = sparse_attn.index_logits(**one, **options, block_table=table[row, None])
+        assert_close(logits[t].cpu(), expected.cpu())
+    keys, scales = formats.views(k)
+    of_query = {**straight, "k": keys, "k_scale": scales, "block_table": table}
+    rows = torch.tensor([0, 0, 2, 2, 2, 2, 2, 3], device=device)
+    assert_logits_close(logits, **{**of_query, "block_table": table[rows]})
+
+
+@pytest.mark.parametrize("boundaries", [[0, 3, 99], [0, -5, 4], [7, 7, 8], [0, INT_MIN, INT_MAX]])
+def test_boundaries_out_of_range_are_harmless(backend, device, boundaries):
+    """What lies outside of the batch is cut off; the first boundary is taken for 0."""
+    batch = ragged_batch([3, 3], device)
+    batch["cu_seqlens_q"] = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    ends = [max(0, min(x, 8)) for x in boundaries[1:]]
+    rows = [sum(t >= end for end in ends) for t in range(8)]
+    logits = sparse_attn.index_logits(**batch, backend=backend)
+    batch["block_table"] = torch.cat([batch["block_table"], torch.full_like(batch["block_table"][:1], -1)])[rows]
+    del batch["cu_seqlens_q"]
+    assert torch.equal(sparse_attn.index_logits(**batch, backend=backend), logits)
+
+
+def test_scores_of_the_selected(backend, device):
+    inputs = index_inputs(5, 30, device=device)
+    inputs["ke"][1] = inputs["ks"][1]  # sees nothing
+    options = {"topk": 7, "backend": backend}
+    indices, scores = sparse_attn.lightning_topk(**inputs, return_scores=True, **options)
+    assert torch.equal(indices, sparse_attn.lightning_topk(**inputs, **options))
+    logits = sparse_attn.index_logits(**inputs, backend=backend)
+    assert scores.dtype == torch.float32
+    assert torch.equal(torch.isneginf(scores), indices < 0)
+    for t, i in (indices >= 0).nonzero().tolist():
+        assert scores[t, i] == logits[t, indices[t, i]]
+    wide = torch.full((5, 2, 7), 3.0, device=device)
+    out = torch.full((5, 7), 9, dtype=torch.int32, device=device), wide[:, 1]
+    result = sparse_attn.lightning_topk(**inputs, return_scores=True, out=out, **options)
+    assert result[0] is out[0] and result[1] is out[1]
+    assert torch.equal(out[0], indices) and torch.equal(out[1], scores) and (wide[:, 0] == 3).all()
+    nothing = sparse_attn.lightning_topk(**{**inputs, "k": inputs["k"][:0]}, return_scores=True, **options)
+    assert (nothing[0] == -1).all() and torch.isneginf(nothing[1]).all()
+
+
+def test_pages_of_interleaved_layers(backend, device):
+    """A layer's cache as every third page of one allocation: read in place, slots count the others too."""
+    batch = ragged_batch([3, 1], device)
+    layers = torch.full((20, 3, 8, 32), float("nan"), device=device)
+    layers[:, 1] = batch["k"]
+    expected = sparse_attn.index_logits(**batch, backend=backend)
+    batch["k"] = layers[:, 1]
+    assert torch.equal(sparse_attn.index_logits(**batch, backend=backend), expected)
+    where = {"cu_seqlens_q": batch["cu_seqlens_q"], "backend": backend}
+    positions = sparse_attn.lightning_topk(**batch, topk=5, backend=backend)
+    slots = sparse_attn.physical_slots(positions, batch["block_table"], 8, page_stride=24, **where)
+    near = sparse_attn.physical_slots(positions, batch["block_table"], 8, **where)
+    assert torch.equal(slots, torch.where(near < 0, -1, near // 8 * 24 + near % 8))
+
+
 def test_strided_inputs_and_out(backend, device):
     inputs = index_inputs(3, 30, heads=4, d=32, device=device)
     strided = dict(inputs)
@@ -305,7 +433,7 @@ def test_the_workspace_never_changes_the_selection(backend, device, workspace_by
     inputs = index_inputs(11, 300, device=device)
     for name in ("q", "k", "weights"):  # small integers: every way to sum gives the same logits
         inputs[name].round_()
-    expected = reference.lightning_topk(**inputs, topk=20)
+    expected, _ = reference.lightning_topk(**inputs, topk=20)
     if paged:
         pages, table = to_pages(inputs.pop("k"), 16)
         inputs.update(k=pages, block_table=table.repeat(11, 1))
@@ -323,7 +451,7 @@ def test_every_way_to_the_same_logits_selects_the_same(backend, device):
     k[:, 1:] *= (torch.rand(90, 1, generator=g) < 0.3).float()  # most keys differ in one value: many ties
     weights = torch.randint(-3, 4, (5, 3), generator=g).float()
     ks, ke = (torch.tensor(x, dtype=torch.int32) for x in ([0, 0, 17, 80, 5], [90, 40, 77, 70, 99]))
-    expected = reference.lightning_topk(q, k, weights, 12, ks, ke)
+    expected, _ = reference.lightning_topk(q, k, weights, 12, ks, ke)
     logits = reference.index_logits(q, k, weights, ks, ke)
     assert (logits.sort().values.diff() == 0).any(1)[[0, 1, 2, 4]].all()
 

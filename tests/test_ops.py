@@ -12,7 +12,7 @@ import sparse_attn
 from sparse_attn import ops
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
-from sparse_attn.ops.records import Cache, Output, schema
+from sparse_attn.ops.records import Cache, OptionalOutput, Output, schema
 from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs, selection_indices, to_pages
 
@@ -26,7 +26,7 @@ def records():
     mla, gqa = mla_inputs(3, 20), gqa_inputs(3, 20)
     extra_kv, extra_indices = torch.randn(9, 40), selection_indices(3, 9, 5)
     length = torch.tensor([3, 0, 16], dtype=torch.int32)
-    picked = torch.zeros(3, 6, dtype=torch.int32)
+    picked, sequences = torch.zeros(3, 6, dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
     out, lse = torch.zeros(3, 4, 32), torch.zeros(3, 4)
     turn, slots = torch.randn(3, 32), torch.arange(3)
     caches = [torch.zeros(2, 4, size, dtype=torch.uint8) for size in (656, 132)]
@@ -35,8 +35,11 @@ def records():
     return {
         "index_logits": IndexLogitsOp(**index, out=torch.zeros(3, 40)),
         "select_topk": SelectTopkOp(torch.randn(3, 40), 6, *ranges, picked),
-        "lightning_topk": LightningTopkOp(q, pages, weights, 6, *ranges, 1 << 20, picked, block_table=table),
-        "physical_slots": PhysicalSlotsOp(picked, table, 8, torch.zeros_like(picked)),
+        "lightning_topk": LightningTopkOp(
+            *(q, pages, weights, 6, *ranges, 1 << 20, picked),
+            **{"block_table": table, "cu_seqlens_q": sequences, "scores": torch.zeros(3, 6)},
+        ),
+        "physical_slots": PhysicalSlotsOp(picked, table, 8, 9, torch.zeros_like(picked), sequences),
         "write_kv": WriteKVOp(torch.randn(3, 576), slots, 1e-6, True, 1e-6, caches[0]),
         "write_index_k": WriteIndexKOp(
             torch.randn(3, 128), slots, 1e-6, True, True, 1e-6, caches[1], **rotation
@@ -78,10 +81,11 @@ def test_the_schema_is_that_of_the_record():
         y: torch.Tensor | None = None
         name: str | None = None
         flag: bool = True
+        wanted: OptionalOutput = None
 
     assert schema(Record) == (
         "(Tensor x, int n, float scale, Tensor(a!) out, Tensor(b!) cache, Tensor? y=None, str? name=None, "
-        "bool flag=True) -> ()"
+        "bool flag=True, Tensor(c!)? wanted=None) -> ()"
     )
     with pytest.raises(KeyError):  # a type that a schema cannot say is no argument
         schema(NamedTuple("Wrong", [("x", list)]))

@@ -138,10 +138,9 @@ int64_t sparse_attn_sizeof(const char* name) {
     const char* name;
     int64_t bytes;
   } kStructures[] = {
-      {"IndexArgs", sizeof(IndexArgs)},
-      {"Segment", sizeof(Segment)},
-      {"AttentionArgs", sizeof(AttentionArgs)},
-      {"SelectArgs", sizeof(SelectArgs)},
+      {"IndexArgs", sizeof(IndexArgs)},         {"Segment", sizeof(Segment)},
+      {"AttentionArgs", sizeof(AttentionArgs)}, {"SelectArgs", sizeof(SelectArgs)},
+      {"SlotArgs", sizeof(SlotArgs)},
   };
   for (const auto& structure : kStructures)
     if (!std::strcmp(structure.name, name)) return structure.bytes;
@@ -176,14 +175,18 @@ void sparse_attn_select_topk(int32_t isa, int32_t threads, const SelectArgs* arg
 }
 
 void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* args, int64_t topk,
-                                int64_t workspace_bytes, int32_t* out, int64_t out_query) {
+                                int64_t workspace_bytes, int32_t* out, int64_t out_query, float* scores,
+                                int64_t scores_query) {
   const auto score = find_score(isa, *args);
   const auto select = find(isa, [](const Kernels& k) { return k.select; });
   const int64_t row_bytes = std::max<int64_t>(1, args->width * sizeof(float));
   const int64_t rows = std::max<int64_t>(1, workspace_bytes / row_bytes);  // in memory at a time
   const auto select_from = [&](const float* row, int64_t t) {
     const Range seen = visible(*args, t);
-    select(row, seen.begin, seen.end - seen.begin, topk, out + t * out_query);
+    int32_t* indices = out + t * out_query;
+    select(row, seen.begin, seen.end - seen.begin, topk, indices);
+    for (int64_t i = 0; scores && i < topk; i++)
+      scores[t * scores_query + i] = indices[i] < 0 ? -__builtin_inff() : row[indices[i] - seen.begin];
   };
   if (args->s_q >= threads && rows >= threads) {  // a thread selects from a row that is still in its cache
     parallel_for(args->s_q, threads, [&](int64_t t) {
@@ -208,6 +211,24 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
     });
     parallel_for(n, threads, [&](int64_t i) { select_from(logits + i * args->width, first + i); });
   }
+}
+
+void sparse_attn_physical_slots(int32_t, int32_t threads, const SlotArgs* args) {
+  constexpr int64_t kSlots = int64_t{1} << 31;  // those that int32 can number; no larger page differs
+  const uint32_t page_size = static_cast<uint32_t>(std::min(args->page_size, kSlots));
+  const int64_t page_stride = std::min(args->page_stride, kSlots);
+  parallel_for(args->s_q, threads, [&](int64_t t) {
+    const int64_t row = table_row(*args, t), pages = row < args->tables ? args->max_pages : 0;
+    const int32_t* table = args->block_table + (pages ? row * args->block_table_row : 0);
+    const int32_t* indices = args->indices + t * args->indices_query;
+    int32_t* out = args->out + t * args->out_query;
+    for (int64_t i = 0; i < args->topk; i++) {
+      const uint32_t index = static_cast<uint32_t>(indices[i]), entry = index / page_size;
+      const int64_t page = indices[i] >= 0 && entry < pages ? table[entry] : -1;
+      const int64_t slot = page * page_stride + index % page_size;
+      out[i] = static_cast<int32_t>(page >= 0 && slot < kSlots ? slot : -1);
+    }
+  });
 }
 
 void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args) {

@@ -1,6 +1,7 @@
 // Types that every instruction set shares: the arguments of the operations and the table of their kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 // How the rows of a cache are stored; see sparse_attn/formats.
@@ -29,6 +30,7 @@ struct IndexArgs {
   const uint8_t* q_scale;      // [s_q, heads, d / 32] for kMxfp4Keys, else null
   const uint8_t* k_scale;      // [pages, page_size] floats for kFp8Keys, [.., d / 32] for kMxfp4Keys, or null
   const int32_t* block_table;  // [tables, max_pages], or null: then k is one page of s_kv rows
+  const int32_t* cu_seqlens_q;  // [tables + 1], or null: see table_row
   int64_t q_query, q_head, k_page, k_row, weights_query, block_table_row;
   int64_t q_scale_query, q_scale_head, k_scale_page, k_scale_row;  // in bytes
   int64_t s_q, heads, d, pages, page_size, tables, width;
@@ -71,6 +73,25 @@ struct SelectArgs {
   int32_t* out;  // [s_q, topk]
   int64_t logits_query, out_query, s_q, s_kv, topk;
 };
+
+// physical_slots: indices [s_q, topk] -> out [s_q, topk].
+struct SlotArgs {
+  const int32_t* indices;
+  const int32_t* block_table;   // [tables, max_pages]
+  const int32_t* cu_seqlens_q;  // [tables + 1], or null: see table_row
+  int32_t* out;
+  int64_t indices_query, block_table_row, out_query;
+  int64_t s_q, topk, tables, max_pages, page_size, page_stride;  // page_stride in slots
+};
+
+// The row of the block table of query t; `tables` if the query belongs to no sequence. Sequence i has queries
+// cu_seqlens_q[i] to cu_seqlens_q[i + 1] - 1; without it, each has s_q / tables.
+template <class Args>
+inline int64_t table_row(const Args& args, int64_t t) {
+  if (!args.cu_seqlens_q) return t / (args.s_q / args.tables);
+  const int32_t* ends = args.cu_seqlens_q + 1;
+  return std::upper_bound(ends, ends + args.tables, t) - ends;
+}
 
 // The kernels of one instruction set. Where an entry is null, the next lower set's kernel runs.
 struct Kernels {

@@ -129,11 +129,16 @@ class TileScorer {
 };
 
 // Calls f(page, offset in it, n positions, next page or -1, their scores) for positions [begin, end) of query
-// t, page by page. Positions in pages that do not exist get -inf.
+// t, page by page. Positions in pages that do not exist get -inf, and so do all of a query of no sequence.
 template <class F>
 void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out, F&& f) {
+  const int64_t row = table_row(args, t);
+  if (row == args.tables) {
+    std::fill(out, out + (end - begin), -__builtin_inff());
+    return;
+  }
   if (!args.block_table) return f(0, begin, end - begin, -1, out);
-  const int32_t* table = args.block_table + t / (args.s_q / args.tables) * args.block_table_row;
+  const int32_t* table = args.block_table + row * args.block_table_row;
   for (int64_t s = begin; s < end;) {
     const int64_t page = table[s / args.page_size], offset = s % args.page_size;
     const int64_t n = end - s < args.page_size - offset ? end - s : args.page_size - offset;

@@ -75,11 +75,23 @@ def call(backend: str, device: torch.device, *tensors: Tensor | None) -> None:
         )
 
 
-def block_table(block_table: Tensor, dims: dict[str, int], s_q: int, device: torch.device) -> None:
+def block_table(
+    block_table: Tensor,
+    cu_seqlens_q: Tensor | None,
+    dims: dict[str, int],
+    s_q: int,
+    device: torch.device,
+) -> None:
+    """A block table with a row per s_q / n queries, or with cu_seqlens_q per sequence."""
     tensor("block_table", block_table, "n max_pages", dims, INT32, device)
     n = block_table.shape[0]
-    if (n == 0 and s_q > 0) or (n > 0 and s_q % n):
-        raise ValueError(f"block_table: expected a number of rows that divides s_q={s_q}, got {n}")
+    if cu_seqlens_q is not None:
+        tensor("cu_seqlens_q", cu_seqlens_q, str(n + 1), dims, INT32, device)
+    elif (n == 0 and s_q > 0) or (n > 0 and s_q % n):
+        raise ValueError(
+            f"block_table: expected a number of rows that divides s_q={s_q}, got {n}; sequences of different "
+            "numbers of queries take cu_seqlens_q"
+        )
 
 
 def in_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: str) -> None:
@@ -102,7 +114,7 @@ def quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) ->
 
 
 def output(
-    name: str, out: Tensor | None, dims: dict[str, int], dtype: torch.dtype, device: torch.device
+    name: str, out: object, dims: dict[str, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The caller's tensor of these sizes, or a new one."""
     if out is None:

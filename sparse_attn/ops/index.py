@@ -10,16 +10,16 @@ obeyed or refused, never replaced. "cpu" is the C++ library, and torch for what 
 last dimension with gaps, or a machine without a C++ compiler. fp64 runs on "cpu" and "reference".
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from ..formats import INDEX_K_FORMATS, format_of
-from ..reference import compute_dtype
+from ..reference import compute_dtype, scores_of
 from . import call, check, implementation, register
 from .check import FLOATS, INT32, dtype_name
-from .records import Output, in_chunks
+from .records import OptionalOutput, Output, in_chunks
 
 DEFAULT_WORKSPACE_BYTES = 256 << 20
 E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
@@ -27,6 +27,7 @@ E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
 # What scoring and selection hold for each logit of a row. In torch: the logit, its masked and sorted
 # copies, int64 positions. In Triton: the logit, and the list of kernels/select_topk.py.
 BYTES_PER_LOGIT = {"cpu": 40, "triton": 5}
+BYTES_PER_SCORE = 32  # of those that lightning_topk returns: positions in 64 bits, twice, and the scores
 
 
 @register("index_logits")
@@ -40,6 +41,7 @@ class IndexLogitsOp(NamedTuple):
     q_scale: Tensor | None = None  # of e2m1: [s_q, h, d / 32] bytes of ue8m0
     k_scale: Tensor | None = None  # of e4m3: [...] fp32; of e2m1: [..., d / 32] bytes of ue8m0
     block_table: Tensor | None = None  # [n, max_pages] int32
+    cu_seqlens_q: Tensor | None = None  # [n + 1] int32; without it each row of the table has s_q / n queries
     clean: bool = True  # without it a backend may leave logits outside [ks, ke) as they are
 
 
@@ -57,15 +59,20 @@ def _lightning_topk_in_chunks(a: "LightningTopkOp", backend: str) -> None:
     score, select = implementation("index_logits", backend), implementation("select_topk", backend)
     width = a.k.shape[0] if a.block_table is None else a.block_table.shape[1] * a.k.shape[1]
     padded = -(-width // 16) * 16  # rows of logits that start at multiples of 64 bytes are read faster
-    rows = max(1, min(a.q.shape[0], a.workspace_bytes // max(1, BYTES_PER_LOGIT[backend] * padded)))
+    row_bytes = BYTES_PER_LOGIT[backend] * padded
+    if a.scores is not None:
+        row_bytes += BYTES_PER_SCORE * a.topk
+    rows = max(1, min(a.q.shape[0], a.workspace_bytes // max(1, row_bytes)))
     logits = torch.empty(rows, padded, dtype=compute_dtype(a.q.dtype), device=a.q.device)[:, :width]
     for part in in_chunks(a, rows):
         held = logits[: part.q.shape[0]]
         inputs = part.q, part.k, part.weights, part.ks, part.ke
-        options = part.q_scale, part.k_scale, part.block_table
+        options = part.q_scale, part.k_scale, part.block_table, part.cu_seqlens_q
         # Nobody reads logits outside the ranges, so they need not be cleaned.
         score(IndexLogitsOp(*inputs, held, *options, clean=False))
         select(SelectTopkOp(held, part.topk, part.ks, part.ke, part.out))
+        if part.scores is not None:
+            part.scores.copy_(scores_of(held, part.out))
 
 
 @register("lightning_topk", composed=_lightning_topk_in_chunks)
@@ -81,6 +88,8 @@ class LightningTopkOp(NamedTuple):
     q_scale: Tensor | None = None
     k_scale: Tensor | None = None
     block_table: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    scores: OptionalOutput = None  # [s_q, topk], of the selected
 
 
 @register("physical_slots")
@@ -88,7 +97,9 @@ class PhysicalSlotsOp(NamedTuple):
     indices: Tensor  # [s_q, topk] int32
     block_table: Tensor  # [n, max_pages] int32
     page_size: int
+    page_stride: int  # slots from one page to the next
     out: Output  # [s_q, topk] int32
+    cu_seqlens_q: Tensor | None = None  # as in IndexLogitsOp
 
 
 def index_logits(
@@ -101,6 +112,7 @@ def index_logits(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -123,9 +135,13 @@ def index_logits(
             first in the low byte.
         k_scale: with e4m3 k one fp32 scale per key, not negative; with e2m1 k int32 as in ``q_scale``.
             ``[s_kv]``, or with ``block_table`` ``[pages, page_size]``.
-        block_table: ``[n, max_pages]`` int32, s_q a multiple of n; consecutive queries share a row.
-            Position s is found in page ``block_table[row, s // page_size]``; a page id outside
-            ``[0, pages)`` holds nothing.
+        block_table: ``[n, max_pages]`` int32. Position s is found in page
+            ``block_table[row, s // page_size]``; a page id outside ``[0, pages)`` holds nothing. s_q is a
+            multiple of n, and ``s_q / n`` consecutive queries share a row, or ``cu_seqlens_q`` says which.
+        cu_seqlens_q: ``[n + 1]`` int32, on the device like all inputs: queries ``cu_seqlens_q[i]`` to
+            ``cu_seqlens_q[i + 1] - 1`` are sequence i, whose pages are row i of ``block_table``. It begins
+            with 0 and never decreases; a sequence may have no query. Queries from its last value on, as a
+            padded batch has them, see nothing. Positions, ``ks`` and ``ke`` count within the sequence.
         out: ``[s_q, width]`` to fill.
 
     Returns:
@@ -135,7 +151,7 @@ def index_logits(
 
     Source: DeepSeek-V3.2 report, equation 1; quantised operands are DeepGEMM's.
     """
-    inputs = q, k, weights, ks, ke, q_scale, k_scale, block_table
+    inputs = q, k, weights, ks, ke, q_scale, k_scale, block_table, cu_seqlens_q
     k, ks, ke, optional, width = _check_index_inputs(*inputs, backend)
     out = check.output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
     call("index_logits", IndexLogitsOp(q, k, weights, ks, ke, out, *optional), backend)
@@ -175,6 +191,31 @@ def select_topk(
     return out
 
 
+if TYPE_CHECKING:  # the result's type follows from return_scores, whatever else is passed
+    from typing_extensions import Unpack
+
+    class TopkOptions(TypedDict, total=False):
+        q_scale: Tensor | None
+        k_scale: Tensor | None
+        block_table: Tensor | None
+        cu_seqlens_q: Tensor | None
+        workspace_bytes: int
+        out: Tensor | tuple[Tensor, Tensor] | None
+        backend: str
+
+
+@overload
+def lightning_topk(q: Tensor, k: Tensor, weights: Tensor, topk: int, ks: Tensor | None = ...,
+    ke: Tensor | None = ..., *, return_scores: Literal[False] = ..., **options: "Unpack[TopkOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def lightning_topk(q: Tensor, k: Tensor, weights: Tensor, topk: int, ks: Tensor | None = ...,
+    ke: Tensor | None = ..., *, return_scores: Literal[True], **options: "Unpack[TopkOptions]",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def lightning_topk(q: Tensor, k: Tensor, weights: Tensor, topk: int, ks: Tensor | None = ...,
+    ke: Tensor | None = ..., *, return_scores: bool = ..., **options: "Unpack[TopkOptions]",
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def lightning_topk(
     q: Tensor,
     k: Tensor,
@@ -186,43 +227,65 @@ def lightning_topk(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-    out: Tensor | None = None,
+    return_scores: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`select_topk` of :func:`index_logits`, without ever holding ``[s_q, s_kv]``.
 
     Queries are scored and selected in chunks that fit ``workspace_bytes``, one query at least; the
     size of the chunks never changes the selection, given the same logits.
 
-    Args: see the two functions; ``workspace_bytes`` bounds the temporary memory ("reference" keeps
-        all logits and ignores it).
+    Args: see the two functions, and
+        workspace_bytes: bounds the temporary memory ("reference" keeps all logits and ignores it).
+        return_scores: also return the logits of the selected positions: what a selection over several
+            sets of keys, as in context parallelism, is merged by.
+        out: the tensor to fill; with return_scores the pair.
 
     Returns:
-        ``[s_q, topk]`` int32 positions, ascending, -1 padded.
+        ``[s_q, topk]`` int32 positions, ascending, -1 padded. With return_scores a tuple of them and
+        ``[s_q, topk]`` fp32 (fp64 with fp64 q), the logit of each, -inf where the position is -1.
     """
     _check_topk(topk)
-    inputs = q, k, weights, ks, ke, q_scale, k_scale, block_table
+    inputs = q, k, weights, ks, ke, q_scale, k_scale, block_table, cu_seqlens_q
     k, ks, ke, optional, _ = _check_index_inputs(*inputs, backend)
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}")
-    out = check.output("out", out, {"s_q": q.shape[0], "topk": topk}, torch.int32, q.device)
-    required = q, k, weights, topk, ks, ke, workspace_bytes, out
-    call("lightning_topk", LightningTopkOp(*required, *optional), backend)
-    return out
+    sizes, scores = {"s_q": q.shape[0], "topk": topk}, None
+    if return_scores:
+        if out is not None and not (isinstance(out, tuple) and len(out) == 2):
+            got = f"{len(out)} of them" if isinstance(out, tuple) else type(out).__name__
+            raise TypeError(f"out: expected the pair (indices, scores), as both are returned, got {got}")
+        out, scores = out or (None, None)
+        scores = check.output("out scores", scores, sizes, compute_dtype(q.dtype), q.device)
+    indices = check.output("out", out, sizes, torch.int32, q.device)
+    required = q, k, weights, topk, ks, ke, workspace_bytes, indices
+    call("lightning_topk", LightningTopkOp(*required, *optional, scores), backend)
+    return indices if scores is None else (indices, scores)
 
 
 def physical_slots(
-    indices: Tensor, block_table: Tensor, page_size: int, *, out: Tensor | None = None, backend: str = "auto"
+    indices: Tensor,
+    block_table: Tensor,
+    page_size: int,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    page_stride: int | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """Positions in a sequence to slots of a paged cache, ``page * page_size + offset``.
+    """Positions in a sequence to slots of a paged cache, ``page * page_stride + offset``.
 
     What :func:`lightning_topk` selects through a block table becomes what :func:`sparse_mla` reads.
 
     Args:
         indices: ``[s_q, topk]`` int32 positions.
-        block_table: ``[n, max_pages]`` int32, s_q a multiple of n; consecutive queries share a row.
+        block_table, cu_seqlens_q: as in :func:`index_logits`; a query beyond the last sequence has no slot.
         page_size: tokens per page.
+        page_stride: slots from one page to the next, by default page_size. It is larger where pages of a
+            cache that is read as rows lie apart, as in an allocation that several layers share.
         out: ``[s_q, topk]`` int32 to fill.
 
     Returns:
@@ -231,28 +294,34 @@ def physical_slots(
     """
     dims: dict[str, int] = {}
     check.tensor("indices", indices, "s_q topk", dims, INT32)
-    check.block_table(block_table, dims, indices.shape[0], indices.device)
+    check.block_table(block_table, cu_seqlens_q, dims, indices.shape[0], indices.device)
     check.integer("page_size", page_size)
+    page_stride = page_size if page_stride is None else page_stride
+    check.integer("page_stride", page_stride, page_size)
     check.call(backend, indices.device)
     sizes = {"s_q": indices.shape[0], "topk": indices.shape[1]}
     out = check.output("out", out, sizes, torch.int32, indices.device)
-    call("physical_slots", PhysicalSlotsOp(indices, block_table, page_size, out), backend)
+    a = PhysicalSlotsOp(indices, block_table, page_size, page_stride, out, cu_seqlens_q)
+    call("physical_slots", a, backend)
     return out
 
 
-def _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, backend: str):
+def _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, cu_seqlens_q, backend: str):
     """k, ks and ke, the optional inputs, all as the ops take them, and the width of a row of logits."""
     dims: dict[str, int] = {}
     q_scale = _check_index_q(q, q_scale, dims)
     k, k_scale, block_table = _check_index_k(k, k_scale, block_table, q, dims)
     check.tensor("weights", weights, "s_q index_n_heads", dims, (compute_dtype(q.dtype),), q.device)
-    width = k.shape[0]
     if block_table is not None:
-        check.block_table(block_table, dims, q.shape[0], q.device)
+        check.block_table(block_table, cu_seqlens_q, dims, q.shape[0], q.device)
         width = block_table.shape[1] * k.shape[1]
+    elif cu_seqlens_q is not None:
+        raise ValueError("cu_seqlens_q: expected None without block_table, whose rows it gives to queries")
+    else:
+        width = k.shape[0]
     ks, ke = _check_ranges(ks, ke, width, dims, q.device)
     check.call(backend, q.device, q, k, weights)
-    return k, ks, ke, (q_scale, k_scale, block_table), width
+    return k, ks, ke, (q_scale, k_scale, block_table, cu_seqlens_q), width
 
 
 def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> Tensor | None:

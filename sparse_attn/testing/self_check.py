@@ -41,7 +41,7 @@ def _check_slots(backend: str, device: torch.device) -> None:
     _, table = to_pages(torch.zeros(40, 1), 16)
     indices = torch.tensor([[0, 39, -1, 47, 48, 2**31 - 1]], dtype=torch.int32)
     slots = index.physical_slots(indices.to(device), table.to(device), 16, backend=backend)
-    _equal(slots, exact.physical_slots(indices, table, 16), "a slot")
+    _equal(slots, exact.physical_slots(indices, table, 16, 16), "a slot")
 
 
 def _check_mla(backend: str, device: torch.device) -> None:

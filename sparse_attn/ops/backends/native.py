@@ -21,7 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..attention import SparseGQAOp, SparseMLAOp
-    from ..index import IndexLogitsOp, LightningTopkOp, SelectTopkOp
+    from ..index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -46,7 +46,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 # The structures of kernels/cpu/common.h; strides count elements, those of scales bytes.
 class _IndexArgs(ctypes.Structure):
     _fields_ = [
-        *_fields(_POINTER, "q k weights ks ke q_scale k_scale block_table"),
+        *_fields(_POINTER, "q k weights ks ke q_scale k_scale block_table cu_seqlens_q"),
         *_fields(_SIZE, "q_query q_head k_page k_row weights_query block_table_row"),
         *_fields(_SIZE, "q_scale_query q_scale_head k_scale_page k_scale_row"),
         *_fields(_SIZE, "s_q heads d pages page_size tables width"),
@@ -73,6 +73,14 @@ class _AttentionArgs(ctypes.Structure):
     ]
 
 
+class _SlotArgs(ctypes.Structure):
+    _fields_ = [
+        *_fields(_POINTER, "indices block_table cu_seqlens_q out"),
+        *_fields(_SIZE, "indices_query block_table_row out_query"),
+        *_fields(_SIZE, "s_q topk tables max_pages page_size page_stride"),
+    ]
+
+
 class _SelectArgs(ctypes.Structure):
     _fields_ = [
         *_fields(_POINTER, "logits ks ke out"),
@@ -80,7 +88,7 @@ class _SelectArgs(ctypes.Structure):
     ]
 
 
-_STRUCTURES = {s.__name__[1:]: s for s in (_IndexArgs, _Segment, _AttentionArgs, _SelectArgs)}
+_STRUCTURES = {s.__name__[1:]: s for s in (_IndexArgs, _Segment, _AttentionArgs, _SelectArgs, _SlotArgs)}
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sizeof": (_SIZE, [ctypes.c_char_p]),
     "isas": (_INT, []),
@@ -90,7 +98,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "has_openmp": (_INT, []),
     "index_logits": (None, [_INT, _INT, _POINTER, _POINTER, _SIZE]),
     "select_topk": (None, [_INT, _INT, _POINTER]),
-    "lightning_topk": (None, [_INT, _INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
+    "lightning_topk": (None, [_INT, _INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE]),
+    "physical_slots": (None, [_INT, _INT, _POINTER]),
     "attend": (None, [_INT, _INT, _POINTER]),
     "peak": (_SIZE, [_INT, _INT, _SIZE]),
 }
@@ -200,6 +209,8 @@ def refuses(name: str, a: Any) -> str | None:
             return f"{field}: expected a contiguous last dimension, got strides {tensor.stride()}"
     if name == "select_topk":
         return None if a.logits.dtype == torch.float32 else f"logits: expected fp32, got {a.logits.dtype}"
+    if name == "physical_slots":
+        return None
     q, k = a[:2]
     if min(q.shape[1:]) == 0:
         return f"q: expected heads and a head dimension, got shape {list(q.shape)}"
@@ -221,7 +232,8 @@ def _set_addresses(args: ctypes.Structure, a: Any, *fields: str) -> None:
 def _index_args(a: "IndexLogitsOp | LightningTopkOp") -> _IndexArgs:
     q, k, table, q_scale, k_scale = a.q, a.k, a.block_table, a.q_scale, a.k_scale
     args = _IndexArgs()
-    _set_addresses(args, a, "q", "k", "weights", "ks", "ke", "q_scale", "k_scale", "block_table")
+    _set_addresses(args, a, "q", "k", "weights", "ks", "ke", "q_scale", "k_scale")
+    _set_addresses(args, a, "block_table", "cu_seqlens_q")
     args.s_q, args.heads, args.d = q.shape
     args.q_query, args.q_head, _ = q.stride()
     args.k_page, args.k_row, args.weights_query = k.stride(0), k.stride(-2), a.weights.stride(0)
@@ -258,8 +270,18 @@ def select_topk(a: "SelectTopkOp") -> None:
 
 
 def lightning_topk(a: "LightningTopkOp") -> None:
-    rest = a.topk, a.workspace_bytes, a.out.data_ptr(), a.out.stride(0)
+    scores = (0, 0) if a.scores is None else (a.scores.data_ptr(), a.scores.stride(0))
+    rest = a.topk, a.workspace_bytes, a.out.data_ptr(), a.out.stride(0), *scores
     _run("lightning_topk", _index_args(a), *rest)
+
+
+def physical_slots(a: "PhysicalSlotsOp") -> None:
+    args = _SlotArgs(page_size=a.page_size, page_stride=a.page_stride)
+    _set_addresses(args, a, "indices", "block_table", "cu_seqlens_q", "out")
+    (args.s_q, args.topk), (args.tables, args.max_pages) = a.indices.shape, a.block_table.shape
+    args.indices_query, args.block_table_row = a.indices.stride(0), a.block_table.stride(0)
+    args.out_query = a.out.stride(0)
+    _run("physical_slots", args)
 
 
 def sparse_mla(a: "SparseMLAOp") -> None:

@@ -40,11 +40,16 @@ def _by_table(a: "IndexLogitsOp") -> Iterator["IndexLogitsOp"]:
     if a.block_table is None:
         yield a
         return
-    tables, counts = a.block_table.unique_consecutive(dim=0, return_counts=True)
-    stop = 0
-    for table, count in zip(tables, counts.tolist(), strict=True):
-        start, stop = stop, stop + count * (len(a.q) // len(a.block_table))
-        yield of_queries(a, slice(start, stop))._replace(block_table=table[None])
+    if a.cu_seqlens_q is None:
+        tables, counts = a.block_table.unique_consecutive(dim=0, return_counts=True)
+        stops = counts.cumsum(0) * (len(a.q) // len(a.block_table))
+    else:
+        tables, stops = a.block_table, a.cu_seqlens_q[1:].clamp(0, len(a.q))
+    a, start = a._replace(cu_seqlens_q=None), 0
+    for table, stop in zip(tables, stops.tolist(), strict=True):
+        if start < stop:
+            yield of_queries(a, slice(start, stop))._replace(block_table=table[None])
+        start = stop
 
 
 def _score(a: "IndexLogitsOp", keys: slice) -> None:
