@@ -3,8 +3,8 @@
     out[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])   for ks[t] <= s < ke[t], else -inf
 
 Keys are rows of k, or, with a block table, logical positions: position s of query t is row s % page_size
-of page block_table[row, s // page_size], where row is t // (s_q / n), or the query's sequence. A page that does
-not exist gives -inf, as every position does to a query of no sequence.
+of page block_table[row, s // page_size], where row is t // (s_q / n), or the query's sequence. A page that
+does not exist gives -inf, as every position does to a query of no sequence.
 
 Quantised operands: the scale of an e4m3 key multiplies the sum, not the key. Where q and k are both e4m3 and
 the GPU multiplies e4m3, the product takes their bytes as they are; otherwise they are decoded before it. e2m1
@@ -81,10 +81,8 @@ def index_logits(a: "IndexLogitsOp") -> None:
     block_h = max(16, next_power_of_2(h))
     queries = min(max(1, config.MAX_HEADS // block_h), MAX_QUERIES)
     queries = queries if s_q >= 2 * rows else 1  # no third variant to compile
-    if a.cu_seqlens_q is None:
-        groups = rows * cdiv(s_q // rows, queries)
-    else:
-        groups = most_groups(s_q, rows, queries)
+    ragged = a.cu_seqlens_q is not None
+    groups = most_groups(s_q, rows, queries) if ragged else rows * cdiv(s_q // rows, queries)
     keys_per_program = _keys_per_program(groups, width, q.device)
     with torch.cuda.device_of(q):
         _index_logits_kernel[(groups * cdiv(width, keys_per_program),)](

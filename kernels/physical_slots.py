@@ -3,8 +3,8 @@
     out[t, i] = block_table[row, position // page_size] * page_stride + position % page_size
 
 with position = indices[t, i] and row = t // (s_q / n), or the query's sequence. -1 where the position is
-negative or beyond the table, where the table holds a negative page or a page whose slots do not fit int32, and
-for queries of no sequence.
+negative or beyond the table, where the table holds a negative page or a page whose slots do not fit int32,
+and for queries of no sequence.
 """
 
 from typing import TYPE_CHECKING

@@ -59,6 +59,7 @@ CASES = [
         ({"weights": INDEX["weights"].half()}, TypeError, "weights: expected dtype float32"),
         ({"weights": torch.zeros(3, 5)}, ValueError, r"weights: .*index_n_heads=2\], got \[3, 5\]"),
         ({"ks": INDEX["ks"].long()}, TypeError, "ks: expected dtype int32, got int64"),
+        ({"cu_seqlens_q": ints(0, 3)}, ValueError, "cu_seqlens_q: expected None without block_table"),
         ({"ke": ints(1, 2)}, ValueError, r"ke: expected shape \[s_q=3\], got \[2\]"),
         ({"block_table": TABLE}, ValueError, r"k: expected shape \[pages, page_size"),
         ({"out": torch.zeros(3, 19)}, ValueError, r"out: expected shape .*20.*, got \[3, 19\]"),
@@ -71,7 +72,10 @@ CASES = [
     *cases(
         "index_logits",
         {**INDEX, "k": torch.zeros(5, 4, 16), "block_table": TABLE},
-        ({"block_table": TABLE[:2]}, ValueError, "block_table: .* divides s_q=3, got 2"),
+        ({"block_table": TABLE[:2]}, ValueError, "block_table: .* divides s_q=3, got 2; .* cu_seqlens_q"),
+        ({"cu_seqlens_q": ints(0, 1, 2)}, ValueError, r"cu_seqlens_q: expected shape \[4\], got \[3\]"),
+        ({"cu_seqlens_q": [0, 1, 2, 3]}, TypeError, r"cu_seqlens_q: expected a tensor \[4\], got list"),
+        ({"cu_seqlens_q": ints(0, 1, 2, 3).long()}, TypeError, "cu_seqlens_q: .* int32, got int64"),
     ),
     *cases(
         "index_logits",
@@ -100,6 +104,13 @@ CASES = [
         ({"topk": 2.0}, TypeError, "topk: expected an int, got float"),
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes: .* got 0"),
         ({"out": torch.zeros(3, 4)}, TypeError, "out: expected dtype int32"),
+        ({"out": (TABLE, TABLE)}, TypeError, "out: expected a tensor .* got tuple"),
+        ({"return_scores": True, "out": TABLE}, TypeError, r"out: .* \(indices, scores\), .* got Tensor"),
+        (
+            {"return_scores": True, "out": (ints(*range(12)).view(3, 4), torch.zeros(3, 5))},
+            ValueError,
+            r"out scores: expected shape .*topk=4\], got \[3, 5\]",
+        ),
     ),
     *cases(
         "select_topk",
@@ -117,6 +128,8 @@ CASES = [
         ({"page_size": 2.0}, ValueError, "page_size: expected an int of at least 1, got 2.0"),
         ({"block_table": TABLE[:2]}, ValueError, "block_table: .* divides s_q=3, got 2"),
         ({"indices": TABLE.long()}, TypeError, "indices: expected dtype int32, got int64"),
+        ({"page_stride": 3}, ValueError, "page_stride: expected an int of at least 4, got 3"),
+        ({"cu_seqlens_q": ints(0, 3)}, ValueError, r"cu_seqlens_q: expected shape \[4\], got \[2\]"),
     ),
     *cases(
         "sparse_mla",

@@ -123,9 +123,18 @@ def index_arguments(draw) -> Arguments:
         return varied(draw, {k: v for k, v in inputs.items() if k != "k"}) | {"k": inputs["k"]}
     if draw(st.booleans()) and s_q:
         inputs["k"], table = to_pages(inputs["k"], page_size, draw(SEEDS))
-        rows = draw(st.sampled_from([n for n in (1, 2, 3) if s_q % n == 0]))
+        rows, sequences = sequences_of(draw, s_q)
         inputs["block_table"] = torch.cat([table.roll(n, 1) for n in range(rows)])
+        inputs |= sequences
     return varied(draw, inputs)
+
+
+def sequences_of(draw, s_q: int) -> tuple[int, Arguments]:
+    """How many rows a block table has, and which queries each serves."""
+    if draw(st.booleans()):
+        return draw(st.sampled_from([n for n in (1, 2, 3) if s_q % n == 0])), {}
+    ends = sorted(draw(st.lists(st.integers(0, s_q) | st.just(s_q), min_size=1, max_size=4)))
+    return len(ends), {"cu_seqlens_q": torch.tensor([0, *ends], dtype=torch.int32)}
 
 
 @st.composite
@@ -141,21 +150,23 @@ def select_arguments(draw) -> Arguments:
 
 @st.composite
 def lightning_arguments(draw) -> Arguments:
-    workspace = draw(st.sampled_from([1, 1000, 1 << 20]))
-    return {**draw(index_arguments()), "topk": draw(st.integers(1, 90)), "workspace_bytes": workspace}
+    options = {"topk": draw(st.integers(1, 90)), "workspace_bytes": draw(st.sampled_from([1, 1000, 1 << 20]))}
+    return {**draw(index_arguments()), **options, "return_scores": draw(st.booleans())}
 
 
 @st.composite
 def slots_arguments(draw) -> Arguments:
-    rows, each, pages = draw(st.integers(1, 3)), draw(st.integers(0, 3)), draw(st.integers(0, 5))
+    s_q, pages = draw(st.sampled_from([0, 1, 2, 3, 6])), draw(st.integers(0, 5))
+    rows, sequences = sequences_of(draw, s_q)
     page_size = draw(st.sampled_from([1, 3, 64, 2**20]))
     positions = st.sampled_from([INT_MIN, -1, 0, 1, page_size, pages * page_size - 1, pages * page_size])
-    indices = draw(st.lists(positions | st.just(INT_MAX), min_size=4 * rows * each, max_size=4 * rows * each))
+    indices = draw(st.lists(positions | st.just(INT_MAX), min_size=4 * s_q, max_size=4 * s_q))
     entries = st.integers(0, 9) | st.sampled_from([INT_MIN, -1, 2**11, INT_MAX])
     table = draw(st.lists(entries, min_size=rows * pages, max_size=rows * pages))
     indices, table = (torch.tensor(x, dtype=torch.int32) for x in (indices, table))
-    tensors = {"indices": indices.view(rows * each, 4), "block_table": table.view(rows, pages)}
-    return varied(draw, tensors) | {"page_size": page_size}
+    tensors = {"indices": indices.view(s_q, 4), "block_table": table.view(rows, pages), **sequences}
+    stride = draw(st.sampled_from([None, page_size, page_size + 1, 7 * page_size]))
+    return varied(draw, tensors) | {"page_size": page_size, "page_stride": stride}
 
 
 @st.composite
@@ -329,11 +340,16 @@ def check_selection(backend: str, arguments: Arguments, indices: torch.Tensor) -
     assert torch.equal(indices.cpu(), reference.select_topk(**arguments))
 
 
-def check_lightning(backend: str, arguments: Arguments, indices: torch.Tensor) -> None:
+def check_lightning(backend: str, arguments: Arguments, result) -> None:
     topk, ranges = arguments["topk"], (arguments["ks"], arguments["ke"])
-    scored = {name: x for name, x in arguments.items() if name not in ("topk", "workspace_bytes")}
+    only_here = "topk", "workspace_bytes", "return_scores"
+    scored = {name: x for name, x in arguments.items() if name not in only_here}
     logits = sparse_attn.index_logits(**scored, backend=backend)
-    assert torch.equal(indices, reference.select_topk(logits, topk, *ranges))
+    expected = reference.select_topk(logits, topk, *ranges)
+    if arguments["return_scores"]:
+        result, scores = result
+        torch.testing.assert_close(scores, reference.scores_of(logits, expected), equal_nan=True)
+    assert torch.equal(result, expected)
 
 
 def check_slots(backend: str, arguments: Arguments, slots: torch.Tensor) -> None:

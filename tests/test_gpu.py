@@ -397,6 +397,32 @@ def test_index_logits_of_a_long_context(form):
     check_lightning(case, topk=sized(2048, 30))
 
 
+def test_a_ragged_batch():
+    """Sequences of 0 to many queries, a padded end: each as it is alone, to the last bit of the selection."""
+    counts, pages = sized(([1, 300, 0, 4, 64, 2], 200), ([1, 3, 0, 4], 3))
+    s_q, n = sum(counts) + 3, len(counts)
+    q, k = normal(s_q, 64, 128), normal(n * pages, 64, 128, dtype=BF16)
+    codes, weights = sparse_attn.quantise_index_q(q.bfloat16(), normal(s_q, 64), **TRITON)
+    cache = formats.pack_index_k(k)
+    table = torch.randperm(n * pages, device=DEVICE).int().view(n, pages)
+    ends = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+    ke = torch.full((s_q,), pages * 64 - 7, device=DEVICE).int()
+    ranges, topk = {"ks": ke * 0 + 5, "ke": ke}, sized(2048, 30)
+    of_batch = {"block_table": table, "cu_seqlens_q": ends}
+    selected, scores = sparse_attn.lightning_topk(
+        codes, cache, weights, topk, **ranges, **of_batch, return_scores=True, **TRITON
+    )
+    slots = sparse_attn.physical_slots(selected, table, 64, cu_seqlens_q=ends, **TRITON)
+    logits = sparse_attn.index_logits(codes, cache, weights, **ranges, **of_batch, **TRITON)
+    assert torch.equal(selected, reference.select_topk(logits, topk, **ranges))
+    assert torch.equal(scores, reference.scores_of(logits, selected))
+    assert torch.equal(slots, reference.physical_slots(selected, table, 64, cu_seqlens_q=ends))
+    assert torch.isneginf(logits[-3:]).all() and (selected[-3:] == -1).all()
+    rows = reference.table_rows(s_q - 3, table, ends)
+    single = {"q": codes[:-3], "k": cache, "weights": weights[:-3], "ks": ranges["ks"][:-3], "ke": ke[:-3]}
+    check_logits(logits[:-3], {**single, "block_table": table[rows]}, most=8)
+
+
 def test_keys_beyond_32_bits():
     """A cache of 4.3 GB: byte offsets beyond 2 ** 32, element offsets beyond 2 ** 31."""
     pages = sized(265_000, 9)
@@ -765,7 +791,9 @@ def quantise_call():
 def slots_call():
     positions = selection_indices(sized(64, 4), 4000, sized(2048, 20), device=DEVICE)
     table = torch.randint(-1, 1000, (4, 50), device=DEVICE, dtype=torch.int32)
-    return lambda: (sparse_attn.physical_slots(positions, table, 64, **TRITON),), (positions, table)
+    ends = torch.linspace(0, len(positions), 5, device=DEVICE).int()
+    options = {"cu_seqlens_q": ends, **TRITON}
+    return lambda: (sparse_attn.physical_slots(positions, table, 64, **options),), (positions, table, ends)
 
 
 CALLS = {

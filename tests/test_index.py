@@ -207,7 +207,9 @@ def test_boundaries_out_of_range_are_harmless(backend, device, boundaries):
     ends = [max(0, min(x, 8)) for x in boundaries[1:]]
     rows = [sum(t >= end for end in ends) for t in range(8)]
     logits = sparse_attn.index_logits(**batch, backend=backend)
-    batch["block_table"] = torch.cat([batch["block_table"], torch.full_like(batch["block_table"][:1], -1)])[rows]
+    batch["block_table"] = torch.cat([batch["block_table"], torch.full_like(batch["block_table"][:1], -1)])[
+        rows
+    ]
     del batch["cu_seqlens_q"]
     assert torch.equal(sparse_attn.index_logits(**batch, backend=backend), logits)
 

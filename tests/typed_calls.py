@@ -3,7 +3,7 @@
 from torch import Tensor
 from typing_extensions import assert_type
 
-from sparse_attn import sparse_gqa, sparse_mla
+from sparse_attn import lightning_topk, sparse_gqa, sparse_mla
 
 
 def calls(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, wanted: bool) -> None:
@@ -16,4 +16,6 @@ def calls(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, wanted: bool) -> Non
     assert_type(sparse_mla(q, k, indices, return_lse=wanted), Tensor | tuple[Tensor, ...])
     assert_type(sparse_gqa(q, k, v, indices), Tensor)
     assert_type(sparse_gqa(q, k, v, indices, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(lightning_topk(q, k, v, 9, block_table=indices), Tensor)
+    assert_type(lightning_topk(q, k, v, 9, q, k, return_scores=True, out=(q, k)), tuple[Tensor, Tensor])
     sparse_mla(q, k, indices, no_such_argument=1)  # pyright: ignore[reportCallIssue]

@@ -63,7 +63,9 @@ def gqa(h_q, h_kv, d, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, per_head=False)
     return SparseGQAOp(q, k, v, indices, 0.1, *outputs, int32(s_q), empty(h_q, dtype=FP32))
 
 
-def index(h, q=BF16, k=None, d=128, s_q=S_Q, s_kv=S_KV, paged_rows=0, page_size=64) -> IndexLogitsOp:
+def index(
+    h, q=BF16, k=None, d=128, s_q=S_Q, s_kv=S_KV, paged_rows=0, page_size=64, ragged=False
+) -> IndexLogitsOp:
     """q and k by dtype, k like q by default; uint8 is e2m1."""
     k = q if k is None else k
     pages = s_kv // page_size
@@ -80,7 +82,8 @@ def index(h, q=BF16, k=None, d=128, s_q=S_Q, s_kv=S_KV, paged_rows=0, page_size=
     if paged_rows and k.dtype == E4M3 and d == 128:
         k, k_scale = index_k_views(empty(pages, page_size, 132, dtype=UINT8))
     inputs = q, k, empty(s_q, h, dtype=FP32), int32(s_q), int32(s_q)
-    return IndexLogitsOp(*inputs, empty(s_q, width, dtype=FP32), q_scale, k_scale, table)
+    sequences = int32(paged_rows + 1) if ragged else None
+    return IndexLogitsOp(*inputs, empty(s_q, width, dtype=FP32), q_scale, k_scale, table, sequences)
 
 
 def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> SelectTopkOp:
@@ -90,11 +93,12 @@ def select(s_q=512, s_kv=1 << 17, topk=TOPK) -> SelectTopkOp:
 def lightning(h, *formats, **options) -> LightningTopkOp:
     a = index(h, *formats, **options)
     required = *a[:3], TOPK, a.ks, a.ke, 1 << 28, int32(len(a.q), TOPK)
-    return LightningTopkOp(*required, a.q_scale, a.k_scale, a.block_table)
+    return LightningTopkOp(*required, a.q_scale, a.k_scale, a.block_table, a.cu_seqlens_q)
 
 
-def slots(page_size=64) -> PhysicalSlotsOp:
-    return PhysicalSlotsOp(int32(S_Q, TOPK), int32(S_Q, S_KV // page_size), page_size, int32(S_Q, TOPK))
+def slots(sequences=S_Q, page_size=64, ragged=False) -> PhysicalSlotsOp:
+    required = int32(S_Q, TOPK), int32(sequences, S_KV // page_size), page_size, page_size, int32(S_Q, TOPK)
+    return PhysicalSlotsOp(*required, int32(sequences + 1) if ragged else None)
 
 
 def written_kv(bytes_per_token, tokens=S_Q) -> WriteKVOp:
@@ -134,6 +138,7 @@ CASES = [
     Case("index_logits", "64 heads, fp8", index(64, E4M3), quick=ALL),
     Case("index_logits", "64 heads, fp8, paged", index(64, E4M3, paged_rows=2), quick=(80, 90)),
     Case("index_logits", "64 heads, fp8, paged, 1 query each", index(64, E4M3, paged_rows=S_Q)),
+    Case("index_logits", "64 heads, fp8, ragged", index(64, E4M3, paged_rows=9, ragged=True), quick=(80, 90)),
     Case("index_logits", "64 heads, bf16 x fp8, paged", index(64, BF16, E4M3, paged_rows=2), quick=(80, 90)),
     Case("index_logits", "64 heads, fp32 x fp8, paged", index(64, FP32, E4M3, paged_rows=2)),
     Case("index_logits", "64 heads, mxfp4", index(64, UINT8), quick=(80, 90)),
@@ -144,6 +149,7 @@ CASES = [
     Case("lightning_topk", "64 heads, fp8, paged", lightning(64, E4M3, s_q=64, paged_rows=2)),
     Case("lightning_topk", "64 heads, 1 query", lightning(64, s_q=1, s_kv=1 << 20)),
     Case("physical_slots", "k 2048", slots(), quick=(80,)),
+    Case("physical_slots", "k 2048, ragged", slots(99, ragged=True), quick=(80,)),
     Case("write_kv", "656 bytes", written_kv(656), quick=(80, 90)),
     Case("write_kv", "584 bytes", written_kv(584)),
     Case("write_index_k", "132 bytes", written_index_k(), quick=(80, 90)),

@@ -113,9 +113,7 @@ def quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) ->
     return kv.squeeze(2) if rank == 4 else kv
 
 
-def output(
-    name: str, out: object, dims: dict[str, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def output(name: str, out: object, dims: dict[str, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The caller's tensor of these sizes, or a new one."""
     if out is None:
         return torch.empty(tuple(dims.values()), dtype=dtype, device=device)

@@ -40,8 +40,14 @@ def _check_index(name: str, backend: str, device: torch.device) -> None:
 def _check_slots(backend: str, device: torch.device) -> None:
     _, table = to_pages(torch.zeros(40, 1), 16)
     indices = torch.tensor([[0, 39, -1, 47, 48, 2**31 - 1]], dtype=torch.int32)
-    slots = index.physical_slots(indices.to(device), table.to(device), 16, backend=backend)
-    _equal(slots, exact.physical_slots(indices, table, 16, 16), "a slot")
+    here = indices.to(device), table.to(device)
+    slots = index.physical_slots(*here, 16, backend=backend)
+    _equal(slots, exact.physical_slots(indices, table, 16), "a slot")
+    sequences = torch.tensor([0, 1], dtype=torch.int32)
+    slots = index.physical_slots(
+        *here, 16, cu_seqlens_q=sequences.to(device), page_stride=20, backend=backend
+    )
+    _equal(slots, exact.physical_slots(indices, table, 16, 20, sequences), "a slot of a sequence")
 
 
 def _check_mla(backend: str, device: torch.device) -> None:
