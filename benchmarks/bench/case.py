@@ -37,6 +37,7 @@ class Sizes(NamedTuple):
     scores: tuple[str, ...] = ("gaussian", "clustered", "plateaus")  # whose top-k is taken
     real: bool = False  # whether a real model's scores are among them, where it is installed
     long: tuple[int, ...] = ()  # more contexts, for the indexer and top-k alone
+    sequences: int = 64  # of a ragged batch
     queries: int = 1  # of one sequence, scored together in one further case of the indexer
     flex: int | None = None  # context for flex_attention; longer ones take seconds per call on a CPU
     page_size: int | None = 64  # of the indexer's keys; None: all keys of a sequence are one page
@@ -69,6 +70,7 @@ SIZES = {"cpu": (FULL, QUICK), "cuda": (GPU, GPU_QUICK)}  # by type of device: a
 TINY = GPU._replace(
     **{"contexts": (128,), "batches": (2,), "prefill": (5, 128), "rows": (3,), "topk": 16, "heads": 4},
     **{"index_heads": 4, "gqa_heads": (4, 2), "hidden": (64, 32), "fewer_heads": (2,)},
+    sequences=5,
 )
 
 

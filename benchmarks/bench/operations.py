@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import attention, index, layer, writers
+from . import attention, index, layer, ragged, writers
 from .case import Cases, Sizes, measure, show
 from .limits import Limits
 from .timing import Clock, cpu_clock
@@ -16,6 +16,7 @@ from .timing import Clock, cpu_clock
 OPERATIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "indexer": index.indexer,
     "top-k": index.top_k,
+    "ragged": ragged.ragged,
     "attention": attention.attention,
     "gqa": attention.gqa,
     "merge": attention.merge,
