@@ -80,7 +80,7 @@ def index_logits(a: "IndexLogitsOp") -> None:
     config = for_device(table, q.device)
     block_h = max(16, next_power_of_2(h))
     queries = min(max(1, config.MAX_HEADS // block_h), MAX_QUERIES)
-    queries = queries if s_q >= 2 * rows else 1  # no third variant to compile
+    queries = queries if s_q >= 2 * rows and not a.batch_invariant else 1  # no third variant to compile
     ragged = a.cu_seqlens_q is not None
     groups = most_groups(s_q, rows, queries) if ragged else rows * cdiv(s_q // rows, queries)
     keys_per_program = _keys_per_program(groups, width, q.device)

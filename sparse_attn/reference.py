@@ -43,12 +43,10 @@ def index_logits(
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
-    clean: bool = True,
 ) -> Tensor:
     """``logits[t, s] = sum_j weights[t, j] * relu(q[t, j] . k[s])`` for ``ks[t] <= s < ke[t]``, else -inf.
 
-    Quantised q and k are what :func:`sparse_attn.formats.dequantise` makes of values and scales. Logits are
-    -inf outside the range whatever ``clean`` allows.
+    Quantised q and k are what :func:`sparse_attn.formats.dequantise` makes of values and scales.
 
     Source: the lightning indexer of the DeepSeek-V3.2 report, equation 1.
     """

@@ -42,6 +42,7 @@ class IndexLogitsOp(NamedTuple):
     k_scale: Tensor | None = None  # of e4m3: [...] fp32; of e2m1: [..., d / 32] bytes of ue8m0
     block_table: Tensor | None = None  # [n, max_pages] int32
     cu_seqlens_q: Tensor | None = None  # [n + 1] int32; without it each row of the table has s_q / n queries
+    batch_invariant: bool = False
     clean: bool = True  # without it a backend may leave logits outside [ks, ke) as they are
 
 
@@ -67,7 +68,7 @@ def _lightning_topk_in_chunks(a: "LightningTopkOp", backend: str) -> None:
     for part in in_chunks(a, rows):
         held = logits[: part.q.shape[0]]
         inputs = part.q, part.k, part.weights, part.ks, part.ke
-        options = part.q_scale, part.k_scale, part.block_table, part.cu_seqlens_q
+        options = part.q_scale, part.k_scale, part.block_table, part.cu_seqlens_q, part.batch_invariant
         # Nobody reads logits outside the ranges, so they need not be cleaned.
         score(IndexLogitsOp(*inputs, held, *options, clean=False))
         select(SelectTopkOp(held, part.topk, part.ks, part.ke, part.out))
@@ -89,6 +90,7 @@ class LightningTopkOp(NamedTuple):
     k_scale: Tensor | None = None
     block_table: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
+    batch_invariant: bool = False
     scores: OptionalOutput = None  # [s_q, topk], of the selected
 
 
@@ -113,6 +115,7 @@ def index_logits(
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -142,6 +145,8 @@ def index_logits(
             ``cu_seqlens_q[i + 1] - 1`` are sequence i, whose pages are row i of ``block_table``. It begins
             with 0 and never decreases; a sequence may have no query. Queries from its last value on, as a
             padded batch has them, see nothing. Positions, ``ks`` and ``ke`` count within the sequence.
+        batch_invariant: the bits of a query's logits do not depend on the other queries of the call. The C++
+            kernels always hold to this; a GPU, torch and the reference take longer for it.
         out: ``[s_q, width]`` to fill.
 
     Returns:
@@ -154,7 +159,7 @@ def index_logits(
     inputs = q, k, weights, ks, ke, q_scale, k_scale, block_table, cu_seqlens_q
     k, ks, ke, optional, width = _check_index_inputs(*inputs, backend)
     out = check.output("out", out, {"s_q": q.shape[0], "width": width}, compute_dtype(q.dtype), q.device)
-    call("index_logits", IndexLogitsOp(q, k, weights, ks, ke, out, *optional), backend)
+    call("index_logits", IndexLogitsOp(q, k, weights, ks, ke, out, *optional, batch_invariant), backend)
     return out
 
 
@@ -199,6 +204,7 @@ if TYPE_CHECKING:  # the result's type follows from return_scores, whatever else
         k_scale: Tensor | None
         block_table: Tensor | None
         cu_seqlens_q: Tensor | None
+        batch_invariant: bool
         workspace_bytes: int
         out: Tensor | tuple[Tensor, Tensor] | None
         backend: str
@@ -228,6 +234,7 @@ def lightning_topk(
     k_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    batch_invariant: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     return_scores: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -262,7 +269,7 @@ def lightning_topk(
         scores = check.output("out scores", scores, sizes, compute_dtype(q.dtype), q.device)
     indices = check.output("out", out, sizes, torch.int32, q.device)
     required = q, k, weights, topk, ks, ke, workspace_bytes, indices
-    call("lightning_topk", LightningTopkOp(*required, *optional, scores), backend)
+    call("lightning_topk", LightningTopkOp(*required, *optional, batch_invariant, scores), backend)
     return indices if scores is None else (indices, scores)
 
 

@@ -29,7 +29,7 @@ def index_logits(a: "IndexLogitsOp") -> None:
     width = a.out.shape[1]
     a = a._replace(ks=a.ks.clamp(0, width), ke=a.ke.clamp(0, width))
     for group in _by_table(a):
-        for part in in_chunks(group, QUERY_BLOCK):
+        for part in in_chunks(group, 1 if a.batch_invariant else QUERY_BLOCK):
             first, last = int(part.ks.min()), int(part.ke.max())
             for start in range(first, last, KEY_BLOCK):
                 _score(part, slice(start, min(start + KEY_BLOCK, last)))
