@@ -27,14 +27,14 @@ class Placement:
 
     Attributes:
         counts: ``[batch_size]`` int64, new tokens of each sequence, where its length is kept.
-        sequences: ``[tokens]`` int64, the sequence of each token.
-        positions: ``[tokens]`` int64, its position in that sequence.
+        cu_seqlens_q: ``[batch_size + 1]`` int32, where the tokens of each sequence begin and end.
+        positions: ``[tokens]`` int64, the position of each token in its sequence.
         first_rows: ``[tokens]`` int64, the row that holds position 0 of its sequence.
         longest: the most tokens that a query of this call sees, itself included, or a bound of it.
     """
 
     counts: Tensor
-    sequences: Tensor
+    cu_seqlens_q: Tensor
     positions: Tensor
     first_rows: Tensor
     longest: int
@@ -59,8 +59,9 @@ class Placement:
         positions = packed - cu_seqlens[sequences] + lengths[sequences]
         if longest is None:
             longest = int(positions.max()) + 1 if tokens else 0
-        placed = torch.stack([sequences, positions, starts[sequences]]).to(device)  # one copy
-        return cls(cu_seqlens.diff(), placed[0], placed[1], placed[2], longest)
+        placed = torch.cat([positions, starts[sequences], cu_seqlens]).to(device)  # one copy
+        positions, first_rows, boundaries = placed.split([tokens, tokens, len(cu_seqlens)])
+        return cls(cu_seqlens.diff(), boundaries.int(), positions, first_rows, longest)
 
 
 class DSACache:

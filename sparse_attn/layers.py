@@ -110,11 +110,10 @@ class _SparseAttention(nn.Module):
             return lightning_topk(q, k, weights, topk, ks, ke, backend=self.backend)
         # A page is a sequence, cut to the longest one: unused rows are not scored.
         pages, scales = cache.index_keys(placement.longest)
-        table = placement.sequences[:, None].int() if cache.batch_size > 1 else first.new_zeros(1, 1).int()
+        table = torch.arange(cache.batch_size, dtype=torch.int32, device=first.device)[:, None]
         ranges = torch.zeros_like(visible, dtype=torch.int32), visible.int()
-        positions = lightning_topk(
-            q, pages, weights, topk, *ranges, k_scale=scales, block_table=table, backend=self.backend
-        )
+        options = {"block_table": table, "cu_seqlens_q": placement.cu_seqlens_q, "backend": self.backend}
+        positions = lightning_topk(q, pages, weights, topk, *ranges, k_scale=scales, **options)
         return torch.where(positions >= 0, positions + first[:, None], -1).int()
 
     def _check_inputs(self, hidden_states: Tensor, cache: DSACache | None, indices: Tensor | None) -> None:
