@@ -149,7 +149,7 @@ def v41_by_page_kv_views(pages: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_v41_by_page_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
-    """``[pages, page_size, 512]`` floats to ``[pages, page_size, 528]`` uint8, scaled as :func:`pack_v41_kv`."""
+    """``[pages, page_size, 512]`` floats to ``[pages, page_size, 528]`` uint8, as :func:`pack_v41_kv`."""
     return V41_BY_PAGE_KV.quantised("kv", kv, min_scale=min_scale)
 
 
@@ -209,20 +209,19 @@ def pack_v41_fp4_by_page_kv(kv: Tensor) -> Tensor:
     return V41_FP4_BY_PAGE_KV.quantised("kv", kv, power_of_two=False, min_scale=V41_FP4_MIN_SCALE)
 
 
-V32_KV = Format("v32", 656, 576, alignment=4, views=v32_kv_views, pack=pack_v32_kv)
-V4_KV = Format("v4", 584, 512, alignment=2, views=v4_kv_views, pack=pack_v4_kv, by_page=True, page_multiple=576)
-V41_KV = Format("v41", 528, 512, alignment=1, views=v41_kv_views, pack=pack_v41_kv)
+V32_KV = Format("v32", 656, 576, 4, v32_kv_views, pack_v32_kv)
+V4_KV = Format("v4", 584, 512, 2, v4_kv_views, pack_v4_kv, by_page=True, page_multiple=576)
+V41_KV = Format("v41", 528, 512, 1, v41_kv_views, pack_v41_kv)
 V41_BY_PAGE_KV = Format(
     *("v41_by_page", 528, 512, 1, v41_by_page_kv_views, pack_v41_by_page_kv), by_page=True, page_multiple=512
 )
-NOPE_KV = Format("nope", 528, 512, alignment=4, views=nope_kv_views, pack=pack_nope_kv)
-V41_FP4_KV = Format("v41_fp4", 288, 512, alignment=1, views=v41_fp4_kv_views, pack=pack_v41_fp4_kv)
+NOPE_KV = Format("nope", 528, 512, 4, nope_kv_views, pack_nope_kv)
+V41_FP4_KV = Format("v41_fp4", 288, 512, 1, v41_fp4_kv_views, pack_v41_fp4_kv)
 V41_FP4_BY_PAGE_KV = Format(
     *("v41_fp4_by_page", 288, 512, 1, v41_fp4_by_page_kv_views, pack_v41_fp4_by_page_kv),
     by_page=True,
     page_multiple=256,
 )
 KV_FORMATS = {
-    fmt.name: fmt
-    for fmt in (V32_KV, V4_KV, V41_KV, V41_BY_PAGE_KV, NOPE_KV, V41_FP4_KV, V41_FP4_BY_PAGE_KV)
+    fmt.name: fmt for fmt in (V32_KV, V4_KV, V41_KV, V41_BY_PAGE_KV, NOPE_KV, V41_FP4_KV, V41_FP4_BY_PAGE_KV)
 }
