@@ -48,13 +48,14 @@ def load_values(
         return tl.load(rows + offs_v * segment.stride_kv_d, mask=ok & (offs_v < D_V), other=0.0)
     else:
         values, scales = _packed_rows(segment, index, FORMAT, PAGE_SIZE)  # [BLOCK_N, 1]
-        scale = _load_scales(scales, ok, FORMAT, NATIVE_FP8)  # [BLOCK_N, groups]
         if FORMAT == "v41_fp4" or FORMAT == "v41_fp4_by_page":
             code = tl.load(values + tl.arange(0, 256)[None, :], mask=ok, other=0)  # [BLOCK_N, 256]
+            scale = _load_scales(scales, ok, FORMAT, NATIVE_FP8)  # [BLOCK_N, 32]
             return opaque(scaled(from_e2m1(code), scale).to(DTYPE))
         elif FORMAT == "v4":
             BLOCK_N: tl.constexpr = index.shape[0]
             code = tl.load(values + offs_v, mask=ok & (offs_v < 448), other=0)  # [BLOCK_N, 512]
+            scale = _load_scales(scales, ok, FORMAT, NATIVE_FP8)  # [BLOCK_N, 8]
             value = scaled(from_e4m3(code, NATIVE_FP8), scale).to(DTYPE)
             ropes = (values + 448).to(tl.pointer_type(tl.bfloat16)) + tl.arange(0, 64)[None, :]
             rope = tl.load(ropes, mask=ok, other=0.0).to(DTYPE)  # [BLOCK_N, 64]
@@ -63,6 +64,7 @@ def load_values(
             return opaque(tl.reshape(value, [BLOCK_N, 512]))
         else:
             code = tl.load(values + offs_v, mask=ok, other=0)  # [BLOCK_N, 512]
+            scale = _load_scales(scales, ok, FORMAT, NATIVE_FP8)  # [BLOCK_N, 4 or 16]
             return opaque(scaled(from_e4m3(code, NATIVE_FP8), scale).to(DTYPE))
 
 
