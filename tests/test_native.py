@@ -170,6 +170,23 @@ def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, only_cpp)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("h_q", [3, 40])
+@pytest.mark.parametrize("name", formats.KV_FORMATS)
+def test_every_latent_format_read_in_place(isa, dtype, h_q, name, only_cpp):
+    """And beside it rows of the dtype, in pages that lie apart."""
+    fmt = formats.KV_FORMATS[name]
+    inputs = mla_inputs(3, 120, h_q, topk=100, d_qk=fmt.width, dtype=dtype)
+    rows = inputs["kv"].nan_to_num()
+    packed = fmt.pack(rows.view(15, 8, fmt.width))
+    wide_rows = torch.full((15, 3, 8, fmt.width), float("nan"), dtype=dtype)
+    wide_rows[:, 1] = rows.view(15, 8, fmt.width)
+    exact = formats.unpack(packed, torch.float64, name).flatten(0, 1)
+    inputs |= {"kv": packed, "kv_format": name}
+    inputs |= {"extra_kv": wide_rows[:, 1], "extra_indices": inputs["indices"].flip(1)}
+    assert_attention(sparse_attn.sparse_mla, inputs, exact_kv=exact)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("page_size, heads", [(64, 64), (1, 3), (37, 20)])
 def test_quantised_index_keys_read_in_place(isa, dtype, page_size, heads, only_cpp):
     pages = 600 // page_size + 1

@@ -302,8 +302,17 @@ def test_torch_dequantises_a_block_of_keys_at_a_time(dequantised):
     assert of_keys == [2048, 452]
 
 
-def compiled(q, kv, indices, index_q, k, weights, ks, ke):
-    return sparse_attn.sparse_mla(q, kv, indices), sparse_attn.lightning_topk(index_q, k, weights, 5, ks, ke)
+def compiled(q, kv, other, indices, index_q, k, weights, ks, ke):
+    plain = other[..., :512].to(q.dtype)
+    apart = torch.stack([plain, plain], 1)[:, 0]
+    return (
+        sparse_attn.sparse_mla(q, kv, indices),
+        sparse_attn.sparse_mla(q, other, indices, kv_format="v41_by_page"),
+        sparse_attn.sparse_mla(
+            q, apart, indices, extra_kv=other, extra_indices=indices, extra_kv_format="v41"
+        ),
+        sparse_attn.lightning_topk(index_q, k, weights, 5, ks, ke),
+    )
 
 
 def test_compiled_functions_give_the_same_results():
@@ -312,7 +321,12 @@ def test_compiled_functions_give_the_same_results():
         inputs, k = key_inputs()
         latent = latent_inputs("v4", 8 * pages)
         arguments = (
-            *(latent["q"], hostile_cache("v4", latent["kv"], 8), latent["indices"]),
+            *(
+                latent["q"],
+                hostile_cache("v4", latent["kv"], 8),
+                torch.randint(0, 100, (pages, 8, 528)).byte(),
+            ),
+            latent["indices"],
             *(
                 inputs["q"],
                 hostile_cache("mxfp4_index", k, 8, gap=44),
