@@ -84,7 +84,7 @@ inline void decode_bf16(const uint8_t* p, int64_t n, T* out) {
 
 inline Float from_e2m1(Int code) {
   const Int magnitude = code & 7, small = magnitude < 2;  // 0 and 0.5
-  const Int bits = (small & (magnitude * (126 << 23))) | (~small & ((magnitude << 22) + (126 << 23)));
+  const Int bits = (small & -magnitude & (126 << 23)) | (~small & ((magnitude << 22) + (126 << 23)));
   return bit_cast<Float>(bits | (code & 8) << 28);
 }
 
