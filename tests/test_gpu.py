@@ -520,6 +520,7 @@ def test_merge_attention(dtype):
 
 TOKENS = sized(20_000, 9)
 WIDTH = {656: 576, 584: 512, 132: 128}
+FORMATS = {formats.FORMATS[name].bytes: formats.FORMATS[name] for name in ("v32", "v4", "fp8_index")}
 MIN_SCALES = (formats.FP8_MIN_SCALE, formats.FLASH_MLA_MIN_SCALE)
 
 
@@ -574,7 +575,7 @@ def test_written_bytes_are_those_of_the_packers(size, dtype):
             )
             options = how | ({"hadamard": False} if size == 132 else {})
             cache = written(size, rows, slots, pages, **options)
-            expected = formats.views(formats.FORMATS[size].pack(rows[real][:, None], **how))
+            expected = formats.views(FORMATS[size].pack(rows[real][:, None], **how))
             untouched = torch.ones(pages * 64, dtype=torch.bool)
             untouched[slots[real]] = False
             for part, source in zip(formats.views(cache), expected, strict=True):
