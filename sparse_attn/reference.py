@@ -281,14 +281,14 @@ def _gather_latent(
         return _gather(kv[:, None], indices, topk_length, dtype)
     pages, page_size, d = kv.shape
     slot, valid = _slots(pages * page_size, indices, topk_length)
-    parts = (kv, None)
+    parts = None
     if kv.dtype == torch.uint8:
         fmt = format_of("kv", kv, KV_FORMATS, name, named_by="kv_format")
         d, parts = fmt.width, fmt.views(kv)
     if pages * page_size == 0:
         return torch.zeros(*slot.shape, d, dtype=dtype, device=kv.device), valid
     at = slot // page_size, slot % page_size
-    rows = dequantise(*(None if part is None else part[at] for part in parts), dtype=dtype)
+    rows = dequantise(*(part[at] for part in parts), dtype=dtype) if parts else kv[at].to(dtype)
     return _zero_unless(valid, rows), valid
 
 
