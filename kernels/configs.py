@@ -84,8 +84,8 @@ SPARSE_MLA = {
     # 99 KiB
     120: {16: AttentionConfig(32, 4, 5), 32: AttentionConfig(16, 4, 5, KEYS_ON_M=True)},
 }
-# Rows of fp8 are gathered as bytes, and lie in shared memory a second time as [BLOCK_N, 512] of q's dtype.
-# On sm_90 the best of 32 and 64 heads spill a little in the loop.
+# DeepSeek-V3.2's format. Rows are gathered as bytes, and lie in shared memory a second time as [BLOCK_N, 512] of
+# q's dtype. On sm_90 the best of 32 and 64 heads spill a little in the loop.
 SPARSE_MLA_FP8 = {
     80: {
         16: AttentionConfig(32, 4, 3, blocks=2),
@@ -109,8 +109,8 @@ SPARSE_MLA_FP8 = {
         32: AttentionConfig(16, 4, 5, KEYS_ON_M=True),
     },
 }
-# DeepSeek-V4's 584 bytes take more registers to decode. Nothing of sm_90 is measured for them.
-SPARSE_MLA_V4 = SPARSE_MLA_FP8 | {90: SPARSE_MLA_FP8[100]}
+# The other formats; DeepSeek-V4's takes the most registers to decode. Nothing of sm_90 is measured for them.
+SPARSE_MLA_PACKED = SPARSE_MLA_FP8 | {90: SPARSE_MLA_FP8[100]}
 # Keys of more columns than 512 + 64, up to 1024.
 SPARSE_MLA_WIDE = {80: {16: AttentionConfig(16, 4, 2)}}
 # Rows of twice the size, IEEE products on the FMA units.
@@ -174,7 +174,7 @@ TABLES: dict[str, dict[str, dict[int, Any]]] = {  # op -> its tables; other ops 
     "sparse_mla": {
         "CONFIGS": SPARSE_MLA,
         "CONFIGS_FP8": SPARSE_MLA_FP8,
-        "CONFIGS_V4": SPARSE_MLA_V4,
+        "CONFIGS_PACKED": SPARSE_MLA_PACKED,
         "CONFIGS_WIDE": SPARSE_MLA_WIDE,
         "CONFIGS_FP32": SPARSE_MLA_FP32,
     },

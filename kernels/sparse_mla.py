@@ -21,7 +21,7 @@ import triton.language as tl
 from ..ops.check import dtype_name
 from . import configs
 from .arguments import cdiv, contiguous, in_launches, next_power_of_2, refuse_fp64
-from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_V4, SPARSE_MLA_WIDE
+from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_PACKED, SPARSE_MLA_WIDE
 from .latent_rows import Segment, load_ropes, load_values
 from .merge_attention import merge_parts
 from .online_softmax import LOG2_E, add_tile, empty_softmax, result, row_length
@@ -84,7 +84,7 @@ def _sparse_mla(a: "SparseMLAOp") -> None:
     if a.q.dtype == torch.float32:
         table = SPARSE_MLA_FP32
     elif formats:
-        table = SPARSE_MLA_FP8 if formats == {"v32"} else SPARSE_MLA_V4
+        table = SPARSE_MLA_FP8 if formats == {"v32"} else SPARSE_MLA_PACKED
     else:
         table = SPARSE_MLA if sum(blocks) <= USUAL_COLUMNS else SPARSE_MLA_WIDE
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
