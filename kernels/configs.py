@@ -84,8 +84,8 @@ SPARSE_MLA = {
     # 99 KiB
     120: {16: AttentionConfig(32, 4, 5), 32: AttentionConfig(16, 4, 5, KEYS_ON_M=True)},
 }
-# DeepSeek-V3.2's format. Rows are gathered as bytes, and lie in shared memory a second time as [BLOCK_N, 512] of
-# q's dtype. On sm_90 the best of 32 and 64 heads spill a little in the loop.
+# DeepSeek-V3.2's format. Rows are gathered as bytes, and lie in shared memory a second time as [BLOCK_N, 512]
+# of q's dtype. On sm_90 the best of 32 and 64 heads spill a little in the loop.
 SPARSE_MLA_FP8 = {
     80: {
         16: AttentionConfig(32, 4, 3, blocks=2),
