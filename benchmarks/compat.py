@@ -27,7 +27,7 @@ def cases():
     }
     rows, slots, pages = q[0], indices[0], cache[:, :, 0]
     out, lse, max_logits = torch.empty(1, 8, 512).bfloat16(), torch.empty(1, 8), torch.empty(1, 8)
-    a = SparseMLAOp(rows, pages, slots, 512, 576**-0.5, out, lse, max_logits)
+    a = SparseMLAOp(rows, pages, slots, 512, 576**-0.5, out, lse, max_logits, kv_format="v32")
     yield (
         "flash_mla_with_kvcache, fp8",
         {

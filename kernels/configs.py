@@ -29,6 +29,8 @@ PART_KEYS = 160  # of 64 heads: a partial result is stored in fp32 and read agai
 MERGE_KEYS = 4  # of each split, as parts are merged one after the other
 MOST_WAVES = 4  # of programs with partial results: bounds the memory for these
 LEAST_GAIN = 0.1  # of a second launch, for whose queries sums are rounded otherwise: not in long prefills
+# Of batch_invariant attention: keys of a part, and rows of partial results at a time, 128 MiB for d_v = 512.
+INVARIANT_KEYS, INVARIANT_ROWS = 512, 1 << 16
 T = TypeVar("T")
 
 
@@ -84,8 +86,8 @@ SPARSE_MLA = {
     # 99 KiB
     120: {16: AttentionConfig(32, 4, 5), 32: AttentionConfig(16, 4, 5, KEYS_ON_M=True)},
 }
-# Rows of fp8 are gathered as bytes, and lie in shared memory a second time as [BLOCK_N, 512] of q's dtype.
-# On sm_90 the best of 32 and 64 heads spill a little in the loop.
+# DeepSeek-V3.2's format. Rows are gathered as bytes, and lie in shared memory a second time as [BLOCK_N, 512]
+# of q's dtype. On sm_90 the best of 32 and 64 heads spill a little in the loop.
 SPARSE_MLA_FP8 = {
     80: {
         16: AttentionConfig(32, 4, 3, blocks=2),
@@ -109,8 +111,8 @@ SPARSE_MLA_FP8 = {
         32: AttentionConfig(16, 4, 5, KEYS_ON_M=True),
     },
 }
-# DeepSeek-V4's 584 bytes take more registers to decode. Nothing of sm_90 is measured for them.
-SPARSE_MLA_V4 = SPARSE_MLA_FP8 | {90: SPARSE_MLA_FP8[100]}
+# The other formats; DeepSeek-V4's takes the most registers to decode. Nothing of sm_90 is measured for them.
+SPARSE_MLA_PACKED = SPARSE_MLA_FP8 | {90: SPARSE_MLA_FP8[100]}
 # Keys of more columns than 512 + 64, up to 1024.
 SPARSE_MLA_WIDE = {80: {16: AttentionConfig(16, 4, 2)}}
 # Rows of twice the size, IEEE products on the FMA units.
@@ -174,7 +176,7 @@ TABLES: dict[str, dict[str, dict[int, Any]]] = {  # op -> its tables; other ops 
     "sparse_mla": {
         "CONFIGS": SPARSE_MLA,
         "CONFIGS_FP8": SPARSE_MLA_FP8,
-        "CONFIGS_V4": SPARSE_MLA_V4,
+        "CONFIGS_PACKED": SPARSE_MLA_PACKED,
         "CONFIGS_WIDE": SPARSE_MLA_WIDE,
         "CONFIGS_FP32": SPARSE_MLA_FP32,
     },
@@ -241,6 +243,7 @@ def attention_tiling(
     heads: int,
     topks: list[int],
     device: torch.device,
+    batch_invariant: bool,
 ) -> Tiling:
     """How the heads of each query, ``groups`` of ``heads`` which read the same keys, become programs.
 
@@ -251,7 +254,10 @@ def attention_tiling(
     config = by_heads[block_h]
     programs, slots = groups * cdiv(heads, block_h), config.blocks * multiprocessors(device)
     tiles = sum(cdiv(topk, config.BLOCK_N) for topk in topks)
-    launches = attention_launches(queries, programs, tiles, config.BLOCK_N, block_h, slots)
+    if batch_invariant:
+        launches = invariant_launches(queries, groups * heads, tiles, config.BLOCK_N)
+    else:
+        launches = attention_launches(queries, programs, tiles, config.BLOCK_N, block_h, slots)
     return Tiling(block_h, config, launches)
 
 
@@ -289,6 +295,19 @@ def attention_launches(
         if duration(whole, 1) + LAUNCH_KEYS + rest_time < (1 - LEAST_GAIN) * time:
             return Launch(slice(0, whole), 1), rest
     return (launch,)
+
+
+def invariant_launches(queries: int, heads: int, tiles: int, block_n: int) -> tuple[Launch, ...]:
+    """Kernels in which the keys of a query are divided alike whatever the number of queries.
+
+    Parts of ``INVARIANT_KEYS`` keys keep a GPU busier in a small batch than one program per query does, and
+    are long enough that their merge takes a small share. Not timed on a GPU yet. Partial results, which take
+    fp32 rows, bound the queries of a launch.
+    """
+    splits = max(1, cdiv(tiles * block_n, INVARIANT_KEYS))
+    most = queries if splits == 1 else max(1, INVARIANT_ROWS // (splits * heads))
+    starts = range(0, queries, most)
+    return tuple(Launch(slice(start, min(start + most, queries)), splits) for start in starts)
 
 
 def chosen(kernel: str, architecture: int) -> dict[str, Any]:

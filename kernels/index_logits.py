@@ -33,7 +33,7 @@ from .configs import (
     for_device,
     has_native_fp8,
 )
-from .quantised import from_e2m1, from_e4m3, opaque
+from .quantised import from_e2m1, from_e4m3, from_ue8m0, opaque, scaled
 from .sequences import group_of, most_groups
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ def _load_rows(
         groups = tl.arange(0, BLOCK_D // 32)[None, :]
         code = tl.load(rows + offs * stride_d, mask=mask, other=0)  # [n, BLOCK_D / 2]
         scale = tl.load(scales + groups, mask=mask, other=0)  # [n, BLOCK_D / 32]
-        x = opaque(from_e2m1(code, scale).to(DTYPE))
+        x = opaque(scaled(from_e2m1(code), from_ue8m0(scale)).to(DTYPE))
     else:
         offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
         x = tl.load(rows + offs_d * stride_d, mask=mask & (offs_d < D), other=0)

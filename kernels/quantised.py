@@ -23,16 +23,23 @@ def from_ue8m0(exponent):
 
 
 @triton.jit
-def from_e2m1(code, scale):
-    """[n, d] fp32: e2m1 pairs [n, d / 2], the even one in the low nibble, times ue8m0 scales [n, d / 32]."""
+def from_e2m1(code):
+    """[n, d] fp32 of e2m1 pairs [n, d / 2], the even one in the low nibble."""
     n: tl.constexpr = code.shape[0]
     d: tl.constexpr = 2 * code.shape[1]
     nibble = tl.join(code & 0xF, code >> 4).to(tl.uint32)  # [n, d / 2, 2]
     # As fp32 the bits mean 2 ** -126 times as much, the subnormal 0.5 included.
     x = ((nibble & 8) << 28 | (nibble & 7) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37
-    groups: tl.constexpr = scale.shape[1]
-    x = tl.reshape(x, [n, groups, d // groups]) * from_ue8m0(scale)[:, :, None]
     return tl.reshape(x, [n, d])
+
+
+@triton.jit
+def scaled(value, scale):
+    """fp32 values [n, d] times scales [n, groups], each for d / groups neighbours."""
+    n: tl.constexpr = value.shape[0]
+    d: tl.constexpr = value.shape[1]
+    groups: tl.constexpr = scale.shape[1]
+    return tl.reshape(tl.reshape(value, [n, groups, d // groups]) * scale[:, :, None], [n, d])
 
 
 @triton.jit

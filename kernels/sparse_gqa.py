@@ -35,7 +35,8 @@ def sparse_gqa(a: "SparseGQAOp") -> None:
         return
     (s_q, h_q, _), h_kv = a.q.shape, a.v.shape[1]
     table = SPARSE_GQA_FP32 if a.q.dtype == torch.float32 else SPARSE_GQA
-    tiling = attention_tiling(table, s_q, h_kv, h_q // h_kv, [a.indices.shape[-1]], a.q.device)
+    topks = [a.indices.shape[-1]]
+    tiling = attention_tiling(table, s_q, h_kv, h_q // h_kv, topks, a.q.device, a.batch_invariant)
     for part, splits in in_launches(a, tiling.launches):
         _launch(part, splits, tiling)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from ..ops.check import dtype_name
 from . import configs
 from .arguments import cdiv, contiguous, in_launches, next_power_of_2, refuse_fp64
-from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_V4, SPARSE_MLA_WIDE
+from .configs import SPARSE_MLA, SPARSE_MLA_FP8, SPARSE_MLA_FP32, SPARSE_MLA_PACKED, SPARSE_MLA_WIDE
 from .latent_rows import Segment, load_ropes, load_values
 from .merge_attention import merge_parts
 from .online_softmax import LOG2_E, add_tile, empty_softmax, result, row_length
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 if configs.TRITON >= (3, 9):  # it is written in what that brought
     from .sparse_mla_hopper import sparse_mla_hopper, suits
 
-PACKED_BYTES = (656, 584)  # per token, in the quantised caches that latent_rows.py reads
 USUAL_COLUMNS, MOST_COLUMNS = 576, 1024  # of a key, see _blocks; the former in fp32
 
 
@@ -41,9 +40,6 @@ def refuses(a: "SparseMLAOp") -> str | None:
     for name, kv in (("kv", a.kv), ("extra_kv", a.extra_kv)):
         if kv is None or kv.dtype != torch.uint8:
             continue
-        if kv.shape[-1] not in PACKED_BYTES:
-            sizes = " or ".join(map(str, PACKED_BYTES))
-            return f"{name}: the triton backend reads {sizes} bytes per token, got {kv.shape[-1]}; unpack it"
         if (kv.shape[1] - 1) * kv.stride(1) >= 2**31:  # offsets within a page are 32 bits
             got = f"{kv.shape[1]} tokens per page"
             return f"{name}: expected pages of less than 2 GiB, got {got} (triton backend)"
@@ -64,7 +60,7 @@ def refuses(a: "SparseMLAOp") -> str | None:
 def sparse_mla(a: "SparseMLAOp") -> None:
     """Fill out, lse and max_logits.
 
-    kv and extra_kv are [s_kv, d_qk], packed [s_kv, 656] uint8, or packed [pages, page_size, bytes] uint8.
+    kv and extra_kv are [s_kv, d_qk] or [pages, page_size, d_qk], or quantised [pages, page_size, bytes].
     """
     if a.lse.numel() == 0:
         return
@@ -84,26 +80,20 @@ def warp_specialised(a: "SparseMLAOp") -> bool:
 
 def _sparse_mla(a: "SparseMLAOp") -> None:
     s_q, h_q, d_qk = a.q.shape
-    blocks, layouts = _blocks(d_qk, a.d_v), (_layout(a.kv), _layout(a.extra_kv))
+    blocks, formats = _blocks(d_qk, a.d_v), {a.kv_format, a.extra_kv_format} - {None}
     if a.q.dtype == torch.float32:
         table = SPARSE_MLA_FP32
-    elif any(layouts):
-        table = SPARSE_MLA_V4 if 584 in layouts else SPARSE_MLA_FP8
+    elif formats:
+        table = SPARSE_MLA_FP8 if formats == {"v32"} else SPARSE_MLA_PACKED
     else:
         table = SPARSE_MLA if sum(blocks) <= USUAL_COLUMNS else SPARSE_MLA_WIDE
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
-    tiling = configs.attention_tiling(table, s_q, 1, h_q, topks, a.q.device)
+    tiling = configs.attention_tiling(table, s_q, 1, h_q, topks, a.q.device, a.batch_invariant)
     for part, splits in in_launches(a, tiling.launches):
-        _launch(part, splits, tiling, blocks, layouts)
+        _launch(part, splits, tiling, blocks)
 
 
-def _launch(
-    a: "SparseMLAOp",
-    splits: int,
-    tiling: configs.Tiling,
-    blocks: tuple[int, int],
-    layouts: tuple[int, int],
-) -> None:
+def _launch(a: "SparseMLAOp", splits: int, tiling: configs.Tiling, blocks: tuple[int, int]) -> None:
     s_q, h_q, d_qk = a.q.shape
     block_h, config, _ = tiling
     block_v, block_rope = blocks
@@ -130,9 +120,9 @@ def _launch(
             D_OUT=a.d_v,
             D_V=min(block_v, d_qk),
             D_ROPE=max(0, d_qk - block_v),
-            LAYOUT=layouts[0],
+            FORMAT=a.kv_format,
             PAGE_SIZE=_page_size(a.kv),
-            EXTRA_LAYOUT=layouts[1],
+            EXTRA_FORMAT=a.extra_kv_format,
             EXTRA_PAGE_SIZE=_page_size(a.extra_kv),
             NATIVE_FP8=configs.has_native_fp8(a.q.device),
             BLOCK_H=block_h,
@@ -167,21 +157,16 @@ def _blocks(d_qk: int, d_v: int) -> tuple[int, int]:
 
 def _segment(kv, indices, topk_length) -> tuple:
     if kv is None:
-        return (None, 0, 0, 0, None, 0, 0, 0, None)
+        return (None, 0, 0, 0, 0, None, 0, 0, 0, None)
     return (
         kv,
-        *kv.stride()[:2],
+        *(kv.stride() if kv.dim() == 3 else (0, *kv.stride())),
         kv.shape[:-1].numel(),
         indices,
         *indices.stride(),
         indices.shape[1],
         contiguous(topk_length),
     )
-
-
-def _layout(kv) -> int:
-    """Bytes of a packed token; 0 is a cache in q's dtype."""
-    return kv.shape[-1] if kv is not None and kv.dtype == torch.uint8 else 0
 
 
 def _page_size(kv) -> int:
@@ -203,18 +188,20 @@ def _sparse_mla_kernel(
     stride_q_t,
     stride_q_h,
     stride_q_d,
-    kv_ptr,  # [s_kv, d_qk], or packed as LAYOUT says
-    stride_kv_0,
-    stride_kv_1,
+    kv_ptr,  # [s_kv, d_qk] or [pages, page_size, d_qk], or quantised as FORMAT says
+    stride_kv_page,
+    stride_kv_row,
+    stride_kv_d,
     s_kv,
     indices_ptr,  # [s_q, topk]
     stride_indices_t,
     stride_indices_n,
     topk,
     topk_length_ptr,  # [s_q] or None
-    extra_kv_ptr,  # [extra_s_kv, d_qk], packed, or None
-    stride_extra_kv_0,
-    stride_extra_kv_1,
+    extra_kv_ptr,  # as kv_ptr, or None
+    stride_extra_kv_page,
+    stride_extra_kv_row,
+    stride_extra_kv_d,
     extra_s_kv,
     extra_indices_ptr,  # [s_q, extra_topk]
     stride_extra_indices_t,
@@ -238,9 +225,9 @@ def _sparse_mla_kernel(
     D_OUT: tl.constexpr,  # columns of the value
     D_V: tl.constexpr,  # columns of the tile that is key and value, see _blocks
     D_ROPE: tl.constexpr,  # the other columns of the key
-    LAYOUT: tl.constexpr,  # of a row, see latent_rows.py
+    FORMAT: tl.constexpr,  # see latent_rows.py, as PAGE_SIZE
     PAGE_SIZE: tl.constexpr,
-    EXTRA_LAYOUT: tl.constexpr,
+    EXTRA_FORMAT: tl.constexpr,
     EXTRA_PAGE_SIZE: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -269,14 +256,15 @@ def _sparse_mla_kernel(
     )  # [BLOCK_H, BLOCK_ROPE]
 
     segment = Segment(
-        *(kv_ptr, stride_kv_0, stride_kv_1, s_kv, indices_ptr + t * stride_indices_t, stride_indices_n),
+        *(kv_ptr, stride_kv_page, stride_kv_row, stride_kv_d, s_kv),
+        *(indices_ptr + t * stride_indices_t, stride_indices_n),
         row_length(topk, topk_length_ptr, t),
     )
     tiles = tl.cdiv(segment.length, BLOCK_N)
     extra_tiles = 0
     if extra_kv_ptr is not None:
         extra = Segment(
-            *(extra_kv_ptr, stride_extra_kv_0, stride_extra_kv_1, extra_s_kv),
+            *(extra_kv_ptr, stride_extra_kv_page, stride_extra_kv_row, stride_extra_kv_d, extra_s_kv),
             *(extra_indices_ptr + t * stride_extra_indices_t, stride_extra_indices_n),
             row_length(extra_topk, extra_topk_length_ptr, t),
         )
@@ -286,12 +274,12 @@ def _sparse_mla_kernel(
     first = split * share
     softmax = _attend(
         *(empty_softmax(BLOCK_H, BLOCK_N, BLOCK_V), q, q_rope, segment, first, share, scale_log2),
-        *(D_V, D_ROPE, LAYOUT, PAGE_SIZE, NATIVE_FP8, BLOCK_N, SKIP_EMPTY, KEYS_ON_M),
+        *(D_V, D_ROPE, FORMAT, PAGE_SIZE, NATIVE_FP8, BLOCK_N, SKIP_EMPTY, KEYS_ON_M),
     )
     if extra_kv_ptr is not None:
         softmax = _attend(
             *(softmax, q, q_rope, extra, first - tiles, share, scale_log2),
-            *(D_V, D_ROPE, EXTRA_LAYOUT, EXTRA_PAGE_SIZE, NATIVE_FP8, BLOCK_N, SKIP_EMPTY, KEYS_ON_M),
+            *(D_V, D_ROPE, EXTRA_FORMAT, EXTRA_PAGE_SIZE, NATIVE_FP8, BLOCK_N, SKIP_EMPTY, KEYS_ON_M),
         )
 
     sink = None
@@ -319,7 +307,7 @@ def _attend(
     scale_log2,
     D_V: tl.constexpr,
     D_ROPE: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    FORMAT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -338,12 +326,12 @@ def _attend(
         ).to(tl.uint32)  # [BLOCK_N]
         valid = index < segment.s_kv.to(tl.uint32)  # [BLOCK_N]; negative ones are huge
         value = load_values(
-            segment, index, valid, q.dtype, LAYOUT, PAGE_SIZE, NATIVE_FP8, D_V, BLOCK_V
+            segment, index, valid, q.dtype, FORMAT, PAGE_SIZE, NATIVE_FP8, D_V, BLOCK_V
         )  # [BLOCK_N, BLOCK_V]
         rope = None
         if D_ROPE > 0:
             rope = load_ropes(
-                segment, index, valid, q.dtype, LAYOUT, PAGE_SIZE, D_V, D_ROPE, BLOCK_ROPE
+                segment, index, valid, q.dtype, FORMAT, PAGE_SIZE, D_V, D_ROPE, BLOCK_ROPE
             )  # [BLOCK_N, BLOCK_ROPE]
         softmax = add_tile(softmax, q, q_rope, value, rope, value, valid, scale_log2, SKIP_EMPTY, KEYS_ON_M)
     return softmax

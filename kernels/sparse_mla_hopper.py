@@ -78,19 +78,21 @@ HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")  # of a word, the low one first
 def suits(a: "SparseMLAOp") -> bool:
     """Whether this kernel can compute ``a``; what it cannot, sparse_mla.py does.
 
-    It takes bf16 with d_qk = 576 and d_v = 512, a positive scale, and caches that are
-    all bf16 or all packed, 656 bytes per token. Rows are contiguous and begin at multiples of 16 elements.
+    It takes bf16 with d_qk = 576 and d_v = 512, a positive scale, and caches that are all rows of bf16 or all
+    "v32". Rows are contiguous and begin at multiples of 16 elements.
     """
     width = D_V.value + D_ROPE.value
-    sizes = {torch.bfloat16: width, torch.uint8: TOKEN_BYTES.value}  # of a row, by the dtype of all caches
-    caches = [a.kv] if a.extra_kv is None else [a.kv, a.extra_kv]
+    caches = [(a.kv, a.kv_format)]
+    if a.extra_kv is not None:
+        caches.append((a.extra_kv, a.extra_kv_format))
+    kinds = {("rows" if kv.dim() == 2 else "pages") if name is None else name for kv, name in caches}
     return (
         configs.architecture(a.q.device) == 90
         and (a.q.shape[2], a.d_v) == (width, D_V.value)
         and a.softmax_scale > 0
         and a.q.dtype == a.out.dtype == torch.bfloat16
-        and all(kv.dtype == a.kv.dtype and kv.shape[-1] == sizes.get(kv.dtype) for kv in caches)
-        and all(map(_fits, (a.q, a.out, *caches)))
+        and kinds in ({"rows"}, {"v32"})
+        and all(map(_fits, (a.q, a.out, *(kv for kv, _ in caches))))
     )
 
 
@@ -116,7 +118,10 @@ def sparse_mla_hopper(a: "SparseMLAOp") -> None:
     topks = [i.shape[1] for i in (a.indices, a.extra_indices) if i is not None]
     pairs = sum(cdiv(topk, block_n) for topk in topks)
     programs, slots = cdiv(h_q, block_h), configs.multiprocessors(a.q.device)
-    launches = configs.attention_launches(s_q, programs, pairs, block_n, block_h, slots)
+    if a.batch_invariant:
+        launches = configs.invariant_launches(s_q, h_q, pairs, block_n)
+    else:
+        launches = configs.attention_launches(s_q, programs, pairs, block_n, block_h, slots)
     for part, splits in in_launches(a, launches):
         _launch(part, splits)
 

@@ -13,7 +13,7 @@ from .ops import check
 from .ops.attention import QUANTISED_D_V
 from .ops.writers import write_index_k, write_kv
 
-V32_KV, FP8_INDEX_K = KV_FORMATS[656], INDEX_K_FORMATS[132]
+V32_KV, FP8_INDEX_K = KV_FORMATS["v32"], INDEX_K_FORMATS["fp8_index"]
 FP8_SIZES = {
     "kv_lora_rank": QUANTISED_D_V,
     "qk_rope_head_dim": V32_KV.width - QUANTISED_D_V,

@@ -15,6 +15,7 @@ from torch import Tensor
 from .formats import (
     KV_FORMATS,
     dequantise,
+    format_of,
     fp8_scale,
     index_k_views,
     pack_index_k,
@@ -152,15 +153,18 @@ def sparse_mla(
     extra_kv: Tensor | None = None,
     extra_indices: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    kv_format: str | None = None,
+    extra_kv_format: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every head over the selected rows of one shared latent key/value.
 
     Source: multi-head latent attention in its absorbed form, DeepSeek-V2 report, section 2.1.
     """
     dtype = compute_dtype(q.dtype)
-    rows, valid = _gather(kv, indices[:, None], topk_length, dtype)
+    rows, valid = _gather_latent(kv, kv_format, indices[:, None], topk_length, dtype)
     if extra_kv is not None and extra_indices is not None:
-        extra_rows, extra_valid = _gather(extra_kv, extra_indices[:, None], extra_topk_length, dtype)
+        extra = extra_kv, extra_kv_format, extra_indices[:, None], extra_topk_length
+        extra_rows, extra_valid = _gather_latent(*extra, dtype)
         rows, valid = torch.cat([rows, extra_rows], 2), torch.cat([valid, extra_valid], 2)
     out, lse, max_logits = _attend(q[:, None].to(dtype), rows, rows[..., :d_v], valid, softmax_scale)
     out = _apply_sink(out[:, 0], lse[:, 0], attn_sink)
@@ -291,31 +295,56 @@ def _visible(s_kv: int, ks: Tensor, ke: Tensor) -> Tensor:
     return (position >= ks[:, None]) & (position < ke[:, None])  # [s_q, s_kv]
 
 
-def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
-    """The selected rows ``[s_q, h_kv, topk, d]``, and which of them are valid; the others are zeros.
-
-    indices ``[s_q, 1, topk]`` serve all heads, ``[s_q, h_kv, topk]`` one each. The cache is
-    ``[s_kv, h_kv, d]``; or of one head, ``[s_kv, d]``, or quantised, ``[pages, page_size, bytes]``: of that,
-    the selected rows alone are dequantised.
+def _gather_latent(
+    kv: Tensor, name: str | None, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype
+):
+    """:func:`_gather` of a latent cache: rows ``[s_kv, d]``, pages ``[pages, page_size, d]``, or quantised
+    pages ``[pages, page_size, bytes]`` of the format ``name``; selected rows alone are dequantised.
     """
-    cache, quantised = cache[:, None] if cache.dim() == 2 else cache, cache.dtype == torch.uint8
-    s_kv = cache.shape[:2].numel() if quantised else len(cache)
+    if kv.dim() == 2:
+        return _gather(kv[:, None], indices, topk_length, dtype)
+    pages, page_size, d = kv.shape
+    slot, valid = _slots(pages * page_size, indices, topk_length)
+    parts = None
+    if kv.dtype == torch.uint8:
+        fmt = format_of("kv", kv, KV_FORMATS, name, named_by="kv_format")
+        d, parts = fmt.width, fmt.views(kv)
+    if pages * page_size == 0:
+        return torch.zeros(*slot.shape, d, dtype=dtype, device=kv.device), valid
+    at = slot // page_size, slot % page_size
+    rows = dequantise(*(part[at] for part in parts), dtype=dtype) if parts else kv[at].to(dtype)
+    return _zero_unless(valid, rows), valid
+
+
+def _gather(cache: Tensor, indices: Tensor, topk_length: Tensor | None, dtype: torch.dtype):
+    """The selected rows ``[s_q, h_kv, topk, d]`` of a cache ``[s_kv, h_kv, d]``, and which of them are valid;
+    the others are zeros.
+
+    indices ``[s_q, 1, topk]`` serve all heads, ``[s_q, h_kv, topk]`` one each.
+    """
+    s_kv, h_kv, d = cache.shape
+    slot, valid = _slots(s_kv, indices, topk_length)
+    if s_kv == 0:
+        return torch.zeros(len(slot), h_kv, slot.shape[2], d, dtype=dtype, device=cache.device), valid
+    if slot.shape[1] == 1:
+        rows = cache.index_select(0, slot.flatten()).to(dtype).unflatten(0, slot[:, 0].shape).transpose(1, 2)
+    else:
+        heads = (cache[:, h].index_select(0, slot[:, h].flatten()) for h in range(h_kv))
+        rows = torch.stack([*heads]).to(dtype).unflatten(1, slot[:, 0].shape).transpose(0, 1)
+    return _zero_unless(valid, rows), valid
+
+
+def _slots(s_kv: int, indices: Tensor, topk_length: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Indices as int64, 0 where they are not valid, and where they are."""
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:
         valid &= torch.arange(indices.shape[-1], device=indices.device) < topk_length[:, None, None]
-    slot = torch.where(valid, indices, 0).long()
-    if s_kv == 0:
-        h_kv, d = (1, KV_FORMATS[cache.shape[2]].width) if quantised else cache.shape[1:]
-        return torch.zeros(len(slot), h_kv, slot.shape[2], d, dtype=dtype, device=cache.device), valid
-    if quantised:
-        page, offset = slot // cache.shape[1], slot % cache.shape[1]
-        rows = dequantise(*(part[page, offset] for part in views(cache)), dtype=dtype)
-    elif slot.shape[1] == 1:
-        rows = cache.index_select(0, slot.flatten()).to(dtype).unflatten(0, slot[:, 0].shape).transpose(1, 2)
-    else:
-        heads = (cache[:, h].index_select(0, slot[:, h].flatten()) for h in range(cache.shape[1]))
-        rows = torch.stack([*heads]).to(dtype).unflatten(1, slot[:, 0].shape).transpose(0, 1)
-    return rows if valid.all() else rows.masked_fill_(~valid[..., None], 0.0), valid
+    return torch.where(valid, indices, 0).long(), valid
+
+
+def _zero_unless(valid: Tensor, rows: Tensor) -> Tensor:
+    """In place."""
+    return rows if valid.all() else rows.masked_fill_(~valid[..., None], 0.0)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float):

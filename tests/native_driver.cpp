@@ -221,30 +221,71 @@ void attend(int isa, int threads, DType dtype, int s_q, int s_kv, int h_q, int h
   const auto v = random_values<T>(size_t(s_kv) * h_kv * d_v);
   AttentionArgs args = attention_args(dtype, s_q, h_q, h_kv, d_qk, d_v);
   for (Segment& s : args.segments) {
-    s.k = k.data(), s.v = v.data(), s.s_kv = s_kv;
+    s.k = k.data(), s.v = v.data(), s.s_kv = s_kv, s.page_size = 1;
     s.k_row = h_kv * d_qk, s.k_head = d_qk, s.v_row = h_kv * d_v, s.v_head = d_v;
   }
   attend_rows<T>(isa, threads, args, topk);
 }
 
-// Rows of 512 e4m3 codes, 4 fp32 scales and 64 bf16 values. Powers of two let bf16 hold them exactly.
+// Rows that are key and value, in pages with other memory between them.
 template <class T>
-void attend_v32(int isa, int threads, DType dtype, int h_q, int topk, bool powers_of_two) {
-  constexpr int kRow = 656, kRows = 30, kPage = 7;
-  const int pages = (kRows + kPage - 1) / kPage;
-  auto rows = random_codes(size_t(pages) * kPage * kRow);
-  for (size_t row = 0; row < rows.size(); row += kRow) {
-    for (int i = 0; i < 4; i++) {
-      const float scale = powers_of_two ? 1.0f / (64 << pick(0, 3)) : pick(1, 9) / 500.0f;
-      std::memcpy(&rows[row + 512 + 4 * i], &scale, sizeof scale);
-    }
-    const auto rope = random_values<bfloat16>(64);
-    std::memcpy(&rows[row + 528], rope.data(), 128);
-  }
-  AttentionArgs args = attention_args(dtype, 2, h_q, 1, 576, 512);
+void attend_pages_apart(int isa, DType dtype, int h_q, int topk) {
+  constexpr int kRows = 30, kPage = 7, kWidth = 40, kBetween = 9;
+  constexpr int kStride = kPage * kWidth + kBetween;
+  const auto rows = random_values<T>(size_t((kRows + kPage - 1) / kPage) * kStride);
+  AttentionArgs args = attention_args(dtype, 2, h_q, 1, kWidth, 33);
   for (Segment& s : args.segments) {
-    s.k = s.v = rows.data(), s.k_row = kRow, s.s_kv = kRows, s.format = kV32Rows;
-    s.page_size = kPage, s.k_page = kPage * kRow;
+    s.k = s.v = rows.data(), s.k_row = s.v_row = kWidth, s.s_kv = kRows;
+    s.page_size = kPage, s.k_page = kStride;
+  }
+  attend_rows<T>(isa, 2, args, topk);
+}
+
+// Where the values of a token lie, its scales, and its RoPE part (-1: none), see sparse_attn/formats.
+struct Layout {
+  RowFormat format;
+  int value_bytes, scale_bytes, rope, rest;
+  bool by_page;
+};
+constexpr Layout kLayouts[] = {
+    {kV32Rows, 512, 16, 528, 128, false},     {kV4Rows, 576, 8, 448, 0, true},
+    {kV41Rows, 512, 16, -1, 0, false},        {kV41ByPageRows, 512, 16, -1, 0, true},
+    {kNopeRows, 512, 16, -1, 0, false},       {kV41Fp4Rows, 256, 32, -1, 0, false},
+    {kV41Fp4ByPageRows, 256, 32, -1, 0, true}};
+
+// Quantised rows. If the scales are moderate powers of two, bf16 holds every value exactly.
+template <class T>
+void attend_packed(int isa, int threads, DType dtype, const Layout& layout, int h_q, int topk, bool exact) {
+  constexpr int kRows = 30, kPage = 7;
+  const int pages = (kRows + kPage - 1) / kPage;
+  const int token = layout.value_bytes + layout.scale_bytes + layout.rest, page_bytes = kPage * token;
+  auto bytes = random_codes(size_t(pages) * page_bytes);
+  for (int row = 0; row < pages * kPage; row++) {
+    uint8_t *page = &bytes[row / kPage * page_bytes], *values = page + row % kPage * token;
+    uint8_t* scales = values + layout.value_bytes;
+    if (layout.by_page) {
+      values = page + row % kPage * layout.value_bytes;
+      scales = page + kPage * layout.value_bytes + row % kPage * layout.scale_bytes;
+    }
+    if (layout.format == kV32Rows || layout.format == kNopeRows) {
+      for (int i = 0; i < 4; i++) {
+        const float scale = exact ? 1.0f / (64 << pick(0, 3)) : pick(1, 9) / 500.0f;
+        std::memcpy(scales + 4 * i, &scale, sizeof scale);
+      }
+    } else if (layout.scale_bytes < 32) {  // ue8m0
+      for (int i = 0; i < layout.scale_bytes; i++) scales[i] = exact ? pick(118, 124) : pick(15, 121);
+    } else {  // e4m3
+      for (int i = 0; i < 32; i++) scales[i] = pick(8, 40);
+    }
+    if (layout.rope >= 0) {
+      const auto rope = random_values<bfloat16>(64);
+      std::memcpy(values + layout.rope, rope.data(), 128);
+    }
+  }
+  AttentionArgs args = attention_args(dtype, 2, h_q, 1, layout.format == kV32Rows ? 576 : 512, 512);
+  for (Segment& s : args.segments) {
+    s.k = s.v = bytes.data(), s.k_row = token, s.s_kv = kRows, s.format = layout.format;
+    s.page_size = kPage, s.k_page = page_bytes;
   }
   attend_rows<T>(isa, threads, args, topk);
 }
@@ -274,9 +315,11 @@ void run(int isa, DType dtype) {
   }
   attend<T>(isa, 1, dtype, 1, 300, 9, 1, 8, 8, 2100);  // so many that probabilities are rounded to bf16
   attend<T>(isa, 2, dtype, 1, 100, 10, 1, 576, 512, 100);
-  for (int h_q : {5, 20})
-    for (bool powers_of_two : {false, true})
-      attend_v32<T>(isa, 2, dtype, h_q, powers_of_two ? 30 : 70, powers_of_two);
+  for (int h_q : {5, 20}) {
+    attend_pages_apart<T>(isa, dtype, h_q, 70);
+    for (const Layout& layout : kLayouts)
+      for (bool exact : {false, true}) attend_packed<T>(isa, 2, dtype, layout, h_q, exact ? 30 : 70, exact);
+  }
 }
 
 }  // namespace

@@ -32,10 +32,7 @@ def on_backend(backend, monkeypatch):
 @pytest.mark.parametrize("library, check", CHECKS, ids=lambda x: getattr(x, "__name__", x))
 def test_it_conforms(on_backend, device, library, check):
     said = conformance.failure(check, MODULES[library], device)
-    if on_backend == "triton" and check.__name__ == "decode_reads_528_and_288_bytes_per_token":
-        assert said.startswith("Refused: kv: the triton backend reads 656 or 584 bytes per token")
-    else:
-        assert said is None, said
+    assert said is None, said
 
 
 @pytest.mark.parametrize("library, variant", VARIANTS, ids=lambda x: getattr(x, "name", x))

@@ -135,7 +135,7 @@ CASES = [
         "sparse_mla",
         MLA,
         ({"kv": torch.zeros(20, 39)}, ValueError, r"kv: expected shape \[s_kv, d_qk=40\]"),
-        ({"kv": torch.zeros(4, 10, 40)[:, :5]}, ValueError, "kv: expected pages .* without gaps"),
+        ({"kv_format": "v32"}, ValueError, "kv_format: expected None, as kv is float32 .*, got 'v32'"),
         ({"kv": torch.zeros(4, 5, 2, 40)}, ValueError, r"kv: expected shape \[pages, page_size, 1, d_qk=40"),
         ({"indices": MLA["indices"].long()}, TypeError, "indices: expected dtype int32, got int64"),
         ({"indices": MLA["indices"][:2]}, ValueError, r"indices: expected shape \[s_q=3, topk\]"),

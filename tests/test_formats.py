@@ -13,18 +13,23 @@ from sparse_attn.testing import relative_error
 
 NAN, INF = float("nan"), float("inf")
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# bytes per token: how to pack them, how many values, how many of them quantised, in groups of what
+# name: bytes per token, how to pack them, how many values, how many of them quantised, in groups of what
 FORMATS = {
-    656: (formats.pack_v32_kv, 576, 512, 128),
-    584: (formats.pack_v4_kv, 512, 448, 64),
-    528: (formats.pack_v41_kv, 512, 512, 32),
-    288: (formats.pack_v41_fp4_kv, 512, 512, 16),
-    132: (formats.pack_index_k, 128, 128, 128),
-    68: (formats.pack_mxfp4_index_k, 128, 128, 32),
+    "v32": (656, formats.pack_v32_kv, 576, 512, 128),
+    "v4": (584, formats.pack_v4_kv, 512, 448, 64),
+    "v41": (528, formats.pack_v41_kv, 512, 512, 32),
+    "v41_by_page": (528, formats.pack_v41_by_page_kv, 512, 512, 32),
+    "nope": (528, formats.pack_nope_kv, 512, 512, 128),
+    "v41_fp4": (288, formats.pack_v41_fp4_kv, 512, 512, 16),
+    "v41_fp4_by_page": (288, formats.pack_v41_fp4_by_page_kv, 512, 512, 16),
+    "fp8_index": (132, formats.pack_index_k, 128, 128, 128),
+    "mxfp4_index": (68, formats.pack_mxfp4_index_k, 128, 128, 32),
 }
-PARAMETERS = "size, pack, width, quantised, group"
-CASES = [pytest.param(size, *rest, id=str(size)) for size, rest in FORMATS.items()]
-TOLERANCE = {size: 0.15 if size in (288, 68) else 0.04 for size in FORMATS}
+PARAMETERS = "name, size, pack, width, quantised, group"
+CASES = [pytest.param(name, *rest, id=name) for name, rest in FORMATS.items()]
+E4M3_SCALES = ("v41_fp4", "v41_fp4_by_page")  # not powers of two
+FP4_VALUES = (*E4M3_SCALES, "mxfp4_index")
+TOLERANCE = {name: 0.15 if name in FP4_VALUES else 0.04 for name in FORMATS}
 
 
 def raw(packed):
@@ -62,36 +67,48 @@ def scaled(values, scales):
     return [value * scales[i // group] for i, value in enumerate(values)]
 
 
-def read_token(size, page, page_size, t):
+def read_token(name, page, page_size, t):
     """Token t of a page given as bytes, as a list of numbers."""
-    token = page[size * t : size * (t + 1)]
-    if size == 656:
-        return scaled([*map(e4m3, token[:512])], struct.unpack("<4f", token[512:528])) + bf16(token[528:])
-    if size == 584:
-        data, scales = page[576 * t : 576 * t + 576], page[576 * page_size + 8 * t :][:7]
-        return scaled([*map(e4m3, data[:448])], [*map(ue8m0, scales)]) + bf16(data[448:])
-    if size == 528:
-        return scaled([*map(e4m3, token[:512])], [*map(ue8m0, token[512:])])
-    if size == 288:
-        return scaled(nibbles(token[:256]), [*map(e4m3, token[256:])])
-    if size == 132:
-        scale = struct.unpack("<f", page[128 * page_size + 4 * t :][:4])
-        return scaled([*map(e4m3, page[128 * t : 128 * t + 128])], scale)
-    scales = page[64 * page_size + 4 * t :][:4]
-    return scaled(nibbles(page[64 * t : 64 * t + 64]), [*map(ue8m0, scales)])
+
+    def token(size):
+        return page[size * t : size * (t + 1)]
+
+    def behind(values, scales):
+        """Where a page has ``values`` bytes per token and then ``scales`` bytes per token."""
+        return token(values), page[values * page_size + scales * t :][:scales]
+
+    if name in ("v32", "nope"):
+        data = token(656 if name == "v32" else 528)
+        return scaled([*map(e4m3, data[:512])], struct.unpack("<4f", data[512:528])) + bf16(data[528:])
+    if name == "v4":
+        data, scales = behind(576, 8)
+        return scaled([*map(e4m3, data[:448])], [*map(ue8m0, scales[:7])]) + bf16(data[448:])
+    if name in ("v41", "v41_by_page"):
+        data, scales = (token(528)[:512], token(528)[512:]) if name == "v41" else behind(512, 16)
+        return scaled([*map(e4m3, data)], [*map(ue8m0, scales)])
+    if name in E4M3_SCALES:
+        data, scales = (token(288)[:256], token(288)[256:]) if name == "v41_fp4" else behind(256, 32)
+        return scaled(nibbles(data), [*map(e4m3, scales)])
+    if name == "fp8_index":
+        data, scale = behind(128, 4)
+        return scaled([*map(e4m3, data)], struct.unpack("<f", scale))
+    data, scales = behind(64, 4)
+    return scaled(nibbles(data), [*map(ue8m0, scales)])
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
 @pytest.mark.parametrize("page_size", [1, 3, 64])
-def test_any_bytes_mean_what_an_independent_reading_says(size, pack, width, quantised, group, page_size):
+def test_any_bytes_mean_what_an_independent_reading_says(
+    name, size, pack, width, quantised, group, page_size
+):
     pages = torch.randint(0, 256, (2, page_size, size), dtype=torch.uint8)
-    unpacked = unpack(pages, torch.float64)
+    unpacked = unpack(pages, torch.float64, name)
     assert unpacked.shape == (2, page_size, width)
-    again = formats.dequantise(*formats.views(pages), dtype=torch.float64)
+    again = formats.dequantise(*formats.views(pages, name), dtype=torch.float64)
     assert torch.equal(again.nan_to_num(), unpacked.nan_to_num())
     for page in range(2):
         for t in {0, page_size // 2, page_size - 1}:
-            expected = torch.tensor(read_token(size, raw(pages[page]), page_size, t), dtype=torch.float64)
+            expected = torch.tensor(read_token(name, raw(pages[page]), page_size, t), dtype=torch.float64)
             torch.testing.assert_close(unpacked[page, t], expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -133,12 +150,34 @@ def test_v4_pages_start_at_multiples_of_576(page_size, stride):
     assert pages.stride(0) == stride or page_size == 0
 
 
-def test_bytes_of_a_v41_token_by_hand():
+@pytest.mark.parametrize("page_size, multiples", [(1, (1024, 512)), (2, (1536, 768)), (64, (33792, 18432))])
+def test_other_pages_start_at_the_multiples_that_flashmla_reads(page_size, multiples):
+    for name, stride in zip(("v41_by_page", "v41_fp4_by_page"), multiples, strict=True):
+        fmt = formats.KV_FORMATS[name]
+        pages = fmt.pack(torch.randn(3, page_size, 512))
+        assert pages.shape == (3, page_size, fmt.bytes) and pages.stride(0) == stride
+        gap = pages.as_strided((3, stride), (stride, 1))[:, page_size * fmt.bytes :]
+        assert (gap == 0).all()
+
+
+def test_bytes_of_v41_tokens_by_hand():
     kv = torch.zeros(512)
     kv[0], kv[32], kv[95], kv[511] = 2.0, -448.0, 900.0, -0.0
+    scales = [120, 127, 129, *[105] * 13]
     token = raw(formats.pack_v41_kv(kv))
     assert (token[0], token[32], token[95], token[511]) == (0x78, 0xFE, 0x76, 0x80)
-    assert list(token[512:]) == [120, 127, 129, *[105] * 13]
+    assert list(token[512:]) == scales
+    page = raw(formats.pack_v41_by_page_kv(torch.stack([torch.zeros(512), kv, torch.zeros(512)])[None]))
+    assert page[512:1024] == token[:512] and not any(page[:512]) and not any(page[1024:1536])
+    assert list(page[1536:]) == [*[105] * 16, *scales, *[105] * 16]
+
+
+def test_bytes_of_a_nope_token_by_hand():
+    kv = torch.zeros(512)
+    kv[0], kv[130], kv[511] = 2.0, -448.0, 900.0
+    token = raw(formats.pack_nope_kv(kv))
+    assert (token[0], token[130], token[511]) == (0x78, 0xFE, 0x76)
+    assert struct.unpack("<4f", token[512:]) == (2.0**-7, 1.0, 2.0**-22, 4.0)
 
 
 def test_bytes_of_a_v41_fp4_token_by_hand():
@@ -151,7 +190,10 @@ def test_bytes_of_a_v41_fp4_token_by_hand():
     assert list(token[:5]) == [0x97, 0xF3, 0x20, 0x64, 0x08]
     assert token[8] == 0x07 and token[16] == 0x07 and token[24] == 0x0F
     assert list(token[256:]) == [0x38, 0x23, 0x38, 0x7E, *[0x01] * 28]  # zeros: 2 ** -9
-    unpacked = unpack(formats.pack_v41_fp4_kv(kv))
+    page = raw(formats.pack_v41_fp4_by_page_kv(torch.stack([torch.zeros(512), kv, torch.zeros(512)])[None]))
+    assert page[256:512] == token[:256] and not any(page[:256]) and not any(page[512:768])
+    assert page[768:] == bytes([1] * 32) + token[256:] + bytes([1] * 32)
+    unpacked = unpack(formats.pack_v41_fp4_kv(kv), format="v41_fp4")
     assert unpacked[:9].tolist() == [6.0, -0.5, 1.5, -6.0, 0.0, 1.0, 2.0, 4.0, 0.0]
     assert unpacked[[16, 32, 48]].tolist() == [1.03125, 6.0, -2688.0]
 
@@ -164,7 +206,7 @@ def test_index_keys_of_a_page_lie_before_its_scales():
         for token in range(4):
             amax = k[page, token].abs().max().item()
             assert scales[token] == pytest.approx(amax / 448, rel=1e-6)
-            values = read_token(132, raw(packed[page]), 4, token)
+            values = read_token("fp8_index", raw(packed[page]), 4, token)
             assert values == unpack(packed, torch.float64)[page, token].tolist()
             assert max(map(abs, values)) == pytest.approx(amax, rel=1e-6)
 
@@ -183,21 +225,25 @@ def test_bytes_of_a_page_of_mxfp4_index_keys_by_hand():
     assert struct.unpack("<3i", page[192:])[1] == 126 << 24 | zero << 16 | 128 << 8 | 127
 
 
-@pytest.mark.parametrize("size, first", [(656, 512), (584, 576), (528, 512), (132, 128)])
-def test_both_conventions_of_the_smallest_fp8_scale(size, first):
+FIRST_SCALES = [("v32", 512), ("nope", 512), ("fp8_index", 128)]  # fp32
+
+
+@pytest.mark.parametrize("name, first", [*FIRST_SCALES, ("v4", 576), ("v41", 512), ("v41_by_page", 512)])
+def test_both_conventions_of_the_smallest_fp8_scale(name, first):
     """DeepSeek raises amax to 1e-4, FlashMLA amax / 448 to 1e-4; blocks of amax 0, 1e-3 and 1."""
-    (pack, width, *_), expected = FORMATS[size], {}
+    (_, pack, width, *_), expected = FORMATS[name], {}
     for amax in (0.0, 1e-3, 1.0):
         for min_scale in (formats.FP8_MIN_SCALE, formats.FLASH_MLA_MIN_SCALE):
             packed = raw(pack(torch.full((1, 1, width), amax), min_scale=min_scale))
-            scale = struct.unpack("<f", packed[first : first + 4])[0] if size in (656, 132) else None
-            expected[amax, min_scale] = ue8m0(packed[first]) if scale is None else scale
+            fp32 = (name, first) in FIRST_SCALES
+            scale = struct.unpack("<f", packed[first : first + 4])[0] if fp32 else ue8m0(packed[first])
+            expected[amax, min_scale] = scale
     assert [math.log2(scale) for scale in expected.values()] == [-22, -13, -18, -13, -8, -8]
 
 
-@pytest.mark.parametrize("size, first", [(656, 512), (132, 128)])
-def test_arbitrary_scales_are_the_quotient_in_fp32(size, first):
-    pack, width, *_ = FORMATS[size]
+@pytest.mark.parametrize("name, first", FIRST_SCALES)
+def test_arbitrary_scales_are_the_quotient_in_fp32(name, first):
+    _, pack, width, *_ = FORMATS[name]
     for amax, min_scale, expected in [
         (0.7, formats.FP8_MIN_SCALE, torch.tensor(0.7) / 448),
         (0.0, formats.FP8_MIN_SCALE, torch.tensor(1e-4) / 448),
@@ -247,51 +293,51 @@ def test_fp4_is_rounded_to_the_nearest_with_ties_to_even():
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_packing_rounds_to_the_nearest_under_the_scale(size, pack, width, quantised, group, dtype):
+def test_packing_rounds_to_the_nearest_under_the_scale(name, size, pack, width, quantised, group, dtype):
     """An independent packer: scales by logarithm, values by search among all that the type holds."""
     x = (torch.randn(2, 3, width) * torch.logspace(-2, 2, 6).view(2, 3, 1)).to(dtype)
-    grid = map(e2m1, range(16)) if size in (288, 68) else map(e4m3, range(256))
+    grid = map(e2m1, range(16)) if name in FP4_VALUES else map(e4m3, range(256))
     grid = torch.tensor(sorted(value for value in grid if value == value), dtype=torch.float64)
     blocks = x[..., :quantised].float().double().unflatten(-1, (-1, group))
     scale = blocks.abs().amax(-1, keepdim=True) / grid.max()
-    if size == 288:
+    if name in E4M3_SCALES:
         scale = scale.float().clamp(2.0**-9, 448).to(torch.float8_e4m3fn).double()
     else:
         scale = 2 ** scale.log2().ceil()
     normal = (blocks / scale).clamp(-grid.max(), grid.max())
     least = (normal[..., None] - grid).abs().amin(-1)
-    unpacked = unpack(pack(x), torch.float64)
+    unpacked = unpack(pack(x), torch.float64, name)
     error = (unpacked[..., :quantised].unflatten(-1, (-1, group)) / scale - normal).abs()
     torch.testing.assert_close(error, least, rtol=0, atol=1e-6)
     assert torch.equal(unpacked[..., quantised:], x[..., quantised:].bfloat16().double())  # RoPE
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
-def test_what_was_rounded_once_is_kept(size, pack, width, quantised, group):
+def test_what_was_rounded_once_is_kept(name, size, pack, width, quantised, group):
     x = torch.randn(5, 7, width) * 30
-    once = unpack(pack(x))
-    assert 1e-3 < relative_error(once, x) < TOLERANCE[size]
-    if size != 288:  # its scale is no power of two
-        assert torch.equal(unpack(pack(once)), once)
-    assert torch.equal(unpack(pack(x), torch.bfloat16), once.bfloat16())
+    once = unpack(pack(x), format=name)
+    assert 1e-3 < relative_error(once, x) < TOLERANCE[name]
+    if name not in E4M3_SCALES:
+        assert torch.equal(unpack(pack(once), format=name), once)
+    assert torch.equal(unpack(pack(x), torch.bfloat16, name), once.bfloat16())
 
 
-@pytest.mark.parametrize("size", [656, 132])
-def test_arbitrary_scales_reach_the_largest_value(size):
-    pack, width, *_ = FORMATS[size]
+@pytest.mark.parametrize("name", ["v32", "nope", "fp8_index"])
+def test_arbitrary_scales_reach_the_largest_value(name):
+    _, pack, width, *_ = FORMATS[name]
     x = torch.randn(5, 7, width)
-    once = unpack(pack(x, power_of_two=False))
-    assert 1e-3 < relative_error(once, x) < TOLERANCE[size]
+    once = unpack(pack(x, power_of_two=False), format=name)
+    assert 1e-3 < relative_error(once, x) < TOLERANCE[name]
     largest = once[..., :128].abs().amax(-1), x[..., :128].abs().amax(-1)
     torch.testing.assert_close(*largest, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_nan_and_infinity_show_in_their_block_alone(size, pack, width, quantised, group, bad):
+def test_nan_and_infinity_show_in_their_block_alone(name, size, pack, width, quantised, group, bad):
     x = torch.randn(1, 2, width)
     x[0, 1, 3] = bad
-    unpacked = unpack(pack(x))
+    unpacked = unpack(pack(x), format=name)
     assert unpacked[0, 1, :group].isnan().all()
     assert unpacked[0, 1, group:].isfinite().all() and unpacked[0, 0].isfinite().all()
 
@@ -304,26 +350,46 @@ def gapped(size, pages=3, page_size=4, gap=64):
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
-def test_views_write_into_strided_pages_and_nowhere_else(size, pack, width, quantised, group):
+def test_views_write_into_strided_pages_and_nowhere_else(name, size, pack, width, quantised, group):
     packed = pack(torch.randn(3, 4, width))
     cache = gapped(size)
-    for part, source in zip(formats.views(cache), formats.views(packed), strict=True):
+    for part, source in zip(formats.views(cache, name), formats.views(packed, name), strict=True):
         assert part.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
         part.copy_(source)
     assert torch.equal(cache, packed)
-    assert torch.equal(unpack(cache), unpack(packed))
+    assert torch.equal(unpack(cache, format=name), unpack(packed, format=name))
     assert (cache.as_strided((16,), (1,), 0) == 0xFF).all()
     assert (cache.as_strided((3, 64), (4 * size + 64, 1), 16 + 4 * size) == 0xFF).all()
 
 
-@pytest.mark.parametrize("size", [656, 528, 288])
-def test_formats_by_token_take_any_leading_shape(size):
-    pack, width, *_ = FORMATS[size]
+@pytest.mark.parametrize("name", ["v32", "v41", "nope", "v41_fp4"])
+def test_formats_by_token_take_any_leading_shape(name):
+    def unpack(packed):
+        return formats.unpack(packed, format=name)
+
+    size, pack, width, *_ = FORMATS[name]
     x = torch.randn(2, 3, 1, width)
     assert torch.equal(unpack(pack(x))[1, 2, 0], unpack(pack(x[1, 2, 0])))
     wide = torch.zeros(5, size + 4, dtype=torch.uint8)  # tokens apart
     wide[:, :size] = pack(torch.randn(5, width))
     assert torch.equal(unpack(wide[:, :size]), unpack(wide[:, :size].clone()))
+
+
+def test_names_and_bytes_of_every_format():
+    assert formats.FORMATS == formats.KV_FORMATS | formats.INDEX_K_FORMATS
+    assert {name: fmt.bytes for name, fmt in formats.FORMATS.items()} == {n: x[0] for n, x in FORMATS.items()}
+    for name, fmt in formats.FORMATS.items():
+        assert (name, fmt.pack) == (fmt.name, FORMATS[name][1])
+
+
+def test_formats_of_the_same_bytes_read_them_differently():
+    """Garbage, were the wrong one taken: what a name is for."""
+    for name, fmt in formats.KV_FORMATS.items():
+        x = torch.randn(2, 8, fmt.width)
+        for other, same_bytes in formats.KV_FORMATS.items():
+            if same_bytes.bytes == fmt.bytes:
+                error = relative_error(unpack(fmt.pack(x), format=other).nan_to_num(), x)
+                assert error < 0.15 if other == name else error > 0.5
 
 
 def zeros(*shape):
@@ -343,6 +409,17 @@ def zeros(*shape):
         ("v32_kv_views", zeros(657)[1:], "at multiples of 4 bytes.*from offset 1"),
         ("views", zeros(2, 3, 100), "cache: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
         ("unpack", zeros(2, 3, 100), "packed: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
+        (
+            "unpack",
+            zeros(2, 3, 528),
+            "^format: expected 'v41', 'v41_by_page' or 'nope', as packed has 528 bytes",
+        ),
+        ("views", zeros(2, 3, 288), "^format: expected 'v41_fp4' or 'v41_fp4_by_page', as cache .* got None"),
+        ("v41_by_page_kv_views", zeros(2, 528), r"uint8 \[pages, page_size, 528\], got uint8 \[2, 528\]"),
+        ("v41_fp4_by_page_kv_views", zeros(2, 6, 288)[:, ::2], "pages of adjoining bytes"),
+        ("nope_kv_views", zeros(529)[1:], "at multiples of 4 bytes.*from offset 1"),
+        ("pack_nope_kv", torch.zeros(2, 576), r"kv: expected shape \[..., 512\], got \[2, 576\]"),
+        ("pack_v41_by_page_kv", torch.zeros(2, 512), r"kv: expected shape \[pages, page_size, 512\]"),
         ("pack_v32_kv", torch.zeros(2, 512), r"kv: expected shape \[..., 576\], got \[2, 512\]"),
         ("pack_v4_kv", torch.zeros(2, 512), r"kv: expected shape \[pages, page_size, 512\], got \[2, 512\]"),
         ("pack_index_k", torch.zeros(2, 3, 64), r"k: expected shape \[pages, page_size, 128\]"),
@@ -351,3 +428,18 @@ def zeros(*shape):
 def test_wrong_arguments_are_named(function, argument, words):
     with pytest.raises(ValueError, match=words):
         getattr(formats, function)(argument)
+
+
+@pytest.mark.parametrize(
+    "size, name, words",
+    [
+        (656, "v41", "format: expected 'v32', as packed has 656 bytes per token, got 'v41'"),
+        (528, "v32", "format: expected 'v41', 'v41_by_page' or 'nope', as packed has 528 .* got 'v32'"),
+        (288, "V41_FP4", "format: expected 'v41_fp4' or 'v41_fp4_by_page', .* got 'V41_FP4'"),
+        (132, 132, "format: expected 'fp8_index', as packed has 132 bytes per token, got 132"),
+        (100, "v41", "packed: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
+    ],
+)
+def test_wrong_names_of_formats(size, name, words):
+    with pytest.raises(ValueError, match=words):
+        unpack(zeros(2, 3, size), format=name)

@@ -94,14 +94,15 @@ def sinks(draw, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
     return None if drawn is None else torch.tensor(drawn, dtype=torch.float32)
 
 
-def quantised(values: torch.Tensor, size: int, page_size: int) -> torch.Tensor:
+def quantised(values: torch.Tensor, name: str, page_size: int) -> torch.Tensor:
     """Tokens ``[s_kv, width]`` in pages; NaN tokens and the unused end of the last page hold NaN codes."""
     pages = -(-len(values) // page_size)
     padded = values.new_full((pages * page_size, values.shape[1]), float("nan"))
     padded[: len(values)] = values
-    cache = formats.FORMATS[size].pack(padded.nan_to_num().float().unflatten(0, (pages, page_size)))
+    fmt = formats.FORMATS[name]
+    cache = fmt.pack(padded.nan_to_num().float().unflatten(0, (pages, page_size)))
     unused = padded.isnan().any(-1).view(pages, page_size)
-    for part in formats.views(cache):
+    for part in fmt.views(cache):
         nan = torch.full(part.shape, 255.0 if part.dtype == torch.uint8 else float("nan"))
         part[unused] = nan.to(part.dtype)[unused]
     return cache
@@ -109,17 +110,17 @@ def quantised(values: torch.Tensor, size: int, page_size: int) -> torch.Tensor:
 
 @st.composite
 def index_arguments(draw) -> Arguments:
-    size = draw(st.sampled_from([None, None, 132, 68]))
+    name = draw(st.sampled_from([None, None, *formats.INDEX_K_FORMATS]))
     s_q, s_kv = draw(st.integers(0, 9)), draw(st.integers(1, 80))
     dtype, heads = draw(FLOATS), draw(st.sampled_from([1, 3, 8, 17, 64]))
-    d = 128 if size else draw(st.sampled_from([1, 7, 32, 65, 128]))
+    d = 128 if name else draw(st.sampled_from([1, 7, 32, 65, 128]))
     inputs = index_inputs(s_q, s_kv, heads, d, dtype=dtype, seed=draw(SEEDS))
     if draw(st.booleans()):  # small integers: many scores tie
-        for name in ("q", "k", "weights"):
-            inputs[name] = inputs[name].sign()
+        for tensor in ("q", "k", "weights"):
+            inputs[tensor] = inputs[tensor].sign()
     page_size = draw(st.sampled_from([1, 8, 64]))
-    if size:
-        inputs["k"] = quantised(inputs["k"], size, page_size)
+    if name:
+        inputs["k"] = quantised(inputs["k"], name, page_size)
         return varied(draw, {k: v for k, v in inputs.items() if k != "k"}) | {"k": inputs["k"]}
     if draw(st.booleans()) and s_q:
         inputs["k"], table = to_pages(inputs["k"], page_size, draw(SEEDS))
@@ -169,14 +170,22 @@ def slots_arguments(draw) -> Arguments:
     return varied(draw, tensors) | {"page_size": page_size, "page_stride": stride}
 
 
+def paged_apart(draw, rows: torch.Tensor) -> torch.Tensor:
+    """Rows ``[s_kv, d]`` in pages with NaN between them, in 3 or 4 dimensions."""
+    page_size = draw(st.sampled_from([n for n in (1, 2, 5, len(rows)) if n and len(rows) % n == 0] or [1]))
+    pages = rows.new_full((len(rows) // page_size, page_size + 2, rows.shape[1]), float("nan"))
+    pages[:, 1:-1] = rows.unflatten(0, (-1, page_size))
+    return pages[:, 1:-1, None] if draw(st.booleans()) else pages[:, 1:-1]
+
+
 @st.composite
-def mla_arguments(draw, sizes=(None, None, 656, 584, 528, 288), extra=True) -> Arguments:
-    size = draw(st.sampled_from(sizes))
-    s_q, s_kv = draw(st.integers(0, 5)), draw(st.integers(0 if size is None else 1, 60))
+def mla_arguments(draw, names=(None, None, *formats.KV_FORMATS), extra=True, paged=True) -> Arguments:
+    name = draw(st.sampled_from(names))
+    s_q, s_kv = draw(st.integers(0, 5)), draw(st.integers(0 if name is None else 1, 60))
     heads, topk, dtype = draw(st.sampled_from([1, 4, 16, 17])), draw(st.integers(0, 40)), draw(FLOATS)
-    d_qk = {None: draw(st.sampled_from([1, 40, 576])), 656: 576}.get(size, 512)
+    d_qk = formats.KV_FORMATS[name].width if name else draw(st.sampled_from([1, 40, 576]))
     inputs = mla_inputs(s_q, s_kv, heads, topk, d_qk, dtype=dtype, seed=draw(SEEDS))
-    inputs["d_v"] = 512 if size else draw(st.sampled_from([d for d in (1, 24, 40, 512) if d <= d_qk]))
+    inputs["d_v"] = 512 if name else draw(st.sampled_from([d for d in (1, 24, 40, 512) if d <= d_qk]))
     inputs["topk_length"] = hostile_lengths(draw, s_q, topk)
     inputs["attn_sink"] = sinks(draw, heads, dtype)
     if extra and draw(st.booleans()):
@@ -184,8 +193,11 @@ def mla_arguments(draw, sizes=(None, None, 656, 584, 528, 288), extra=True) -> A
         inputs |= {"extra_kv": extra["kv"], "extra_indices": extra["indices"]}
         inputs["extra_topk_length"] = hostile_lengths(draw, s_q, 5)
     result = varied(draw, inputs)
-    if size:
-        result["kv"] = quantised(inputs["kv"], size, draw(st.sampled_from([1, 8, 64])))
+    if name:
+        result["kv"] = quantised(inputs["kv"], name, draw(st.sampled_from([1, 8, 64])))
+        result["kv_format"] = name
+    elif paged and s_kv and draw(st.booleans()):
+        result["kv"] = paged_apart(draw, inputs["kv"])
     return result
 
 
@@ -225,14 +237,15 @@ def writer_arguments(draw, name: str, sizes: tuple[int, ...]) -> Arguments:
     size, tokens = draw(st.sampled_from(sizes)), draw(st.integers(0, 9))
     pages, page_size = draw(st.integers(1, 4)), draw(st.sampled_from([8, 16]))
     g = torch.Generator().manual_seed(draw(SEEDS))
-    width = {656: 576, 584: 512, 132: 128}[size]
+    fmt = formats.FORMATS[{656: "v32", 584: "v4", 132: "fp8_index"}[size]]
+    width = fmt.width
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     slots = torch.randperm(pages * page_size, generator=g)[:tokens]
     slots[torch.rand(len(slots), generator=g) < 0.3] = draw(st.sampled_from([-1, pages * page_size, INT_MAX]))
     arguments = {
         name: laid_out(draw, torch.randn(len(slots), width, generator=g).to(dtype)),
         "slots": slots.to(draw(st.sampled_from([torch.int32, torch.int64]))),
-        "cache": formats.FORMATS[size].pack(torch.randn(pages, page_size, width, generator=g)),
+        "cache": fmt.pack(torch.randn(pages, page_size, width, generator=g)),
         **rope_options(draw, len(slots), 32),
     }
     if draw(st.booleans()):
@@ -253,16 +266,16 @@ def index_q_arguments(draw) -> Arguments:
 
 @st.composite
 def prefill_arguments(draw) -> Arguments:
-    drawn = draw(mla_arguments(sizes=(None,), extra=False))
+    drawn = draw(mla_arguments(names=(None,), extra=False, paged=False))
     facade = {"kv": drawn["kv"][:, None], "indices": drawn["indices"][:, None], "sm_scale": 0.1}
     return {**drawn, **facade}
 
 
 @st.composite
 def decode_arguments(draw) -> Arguments:
-    drawn = draw(mla_arguments(sizes=(None, 656, 584, 528, 288), extra=False))
+    drawn = draw(mla_arguments(names=(None, "v32", "v4", "v41", "v41_fp4"), extra=False))
     kv, batch = drawn["kv"], draw(st.sampled_from([n for n in (1, 2, 3) if len(drawn["q"]) % n == 0]))
-    pages = kv if kv.dim() == 3 else kv.clone(memory_format=torch.contiguous_format)[:, None]
+    pages = kv.flatten(2) if kv.dim() > 2 else kv.clone(memory_format=torch.contiguous_format)[:, None]
     return {
         **{"q": drawn["q"].unflatten(0, (batch, -1)), "indices": drawn["indices"].unflatten(0, (batch, -1))},
         **{"k_cache": pages[:, :, None], "head_dim_v": drawn["d_v"]},
@@ -299,14 +312,14 @@ def logits_arguments(draw) -> Arguments:
     g = torch.Generator().manual_seed(draw(SEEDS))
 
     def quantised(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = formats.FORMATS[size].pack(torch.randn(*shape, 128, generator=g))
+        packed = formats.FORMATS[name].pack(torch.randn(*shape, 128, generator=g))
         values, scales = formats.views(packed)
         return values.contiguous(), scales.contiguous()
 
-    size = draw(st.sampled_from([132, 68]))
+    name = draw(st.sampled_from(list(formats.INDEX_K_FORMATS)))
     values, scales = quantised(1, s_kv)
-    kv = values[0], scales[0] if size == 132 else scales.view(torch.int32)[0, :, 0]
-    if size == 132:
+    kv = values[0], scales[0] if name == "fp8_index" else scales.view(torch.int32)[0, :, 0]
+    if name == "fp8_index":
         q = formats.to_e4m3(torch.randn(s_q, heads, 128, generator=g)), None
     else:
         values, scales = quantised(s_q, heads)
@@ -326,10 +339,11 @@ def wide(arguments: Arguments) -> Arguments:
         if not isinstance(value, torch.Tensor) or name == "attn_sink":
             return value
         if value.dtype == torch.uint8:
-            return formats.dequantise(*formats.views(value), dtype=torch.float64).flatten(0, 1)
+            return formats.unpack(value, torch.float64, arguments.get(f"{name}_format")).flatten(0, 1)
         return value.double() if value.is_floating_point() else value
 
-    return {name: widen(name, value) for name, value in arguments.items()}
+    wide = {name: widen(name, value) for name, value in arguments.items()}
+    return {name: value for name, value in wide.items() if not name.endswith("_format")}
 
 
 def check_logits(backend: str, arguments: Arguments, logits: torch.Tensor) -> None:
@@ -427,6 +441,7 @@ def check_decode(backend: str, arguments: Arguments, result) -> None:
     cache = arguments["k_cache"][:, :, 0]
     plain = {
         **{"q": q.flatten(0, 1), "kv": cache if cache.dtype == torch.uint8 else cache.flatten(0, 1)},
+        "kv_format": {528: "v41", 288: "v41_fp4"}.get(cache.shape[-1]),  # FlashMLA's
         **{"indices": arguments["indices"].flatten(0, 1), "d_v": arguments["head_dim_v"]},
         "topk_length": None if lengths is None else lengths.repeat_interleave(q.shape[1]),
         "attn_sink": arguments["attn_sink"],
@@ -600,19 +615,20 @@ def test_a_wrong_argument_is_named_and_never_a_crash(name, data):
         assert kind in MAYBE, f"{key} as {kind} was accepted"
 
 
-@pytest.mark.parametrize("size", list(formats.FORMATS))
+@pytest.mark.parametrize("name", list(formats.FORMATS))
 @given(data=st.data())
-def test_formats_read_any_bytes_and_keep_what_they_hold(size, data):
+def test_formats_read_any_bytes_and_keep_what_they_hold(name, data):
+    fmt = formats.FORMATS[name]
     pages, page_size = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 9))
     g = torch.Generator().manual_seed(data.draw(SEEDS))
-    noise = torch.randint(0, 256, (pages, page_size, size), generator=g, dtype=torch.uint8)
-    values = formats.unpack(noise)
+    noise = torch.randint(0, 256, (pages, page_size, fmt.bytes), generator=g, dtype=torch.uint8)
+    values = formats.unpack(noise, format=name)
     assert values.shape[:2] == noise.shape[:2]
     magnitude = 10.0 ** data.draw(st.integers(-6, 4))
     x = magnitude * torch.randn(pages, page_size, values.shape[2], generator=g)
-    once = formats.unpack(formats.FORMATS[size].pack(x))
-    if size != 288:  # whose scales are not powers of two
-        assert torch.equal(formats.unpack(formats.FORMATS[size].pack(once)), once)
+    once = formats.unpack(fmt.pack(x), format=name)
+    if not name.startswith("v41_fp4"):  # whose scales are not powers of two
+        assert torch.equal(formats.unpack(fmt.pack(once), format=name), once)
     assert once.isfinite().all()
 
 

@@ -18,6 +18,7 @@ import sparse_attn
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, ops, reference
 from sparse_attn.compat import deep_gemm, flash_mla
 from sparse_attn.ops.index import IndexLogitsOp
+from sparse_attn.ops.records import PER_QUERY
 from sparse_attn.rope import apply_rope, hadamard_transform
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
@@ -103,26 +104,22 @@ def check_attention(actual, expected):
 def latent_rows(s_q, s_kv, topk, width, dtype, seed):
     """A cache in which NaN is what nobody selects, and indices; of several queries the last selects nothing.
 
-    A dtype of 656 or 584 is a packed cache, in pages of 64.
+    A dtype that is the name of a format is a packed cache, in pages of 64.
     """
-    size = dtype if isinstance(dtype, int) else 0
-    made = mla_inputs(
-        max(s_q, 2), s_kv, 1, topk, width, dtype=FP32 if size else dtype, device=DEVICE, seed=seed
-    )
+    fmt = formats.KV_FORMATS.get(dtype)
+    dtype = FP32 if fmt else dtype
+    made = mla_inputs(max(s_q, 2), s_kv, 1, topk, width, dtype=dtype, device=DEVICE, seed=seed)
     kv, indices = made["kv"], made["indices"][:s_q]
-    if size:
-        rows = kv[:, None] if size == 656 else kv.unflatten(0, (-1, 64))
-        packed = formats.FORMATS[size].pack(rows)
-        kv = packed.view(-1, 64, 656) if size == 656 else packed
-    return kv, indices
+    return fmt.pack(kv.unflatten(0, (-1, 64))) if fmt else kv, indices
 
 
 def mla_case(s_q, heads, topk, d_qk=576, dtype=BF16, cache=None, extra_topk=0, seed=0):
     """All arguments but d_v; with ``extra_topk`` a second segment, lengths and sinks."""
     s_kv = sized(20_032, 128)
     kv, indices = latent_rows(s_q, s_kv, topk, d_qk, cache or dtype, seed)
-    inputs = {"q": normal(s_q, heads, d_qk, dtype=dtype), "kv": kv, "indices": indices}
+    inputs = {"q": normal(s_q, heads, d_qk, dtype=dtype), "kv": kv, "indices": indices, "kv_format": cache}
     if extra_topk:
+        inputs["extra_kv_format"] = cache
         kv, indices = latent_rows(s_q, sized(1024, 64), extra_topk, d_qk, cache or dtype, seed + 1)
         inputs.update(extra_kv=kv, extra_indices=indices, extra_topk_length=lengths(s_q, extra_topk).flip(0))
         inputs.update(topk_length=lengths(s_q, topk), attn_sink=sinks(heads))
@@ -133,7 +130,7 @@ def check_mla(inputs):
     options = {"d_v": 512, "softmax_scale": inputs["q"].shape[2] ** -0.5}
     actual = sparse_attn.sparse_mla(**inputs, **options, return_lse=True, return_max_logits=True, **TRITON)
     t = rows_of(len(inputs["q"]))
-    per_query = {n: x if n in ("kv", "extra_kv", "attn_sink") else x[t] for n, x in inputs.items()}
+    per_query = {n: x[t] if n in PER_QUERY else x for n, x in inputs.items()}
     per_query["q"] = per_query["q"].double()  # the reference gathers first, and computes in the dtype of q
     check_attention([x[t] for x in actual], reference.sparse_mla(**per_query, **options))
 
@@ -157,13 +154,25 @@ def test_mla_in_other_dtypes(dtype):
         check_mla(mla_case(s_q, 20, sized(1025, 140), dtype=dtype, extra_topk=sized(130, 33)))
 
 
-@pytest.mark.parametrize("size", [656, 584])
+@pytest.mark.parametrize("name", formats.KV_FORMATS)
 @pytest.mark.parametrize("heads", [16, 32, 64, 128])
-def test_mla_of_packed_caches(heads, size):
-    d_qk = formats.KV_FORMATS[size].width
+def test_mla_of_packed_caches(heads, name):
+    d_qk = formats.KV_FORMATS[name].width
     for s_q in MLA_QUERIES:
-        check_mla(mla_case(s_q, heads, TOPK, d_qk, cache=size, extra_topk=sized(130, 33)))
-    check_mla(mla_case(2, heads, sized(1000, 70), d_qk, cache=size))
+        check_mla(mla_case(s_q, heads, TOPK, d_qk, cache=name, extra_topk=sized(130, 33)))
+    check_mla(mla_case(2, heads, sized(1000, 70), d_qk, cache=name))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_mla_of_pages_apart(dtype):
+    """As of an engine that allocates the layers of a page together; what lies between is NaN."""
+    inputs = mla_case(sized(37, 3), 64, TOPK, dtype=dtype, extra_topk=sized(130, 33))
+    for name in ("kv", "extra_kv"):
+        pages = inputs[name].unflatten(0, (-1, 64))
+        apart = torch.full((len(pages), 3, 64, 576), float("nan"), dtype=dtype, device=DEVICE)
+        apart[:, 1] = pages
+        inputs[name] = apart[:, 1]
+    check_mla(inputs)
 
 
 def test_mla_of_many_keys_per_tile_that_are_invalid():
@@ -184,7 +193,7 @@ def slots_of(indices, s_kv):
     return indices[(indices >= 0) & (indices < s_kv)].unique().long()
 
 
-@pytest.mark.parametrize("cache", [BF16, 656])
+@pytest.mark.parametrize("cache", [BF16, "v32"])
 def test_mla_beyond_32_bits(cache):
     """Byte offsets beyond 2 ** 32 (9 GB and 5 GB); element offsets of bf16 beyond 2 ** 31."""
     s_kv = sized(8_000_000 if cache == BF16 else 7_000_000, 128) // 64 * 64
@@ -537,6 +546,7 @@ def test_merge_attention(dtype):
 
 TOKENS = sized(20_000, 9)
 WIDTH = {656: 576, 584: 512, 132: 128}
+FORMATS = {formats.FORMATS[name].bytes: formats.FORMATS[name] for name in ("v32", "v4", "fp8_index")}
 MIN_SCALES = (formats.FP8_MIN_SCALE, formats.FLASH_MLA_MIN_SCALE)
 
 
@@ -591,7 +601,7 @@ def test_written_bytes_are_those_of_the_packers(size, dtype):
             )
             options = how | ({"hadamard": False} if size == 132 else {})
             cache = written(size, rows, slots, pages, **options)
-            expected = formats.views(formats.FORMATS[size].pack(rows[real][:, None], **how))
+            expected = formats.views(FORMATS[size].pack(rows[real][:, None], **how))
             untouched = torch.ones(pages * 64, dtype=torch.bool)
             untouched[slots[real]] = False
             for part, source in zip(formats.views(cache), expected, strict=True):
@@ -699,10 +709,7 @@ CHECKS = [(library, check) for library in MODULES for check in conformance.check
 @pytest.mark.parametrize("library, check", CHECKS, ids=lambda x: getattr(x, "__name__", x))
 def test_facades_conform(library, check):
     said = conformance.failure(check, MODULES[library], DEVICE)
-    if DEVICE == "cuda" and check.__name__ == "decode_reads_528_and_288_bytes_per_token":
-        assert said.startswith("Refused: kv: the triton backend reads 656 or 584 bytes per token")
-    else:
-        assert said is None, said
+    assert said is None, said
 
 
 @pytest.mark.parametrize("cache_dtype", [BF16, E4M3])
@@ -732,13 +739,14 @@ def test_a_layer_prefills_and_decodes(cache_dtype):
 
 
 def mla_call(s_q, heads, cache=None):
-    d_qk = 512 if cache == 584 else 576
+    d_qk = formats.KV_FORMATS[cache].width if cache else 576
     inputs = mla_case(s_q, heads, TOPK, d_qk, cache=cache, extra_topk=sized(130, 33))
     if cache is None:
         inputs["kv"].normal_()  # instead of NaN
         inputs["extra_kv"].normal_()
     options = {"return_lse": True, "return_max_logits": True}
-    return lambda: sparse_attn.sparse_mla(**inputs, **options, **TRITON), inputs.values()
+    tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
+    return lambda: sparse_attn.sparse_mla(**inputs, **options, **TRITON), tensors
 
 
 def gqa_call():
@@ -799,8 +807,9 @@ def slots_call():
 CALLS = {
     "mla in splits": lambda: mla_call(1, 64),
     "mla": lambda: mla_call(sized(200, 3), 64),
-    "mla of 656 bytes": lambda: mla_call(sized(5, 2), 16, cache=656),
-    "mla of 584 bytes": lambda: mla_call(sized(5, 2), 16, cache=584),
+    "mla of 656 bytes": lambda: mla_call(sized(5, 2), 16, cache="v32"),
+    "mla of 584 bytes": lambda: mla_call(sized(5, 2), 16, cache="v4"),
+    "mla of 288 bytes": lambda: mla_call(sized(5, 2), 16, cache="v41_fp4_by_page"),
     "gqa": gqa_call,
     "logits": lambda: index_call("index_logits", "bf16 bf16"),
     "logits of e4m3": lambda: index_call("index_logits", "e4m3 e4m3", sequences=sized(32, 2)),

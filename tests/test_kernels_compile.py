@@ -133,8 +133,8 @@ def different_sizes():
     sizes = [{}, {"s_q": 1}, {"s_q": 33, "s_kv": 100_003}, {"s_kv": 1}]
     topks = [{"topk": 1}, {"topk": 33}]
     yield "sparse_mla", [cases.mla(16, **size) for size in sizes + topks]
-    yield "sparse_mla", [cases.mla(16, packed=656, **size) for size in sizes + topks]
-    yield "sparse_mla", [cases.mla(16, 512, packed=584, extra=True, **size) for size in sizes + topks]
+    yield "sparse_mla", [cases.mla(16, packed="v32", **size) for size in sizes + topks]
+    yield "sparse_mla", [cases.mla(16, packed="v4", extra=True, **size) for size in sizes + topks]
     yield "sparse_gqa", [cases.gqa(24, 2, 128, per_head=True, **size) for size in sizes + topks]
     yield "index_logits", [cases.index(64, **size) for size in sizes]
     pages = [{"s_kv": 64}, {"s_kv": 6400}, {"s_q": 3, "s_kv": 64 * 333}]
@@ -218,7 +218,7 @@ def few_and_many():
     """Every case, and attention of few queries: their tiles are split, and parts merged."""
     few = (1, 3)
     yield from ((case.op, case.record) for case in CASES if case.archs)
-    yield from (("sparse_mla", cases.mla(h, 512, s_q=n, packed=584)) for h in (8, 128) for n in few)
+    yield from (("sparse_mla", cases.mla(h, s_q=n, packed="v4")) for h in (8, 128) for n in few)
     yield from (("sparse_gqa", cases.gqa(24, 2, 128, s_q=n)) for n in few)
 
 

@@ -66,7 +66,8 @@ def only_cpp(monkeypatch):
 
 def wide(inputs):
     """The same in fp64, but for the sink, which is fp32 always."""
-    return {n: t.double() if t.is_floating_point() and n != "attn_sink" else t for n, t in inputs.items()}
+    wide = {n: t for n, t in inputs.items() if isinstance(t, torch.Tensor)}
+    return {n: t.double() if t.is_floating_point() and n != "attn_sink" else t for n, t in wide.items()}
 
 
 def assert_attention(function, inputs, factor=1.2, exact_kv=None, **options):
@@ -167,6 +168,23 @@ def test_quantised_latent_read_in_place(isa, dtype, h_q, power_of_two, only_cpp)
         "attn_sink": torch.randn(h_q),
     }
     assert_attention(sparse_attn.sparse_mla, inputs, exact_kv=formats.unpack(packed, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("h_q", [3, 40])
+@pytest.mark.parametrize("name", formats.KV_FORMATS)
+def test_every_latent_format_read_in_place(isa, dtype, h_q, name, only_cpp):
+    """And beside it rows of the dtype, in pages that lie apart."""
+    fmt = formats.KV_FORMATS[name]
+    inputs = mla_inputs(3, 120, h_q, topk=100, d_qk=fmt.width, dtype=dtype)
+    rows = inputs["kv"].nan_to_num()
+    packed = fmt.pack(rows.view(15, 8, fmt.width))
+    wide_rows = torch.full((15, 3, 8, fmt.width), float("nan"), dtype=dtype)
+    wide_rows[:, 1] = rows.view(15, 8, fmt.width)
+    exact = formats.unpack(packed, torch.float64, name).flatten(0, 1)
+    inputs |= {"kv": packed, "kv_format": name}
+    inputs |= {"extra_kv": wide_rows[:, 1], "extra_indices": inputs["indices"].flip(1)}
+    assert_attention(sparse_attn.sparse_mla, inputs, exact_kv=exact)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import ops
+from sparse_attn import formats, ops
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
 from sparse_attn.ops.records import Cache, OptionalOutput, Output, schema
@@ -64,6 +64,20 @@ def records():
 def test_opcheck(name, device):
     arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in records()[name]]
     torch.library.opcheck(getattr(torch.ops.sparse_attn, name).default, tuple(arguments))
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("name", formats.KV_FORMATS)
+def test_opcheck_of_quantised_caches(name, device):
+    fmt = formats.KV_FORMATS[name]
+    inputs = mla_inputs(3, 20, d_qk=fmt.width)
+    kv = fmt.pack(inputs["kv"].nan_to_num().unflatten(0, (5, 4)))
+    outputs = torch.zeros(3, 4, 512), torch.zeros(3, 4), torch.zeros(3, 4)
+    selected = {"extra_kv": kv, "extra_indices": inputs["indices"]}
+    names = {"kv_format": name, "extra_kv_format": name}
+    record = SparseMLAOp(inputs["q"], kv, inputs["indices"], 512, 0.1, *outputs, **selected, **names)
+    arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in record]
+    torch.library.opcheck(torch.ops.sparse_attn.sparse_mla.default, tuple(arguments))
 
 
 def test_every_op_is_checked():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import sparse_attn
 from sparse_attn import reference
+from sparse_attn.ops import attention
 from sparse_attn.testing import (
     INT_MAX,
     INT_MIN,
@@ -200,6 +201,36 @@ def test_a_paged_cache_is_addressed_by_slot(backend, device, shape):
     flat = sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend)
     inputs["kv"] = inputs["kv"].view(shape)
     assert torch.equal(sparse_attn.sparse_mla(**inputs, d_v=32, backend=backend), flat)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("h_q, d_qk", [(2, 40), (17, 576)])
+def test_pages_may_lie_apart(backend, device, dtype, h_q, d_qk):
+    """As of an engine that keeps several layers in one allocation; nothing between pages is read."""
+    d_v = min(d_qk, 512)
+    inputs = mla_inputs(3, 60, h_q, topk=40, d_qk=d_qk, dtype=dtype, device=device)
+    layers = torch.full((12, 3, 5, d_qk), float("nan"), dtype=dtype, device=device)
+    layers[:, 1] = inputs["kv"].view(12, 5, d_qk)
+    apart = layers[:, 1]
+    extra = {"extra_kv": inputs["kv"], "extra_indices": inputs["indices"].flip(1)}
+    mla(backend, {**inputs, "kv": apart}, d_v)
+    mla(backend, {**inputs, "kv": apart[:, :, None], **extra}, d_v)
+    mla(backend, {**inputs, **extra, "extra_kv": apart}, d_v)
+    options = {"d_v": d_v, "backend": backend}
+    same = [sparse_attn.sparse_mla(**{**inputs, "kv": kv}, **options) for kv in (apart, inputs["kv"])]
+    assert torch.equal(*same)
+
+
+def test_pages_apart_reach_an_op_in_place(monkeypatch):
+    """With three dimensions only where a row's number cannot address them."""
+    inputs, seen = mla_inputs(3, 60), []
+    monkeypatch.setattr(attention, "call", lambda name, a, backend: seen.append(a.kv))
+    pages = torch.zeros(12, 8, 40)
+    for kv in (pages[:, :5], pages[:, :5, None], pages, pages[:1, :5], pages[:, :1], pages[:, :0]):
+        sparse_attn.sparse_mla(inputs["q"], kv, inputs["indices"], d_v=32)
+        assert seen[-1].data_ptr() in (pages.data_ptr(), 0)
+    assert [tuple(kv.shape) for kv in seen] == [(12, 5, 40)] * 2 + [(96, 40), (5, 40), (12, 40), (0, 40)]
+    assert seen[0].stride() == (320, 40, 1)
 
 
 def test_pages_of_one_token_may_lie_apart(backend, device):

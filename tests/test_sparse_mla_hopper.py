@@ -670,6 +670,9 @@ def taken(monkeypatch):
         out = torch.empty(*q.shape[:2], inputs.get("d_v", 512), dtype=q.dtype, device="meta")
         logits = torch.empty(q.shape[:2], device="meta")
         sizes = {"d_v": 512, "softmax_scale": 0.1, "out": out, "lse": logits, "max_logits": logits}
+        for name in ("kv", "extra_kv"):
+            if name in inputs and inputs[name].dtype == torch.uint8:
+                sizes[f"{name}_format"] = {656: "v32", 584: "v4"}[inputs[name].shape[-1]]
         return sparse_mla.warp_specialised(SparseMLAOp(**{**sizes, **inputs}))
 
     return ask
@@ -740,5 +743,6 @@ def test_packed_tokens_must_be_aligned(taken):
         kv = torch.empty(size, dtype=torch.uint8, device="meta").as_strided(shape, strides, offset)
         assert not taken(**{**inputs, "kv": kv})
     assert not taken(**{**sizes(d_qk=512), "kv": cache(size=584)})
-    for kv, extra_kv in ((inputs["kv"], cache()), (cache(), inputs["kv"])):
+    apart = torch.empty(8, 128, 576, dtype=BF16, device="meta")[:, :64]
+    for kv, extra_kv in ((inputs["kv"], cache()), (cache(), inputs["kv"]), (apart, apart), (apart, cache())):
         assert not taken(**{**inputs, "kv": kv, "extra_kv": extra_kv, "extra_indices": inputs["indices"]})

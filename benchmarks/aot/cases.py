@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from sparse_attn.kernels.configs import TRITON
 
-from sparse_attn.formats import index_k_views
+from sparse_attn.formats import KV_FORMATS, index_k_views
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
 from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
@@ -37,22 +37,30 @@ def int32(*shape: int) -> torch.Tensor:
 
 
 def mla(
-    h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=0, page_size=1, d_v=512
+    h_q, d_qk=576, dtype=BF16, s_q=S_Q, s_kv=S_KV, topk=TOPK, extra=False, packed=None, page_size=1, d_v=512
 ) -> SparseMLAOp:
-    page_size = 64 if packed == 584 else page_size
+    """``packed``: the name of the caches' format. Without it, pages lie apart."""
+    fmt = KV_FORMATS[packed] if packed else None
+    d_qk = fmt.width if fmt else d_qk
+    page_size = 64 if fmt and fmt.by_page else page_size
 
     def cache(slots: int) -> torch.Tensor:
-        if not packed:
-            return empty(slots, d_qk, dtype=dtype)
-        paged = (-(-slots // page_size), page_size) if page_size > 1 else (slots,)
-        return empty(*paged, packed, dtype=torch.uint8)
+        pages = -(-slots // page_size)
+        if fmt:
+            return empty(pages, page_size, fmt.bytes, dtype=UINT8)
+        return (
+            empty(pages, 2 * page_size, d_qk, dtype=dtype)[:, :page_size]
+            if page_size > 1
+            else empty(slots, d_qk, dtype=dtype)
+        )
 
     inputs = empty(s_q, h_q, d_qk, dtype=dtype), cache(s_kv), int32(s_q, topk)
     logits = empty(s_q, h_q, dtype=FP32)
     return SparseMLAOp(
         *(*inputs, d_v, 0.1, empty(s_q, h_q, d_v, dtype=dtype), logits, logits),
         *(int32(s_q), empty(h_q, dtype=FP32)),
-        *((cache(999), int32(s_q, 128), int32(s_q)) if extra else ()),
+        *((cache(999), int32(s_q, 128), int32(s_q)) if extra else (None, None, None)),
+        *(packed, packed if extra else None),
     )
 
 
@@ -165,26 +173,30 @@ CASES = [
     Case("sparse_mla", "64 heads, fp16", mla(64, dtype=FP16)),
     Case("sparse_mla", "64 heads, fp32", mla(64, dtype=FP32), quick=(86, 90)),
     *(
-        Case("sparse_mla", f"{h} heads, 656 bytes", mla(h, packed=656), quick=ALL if h in (16, 128) else ())
+        Case("sparse_mla", f"{h} heads, 656 bytes", mla(h, packed="v32"), quick=ALL if h in (16, 128) else ())
         for h in (8, 16, 32, 64, 128)
     ),
     *(
-        Case(
-            "sparse_mla", f"{h} heads, 584 bytes", mla(h, 512, packed=584), quick=(80, 90) if h == 64 else ()
-        )
+        Case("sparse_mla", f"{h} heads, 584 bytes", mla(h, packed="v4"), quick=(80, 90) if h == 64 else ())
         for h in (8, 16, 32, 64, 128)
     ),
-    Case("sparse_mla", "128 heads, 584 bytes, 2 segments", mla(128, 512, packed=584, extra=True)),
+    Case("sparse_mla", "128 heads, 584 bytes, 2 segments", mla(128, packed="v4", extra=True)),
+    *(
+        Case("sparse_mla", f"{h} heads, {name}", mla(h, packed=name), quick=(80, 90) if h == 64 else ())
+        for name in ("v41", "v41_by_page", "nope", "v41_fp4", "v41_fp4_by_page")
+        for h in (16, 32, 64)
+    ),
+    Case("sparse_mla", "64 heads, pages apart", mla(64, page_size=64), quick=(90,)),
     # Few queries, whose keys are split.
     Case("sparse_mla", "16 heads, split", mla(16, s_q=4), quick=(80, 100)),
-    Case("sparse_mla", "16 heads, 656 bytes, split", mla(16, packed=656, s_q=4)),
+    Case("sparse_mla", "16 heads, 656 bytes, split", mla(16, packed="v32", s_q=4)),
     Case("sparse_gqa", "24 / 2 heads x 256, split", gqa(24, 2, 256, s_q=4), quick=(90,)),
     # The warp-specialised kernel, of so many queries that no keys are split, and so few that they are.
     *(Case("sparse_mla", f"128 heads, {s_q} queries", mla(128, s_q=s_q), HOPPER, HOPPER) for s_q in (540, 4)),
     *(
         Case(
             *("sparse_mla", f"128 heads, {s_q} queries, 656 bytes"),
-            *(mla(128, s_q=s_q, packed=656, page_size=64), HOPPER, HOPPER),
+            *(mla(128, s_q=s_q, packed="v32", page_size=64), HOPPER, HOPPER),
         )
         for s_q in (540, 4)
     ),

@@ -5,7 +5,16 @@
 #include <cstdint>
 
 // How the rows of a cache are stored; see sparse_attn/formats.
-enum RowFormat : int64_t { kPlain = 0, kV32Rows = 1, kV4Rows = 2, kV41Rows = 3, kV41Fp4Rows = 4 };
+enum RowFormat : int64_t {
+  kPlain = 0,
+  kV32Rows = 1,
+  kV4Rows = 2,
+  kV41Rows = 3,
+  kV41ByPageRows = 4,
+  kNopeRows = 5,
+  kV41Fp4Rows = 6,
+  kV41Fp4ByPageRows = 7
+};
 // How index keys and index queries are stored.
 enum KeyFormat : int32_t { kPlainKeys = 0, kFp8Keys = 1, kMxfp4Keys = 2 };
 
@@ -39,8 +48,8 @@ struct IndexArgs {
 };
 
 // One set of rows that queries select from: k [s_kv, h_kv, d_qk], v [s_kv, h_kv, d_v],
-// indices [s_q, h_kv, topk]. In a quantised cache v is k, row i lies in page i / page_size, and pages are
-// k_page bytes apart.
+// indices [s_q, h_kv, topk]. Where page_size is above 1, or rows are quantised, v is k, row i lies in page
+// i / page_size, and pages are k_page elements apart (bytes if quantised).
 struct Segment {
   const void* k;
   const void* v;

@@ -84,7 +84,7 @@ inline void decode_bf16(const uint8_t* p, int64_t n, T* out) {
 
 inline Float from_e2m1(Int code) {
   const Int magnitude = code & 7, small = magnitude < 2;  // 0 and 0.5
-  const Int bits = (small & (magnitude * (126 << 23))) | (~small & ((magnitude << 22) + (126 << 23)));
+  const Int bits = (small & -magnitude & (126 << 23)) | (~small & ((magnitude << 22) + (126 << 23)));
   return bit_cast<Float>(bits | (code & 8) << 28);
 }
 
@@ -123,25 +123,52 @@ inline void decode_e2m1(const uint8_t* codes, int64_t n, const Scale& scale, bfl
 }
 #endif
 
-// A row of a latent cache, and its scales if they lie behind the page's rows, else null.
+// From the first row of a segment to another one, in elements. row_stride is k_row or v_row.
+inline int64_t row_offset(const Segment& s, int64_t row, int64_t row_stride) {
+  if (s.page_size <= 1) return row * row_stride;
+  return row / s.page_size * s.k_page + row % s.page_size * row_stride;
+}
+
+// A row of a latent cache, and its scales if it is quantised.
 struct PackedRow {
   RowFormat format;
   const uint8_t *bytes, *scales;
 };
 
 inline PackedRow packed_row(const Segment& s, int32_t dtype, int64_t row) {
-  if (s.format == kPlain)
-    return {kPlain, static_cast<const uint8_t*>(s.k) + row * s.k_row * element_bytes(dtype), nullptr};
-  const int64_t page = row / s.page_size, slot = row % s.page_size;
-  const uint8_t* start = static_cast<const uint8_t*>(s.k) + page * s.k_page;
-  if (s.format == kV4Rows) return {s.format, start + slot * 576, start + s.page_size * 576 + slot * 8};
-  return {s.format, start + slot * s.k_row, nullptr};
+  const uint8_t* k = static_cast<const uint8_t*>(s.k);
+  const auto by_token = [&](int64_t value_bytes) -> PackedRow {
+    const uint8_t* bytes = k + row_offset(s, row, s.k_row);
+    return {s.format, bytes, bytes + value_bytes};
+  };
+  const auto by_page = [&](int64_t value_bytes, int64_t scale_bytes) -> PackedRow {
+    const int64_t slot = row % s.page_size;
+    const uint8_t* page = k + row / s.page_size * s.k_page;
+    return {s.format, page + slot * value_bytes, page + s.page_size * value_bytes + slot * scale_bytes};
+  };
+  switch (s.format) {
+    case kPlain:
+      return {kPlain, k + row_offset(s, row, s.k_row) * element_bytes(dtype), nullptr};
+    case kV32Rows:
+    case kNopeRows:
+    case kV41Rows:
+      return by_token(512);
+    case kV41Fp4Rows:
+      return by_token(256);
+    case kV4Rows:
+      return by_page(576, 8);
+    case kV41ByPageRows:
+      return by_page(512, 16);
+    case kV41Fp4ByPageRows:
+      return by_page(256, 32);
+  }
+  __builtin_unreachable();
 }
 
 // Writes the d_qk values of a row, which is of the dtype if it is not quantised.
 template <class T>
 inline void decode_row(const PackedRow& row, int32_t dtype, int64_t d_qk, T* out) {
-  const uint8_t* bytes = row.bytes;
+  const uint8_t *bytes = row.bytes, *packed_scales = row.scales;
   switch (row.format) {
     case kPlain:
       return with_element(dtype, [&](auto element) {
@@ -149,21 +176,26 @@ inline void decode_row(const PackedRow& row, int32_t dtype, int64_t d_qk, T* out
         for (int64_t i = 0; i < d_qk; i += kWidth)
           store_tail(out + i, load_tail(values + i, d_qk - i), d_qk - i);
       });
-    case kV32Rows: {  // 512 e4m3, 4 fp32 scales, 64 bf16 (rope)
+    case kV32Rows:     // 512 e4m3, 4 fp32 scales, 64 bf16 (rope)
+    case kNopeRows: {  // the same without rope
       float scales[4];
-      std::memcpy(scales, bytes + 512, sizeof scales);
+      std::memcpy(scales, packed_scales, sizeof scales);
       for (int i = 0; i < 4; i++) decode_e4m3(bytes + 128 * i, 128, scales[i], out + 128 * i);
-      return decode_bf16(bytes + 528, 64, out + 512);
+      if (row.format == kV32Rows) decode_bf16(bytes + 528, 64, out + 512);
+      return;
     }
     case kV4Rows:  // 448 e4m3, 64 bf16 (rope); 7 ue8m0 scales
-      for (int i = 0; i < 7; i++) decode_e4m3(bytes + 64 * i, 64, from_ue8m0(row.scales[i]), out + 64 * i);
+      for (int i = 0; i < 7; i++) decode_e4m3(bytes + 64 * i, 64, from_ue8m0(packed_scales[i]), out + 64 * i);
       return decode_bf16(bytes + 448, 64, out + 448);
-    case kV41Rows:  // 512 e4m3, 16 ue8m0 scales
-      for (int i = 0; i < 16; i++) decode_e4m3(bytes + 32 * i, 32, from_ue8m0(bytes[512 + i]), out + 32 * i);
+    case kV41Rows:
+    case kV41ByPageRows:  // 512 e4m3, 16 ue8m0 scales
+      for (int i = 0; i < 16; i++)
+        decode_e4m3(bytes + 32 * i, 32, from_ue8m0(packed_scales[i]), out + 32 * i);
       return;
-    case kV41Fp4Rows: {  // 512 e2m1, 32 e4m3 scales
+    case kV41Fp4Rows:
+    case kV41Fp4ByPageRows: {  // 512 e2m1, 32 e4m3 scales
       float scales[32];
-      decode_e4m3(bytes + 256, 32, 1.0f, scales);
+      decode_e4m3(packed_scales, 32, 1.0f, scales);
       return decode_e2m1(bytes, 256, [&](int64_t i) { return scales[i / 16]; }, out);
     }
   }
@@ -173,16 +205,18 @@ inline void decode_row(const PackedRow& row, int32_t dtype, int64_t d_qk, T* out
 inline bool exact_in_bf16(const PackedRow& row) {
   const auto moderate = [](uint32_t exponent) { return exponent > 27 && exponent < 227; };
   switch (row.format) {
-    case kV32Rows: {
+    case kV32Rows:
+    case kNopeRows: {
       uint32_t scales[4];
-      std::memcpy(scales, row.bytes + 512, sizeof scales);
+      std::memcpy(scales, row.scales, sizeof scales);
       return std::all_of(scales, scales + 4,
                          [&](uint32_t bits) { return !(bits & 0x807fffff) && moderate(bits >> 23); });
     }
     case kV4Rows:
       return std::all_of(row.scales, row.scales + 7, moderate);
     case kV41Rows:
-      return std::all_of(row.bytes + 512, row.bytes + 528, moderate);
+    case kV41ByPageRows:
+      return std::all_of(row.scales, row.scales + 16, moderate);
     default:  // bf16 rows, and products of a 2-bit and a 4-bit significand
       return true;
   }

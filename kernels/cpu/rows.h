@@ -43,8 +43,8 @@ class PlainRows {
   int64_t select(int64_t t, int64_t kv_head) {
     int64_t n = 0;
     for_each_selected(args_, t, kv_head, [&](const Segment& s, int64_t row) {
-      k_[n] = static_cast<const T*>(s.k) + kv_head * s.k_head + row * s.k_row;
-      v_[n++] = static_cast<const T*>(s.v) + kv_head * s.v_head + row * s.v_row;
+      k_[n] = static_cast<const T*>(s.k) + kv_head * s.k_head + row_offset(s, row, s.k_row);
+      v_[n++] = static_cast<const T*>(s.v) + kv_head * s.v_head + row_offset(s, row, s.v_row);
     });
     return n;
   }

@@ -18,6 +18,7 @@ from ..ops.check import FLOATS, INT32
 from ..ops.index import physical_slots
 
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # types that FlashMLA's callers give a quantised cache
+MEANINGS = {528: "v41", 288: "v41_fp4"}  # of bytes per token that have several
 DENSE_INDEX_BYTES = 64 << 20  # slots that dense decode numbers at a time
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
@@ -179,6 +180,8 @@ def flash_mla_with_kvcache(
             extra_kv=extra_k_cache,
             extra_indices=extra_selected,
             extra_topk_length=_lengths("extra_topk_length", extra_topk_length, dims, q),
+            kv_format=_format(k_cache),
+            extra_kv_format=_format(extra_k_cache),
             return_lse=True,
         )
     if tile_scheduler_metadata.config is None:  # only now: a call that was refused leaves no trace
@@ -203,7 +206,12 @@ def _attend_to_all(q, k_cache, block_table, cache_seqlens, causal, d_v, scale) -
             slots = slots.repeat_interleave(s_q, 0)
         queries, length = q[some].flatten(0, 1), seen[some].reshape(-1)
         out, lse = sparse_mla(
-            queries, k_cache, slots, d_v=d_v, softmax_scale=scale, topk_length=length, return_lse=True
+            *(queries, k_cache, slots),
+            d_v=d_v,
+            softmax_scale=scale,
+            topk_length=length,
+            kv_format=_format(k_cache),
+            return_lse=True,
         )
         outs.append(out)
         lses.append(lse)
@@ -221,6 +229,11 @@ def _cache(name: str, cache: Tensor, is_fp8: bool, dims: dict[str, int], q: Tens
         return cache
     check.tensor(name, cache, "pages page_size 1 bytes", {}, BYTES, q.device)
     return cache.view(torch.uint8)
+
+
+def _format(cache: Tensor | None) -> str | None:
+    """The name of a quantised cache's format where its bytes per token do not tell it."""
+    return MEANINGS.get(cache.shape[-1]) if cache is not None and cache.dtype == torch.uint8 else None
 
 
 def _size(tensor: Tensor | None) -> int | None:

@@ -1,8 +1,8 @@
 """What the formats are made of: stored types, blocks of values under a scale, and their place in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +21,29 @@ class Format(NamedTuple):
     """One byte layout.
 
     Attributes:
+        name: what callers say where the bytes per token have several meanings.
         bytes: per token, the last dimension of a cache.
         width: values per token: d_qk, or index_head_dim.
         alignment: what the address of each page and token must be a multiple of, in bytes.
         views: the parts of a cache, the arguments of :func:`dequantise`.
         pack: values ``[..., width]`` to a new cache; its keywords choose other scales than the usual ones.
         by_page: whether the scales of a page lie together behind its values.
+        page_multiple: by page: what other libraries want the distance of pages to be a multiple of, in bytes.
+            ``pack`` makes it so; it is read at any distance.
     """
 
+    name: str
     bytes: int
     width: int
     alignment: int
     views: Callable[[Tensor], tuple[Tensor, ...]]
     pack: Callable[..., Tensor]
     by_page: bool = False
+    page_multiple: int = 1
+
+    def page_bytes(self, page_size: int) -> int:
+        """From one page of a new cache to the next: its bytes, up to a multiple of ``page_multiple``."""
+        return -(-page_size * self.bytes // self.page_multiple) * self.page_multiple
 
     def check(self, packed: Tensor) -> None:
         """Raise ValueError unless ``packed`` is a cache of this format whose bytes can be viewed."""
@@ -46,17 +55,21 @@ class Format(NamedTuple):
             )
         self.check_in_place("packed", packed)
 
-    def quantised(self, name: str, x: Tensor, *, power_of_two: bool = True, min_scale: float) -> Tensor:
-        """``x`` ``[..., width]``, the argument ``name`` of a packer, as a new cache of this format."""
-        self.check_values(name, x)
-        packed = torch.empty(*x.shape[:-1], self.bytes, dtype=torch.uint8, device=x.device)
+    def quantised(self, argument: str, x: Tensor, *, power_of_two: bool = True, min_scale: float) -> Tensor:
+        """``x`` ``[..., width]``, the ``argument`` of a packer, as a new cache of this format.
+
+        What no value needs, behind the scales of a token and between pages, is zero.
+        """
+        if x.shape[-1:] != (self.width,) or (self.by_page and x.dim() != 3):
+            raise ValueError(f"{argument}: expected shape {self._shape(self.width)}, got {list(x.shape)}")
+        if self.by_page:
+            n, page_size, _ = x.shape
+            buffer = torch.zeros(n, self.page_bytes(page_size), dtype=torch.uint8, device=x.device)
+            packed = buffer[:, : page_size * self.bytes].unflatten(-1, (page_size, self.bytes))
+        else:
+            packed = torch.empty(*x.shape[:-1], self.bytes, dtype=torch.uint8, device=x.device)
         quantise(x, *self.views(packed), power_of_two=power_of_two, min_scale=min_scale)
         return packed
-
-    def check_values(self, name: str, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` holds values that can be packed into this format."""
-        if x.shape[-1:] != (self.width,) or (self.by_page and x.dim() != 3):
-            raise ValueError(f"{name}: expected shape {self._shape(self.width)}, got {list(x.shape)}")
 
     def _shape(self, last: int) -> str:
         return f"[pages, page_size, {last}]" if self.by_page else f"[..., {last}]"
@@ -77,15 +90,38 @@ class Format(NamedTuple):
             )
 
 
-def format_of(name: str, cache: Tensor, formats: dict[int, Format]) -> Format:
-    """Which of ``formats`` a cache has, told by its last dimension."""
-    if cache.dim() == 0 or cache.shape[-1] not in formats:
-        *others, last = map(str, formats)
+def format_of(
+    argument: str,
+    cache: Tensor,
+    formats: Mapping[Any, Format],
+    name: str | None = None,
+    *,
+    named_by: str = "format",
+) -> Format:
+    """Which of ``formats`` a cache has: that of its bytes per token, or of those the one called ``name``.
+
+    ``cache`` and ``name`` came as the arguments ``argument`` and ``named_by``.
+    """
+    size = cache.shape[-1] if cache.dim() else None
+    fitting = [fmt for fmt in formats.values() if fmt.bytes == size]
+    if not fitting:
+        sizes = _either(dict.fromkeys(str(fmt.bytes) for fmt in formats.values()))
         raise ValueError(
-            f"{name}: expected {', '.join(others)} or {last} bytes per token (uint8) as the last dimension, "
+            f"{argument}: expected {sizes} bytes per token (uint8) as the last dimension, "
             f"got shape {list(cache.shape)}"
         )
-    return formats[cache.shape[-1]]
+    meant = fitting if name is None else [fmt for fmt in fitting if fmt.name == name]
+    if len(meant) != 1:
+        names = _either(repr(fmt.name) for fmt in fitting)
+        raise ValueError(
+            f"{named_by}: expected {names}, as {argument} has {size} bytes per token, got {name!r}"
+        )
+    return meant[0]
+
+
+def _either(choices: Iterable[str]) -> str:
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def split_pages(pages: Tensor, value_bytes: int, scale_bytes: int) -> tuple[Tensor, Tensor]:

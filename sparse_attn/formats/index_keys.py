@@ -60,8 +60,8 @@ def pack_mxfp4_index_k(k: Tensor, *, min_scale: float = FP4_MIN_SCALE) -> Tensor
     return MXFP4_INDEX_K.quantised("k", k, min_scale=min_scale)
 
 
-INDEX_K = Format(132, width=128, alignment=4, views=index_k_views, pack=pack_index_k, by_page=True)
+INDEX_K = Format("fp8_index", 132, 128, alignment=4, views=index_k_views, pack=pack_index_k, by_page=True)
 MXFP4_INDEX_K = Format(
-    68, width=128, alignment=4, views=mxfp4_index_k_views, pack=pack_mxfp4_index_k, by_page=True
+    "mxfp4_index", 68, 128, alignment=4, views=mxfp4_index_k_views, pack=pack_mxfp4_index_k, by_page=True
 )
-INDEX_K_FORMATS = {fmt.bytes: fmt for fmt in (INDEX_K, MXFP4_INDEX_K)}
+INDEX_K_FORMATS = {fmt.name: fmt for fmt in (INDEX_K, MXFP4_INDEX_K)}

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .elements import FP8_MIN_SCALE, Format, quantise, split_pages
+from .elements import FP8_MIN_SCALE, Format, split_pages
 
-V4_PAGE_MULTIPLE = 576
+V41_FP4_MIN_SCALE = 2.0**-9  # the smallest e4m3
 
 
 def v32_kv_views(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +64,7 @@ def v4_kv_views(pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def v4_page_bytes(page_size: int) -> int:
     """From one page of DeepSeek-V4's cache to the next: its bytes, up to a multiple of 576."""
-    return -(-page_size * 584 // V4_PAGE_MULTIPLE) * V4_PAGE_MULTIPLE
+    return V4_KV.page_bytes(page_size)
 
 
 def pack_v4_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
@@ -73,12 +73,32 @@ def pack_v4_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
     Scales are rounded up to powers of two; ``min_scale`` is that of :func:`pack_v32_kv`. The pad and the
     gap between pages are zero.
     """
-    V4_KV.check_values("kv", kv)
-    n, page_size, _ = kv.shape
-    buffer = torch.zeros(n, v4_page_bytes(page_size), dtype=torch.uint8, device=kv.device)
-    pages = buffer[:, : page_size * V4_KV.bytes].unflatten(-1, (page_size, V4_KV.bytes))
-    quantise(kv, *v4_kv_views(pages), min_scale=min_scale)
-    return pages
+    return V4_KV.quantised("kv", kv, min_scale=min_scale)
+
+
+def nope_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of GLM-5.3-Flash's fp8 latent cache, ``[..., 528]`` uint8, for each token::
+
+        byte 0            512           528
+             | 512 e4m3   | 4 fp32      |
+             | latent     | scales, one |
+             |            | per 128     |
+
+    It is DeepSeek-V3.2's without the RoPE part: the model has none.
+
+    Returns:
+        latent ``[..., 512]`` fp8 and scales ``[..., 4]`` fp32, views.
+
+    Source: FlashMLA, its V3.2 format without RoPE, for GLM-5.3-Flash.
+    """
+    NOPE_KV.check(packed)
+    latent, scales = packed.split([512, 16], -1)
+    return latent.view(torch.float8_e4m3fn), scales.view(torch.float32)
+
+
+def pack_nope_kv(kv: Tensor, *, power_of_two: bool = True, min_scale: float = FP8_MIN_SCALE) -> Tensor:
+    """``[..., 512]`` floats to ``[..., 528]`` uint8; the options are those of :func:`pack_v32_kv`."""
+    return NOPE_KV.quantised("kv", kv, power_of_two=power_of_two, min_scale=min_scale)
 
 
 def v41_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +112,7 @@ def v41_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         values ``[..., 512]`` fp8 and scales ``[..., 16]`` uint8 (ue8m0), views.
 
-    Source: FlashMLA, its V41 format.
+    Source: FlashMLA, its V41 format since the release of 30 September 2026.
     """
     V41_KV.check(packed)
     values, scales = packed.split([512, 16], -1)
@@ -105,6 +125,32 @@ def pack_v41_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
     Scales are rounded up to powers of two; ``min_scale`` is that of :func:`pack_v32_kv`.
     """
     return V41_KV.quantised("kv", kv, min_scale=min_scale)
+
+
+def v41_by_page_kv_views(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of the same cache by page, ``[pages, page_size, 528]`` uint8, for each *page*::
+
+        byte 0          512 ...   512 * page_size      528 * page_size
+             | 512 e4m3 | ...     | 16 ue8m0   | ...   |      next page
+             | values   |         | scales,    |       | gap |
+             |          |         | one per 32 |       |     |
+             |- a token | others  |- a token --| others
+
+    FlashMLA and SGLang want the distance of pages to be a multiple of 512 bytes; the gap may hold anything.
+
+    Returns:
+        values ``[pages, page_size, 512]`` fp8 and scales ``[pages, page_size, 16]`` uint8 (ue8m0), views.
+
+    Source: FlashMLA, its V41 format from 10 to 30 September 2026; vLLM #56893, SGLang #39123.
+    """
+    V41_BY_PAGE_KV.check(pages)
+    values, scales = split_pages(pages, 512, 16)
+    return values.view(torch.float8_e4m3fn), scales
+
+
+def pack_v41_by_page_kv(kv: Tensor, *, min_scale: float = FP8_MIN_SCALE) -> Tensor:
+    """``[pages, page_size, 512]`` floats to ``[pages, page_size, 528]`` uint8, as :func:`pack_v41_kv`."""
+    return V41_BY_PAGE_KV.quantised("kv", kv, min_scale=min_scale)
 
 
 def v41_fp4_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +166,7 @@ def v41_fp4_kv_views(packed: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         values ``[..., 256]`` uint8 (pairs of e2m1) and scales ``[..., 32]`` fp8, views.
 
-    Source: FlashMLA, its V41_FP4 format.
+    Source: FlashMLA, its V41_FP4 format since the release of 30 September 2026.
     """
     V41_FP4_KV.check(packed)
     values, scales = packed.split([256, 32], -1)
@@ -133,11 +179,49 @@ def pack_v41_fp4_kv(kv: Tensor) -> Tensor:
     A scale is amax / 6 rounded to the *nearest* e4m3, at least the smallest one, 2 ** -9: it is no power of
     two, and when it is rounded down, the largest values of its block saturate.
     """
-    return V41_FP4_KV.quantised("kv", kv, power_of_two=False, min_scale=2.0**-9)
+    return V41_FP4_KV.quantised("kv", kv, power_of_two=False, min_scale=V41_FP4_MIN_SCALE)
 
 
-V32_KV = Format(656, width=576, alignment=4, views=v32_kv_views, pack=pack_v32_kv)
-V4_KV = Format(584, width=512, alignment=2, views=v4_kv_views, pack=pack_v4_kv, by_page=True)
-V41_KV = Format(528, width=512, alignment=1, views=v41_kv_views, pack=pack_v41_kv)
-V41_FP4_KV = Format(288, width=512, alignment=1, views=v41_fp4_kv_views, pack=pack_v41_fp4_kv)
-KV_FORMATS = {fmt.bytes: fmt for fmt in (V32_KV, V4_KV, V41_KV, V41_FP4_KV)}
+def v41_fp4_by_page_kv_views(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of the same cache by page, ``[pages, page_size, 288]`` uint8, for each *page*::
+
+        byte 0             256 ...   256 * page_size      288 * page_size
+             | 256 x 2     | ...     | 32 e4m3    | ...   |      next page
+             | e2m1 values |         | scales,    |       | gap |
+             |             |         | one per 16 |       |     |
+             |- a token ---| others  |- a token --| others
+
+    SGLang wants the distance of pages to be a multiple of 256 bytes; the gap may hold anything.
+
+    Returns:
+        values ``[pages, page_size, 256]`` uint8 (pairs of e2m1) and scales ``[pages, page_size, 32]`` fp8,
+        views.
+
+    Source: FlashMLA, its V41_FP4 format from 10 to 30 September 2026; SGLang #39123.
+    """
+    V41_FP4_BY_PAGE_KV.check(pages)
+    values, scales = split_pages(pages, 256, 32)
+    return values, scales.view(torch.float8_e4m3fn)
+
+
+def pack_v41_fp4_by_page_kv(kv: Tensor) -> Tensor:
+    """``[pages, page_size, 512]`` floats to ``[pages, page_size, 288]`` uint8, as :func:`pack_v41_fp4_kv`."""
+    return V41_FP4_BY_PAGE_KV.quantised("kv", kv, power_of_two=False, min_scale=V41_FP4_MIN_SCALE)
+
+
+V32_KV = Format("v32", 656, 576, 4, v32_kv_views, pack_v32_kv)
+V4_KV = Format("v4", 584, 512, 2, v4_kv_views, pack_v4_kv, by_page=True, page_multiple=576)
+V41_KV = Format("v41", 528, 512, 1, v41_kv_views, pack_v41_kv)
+V41_BY_PAGE_KV = Format(
+    *("v41_by_page", 528, 512, 1, v41_by_page_kv_views, pack_v41_by_page_kv), by_page=True, page_multiple=512
+)
+NOPE_KV = Format("nope", 528, 512, 4, nope_kv_views, pack_nope_kv)
+V41_FP4_KV = Format("v41_fp4", 288, 512, 1, v41_fp4_kv_views, pack_v41_fp4_kv)
+V41_FP4_BY_PAGE_KV = Format(
+    *("v41_fp4_by_page", 288, 512, 1, v41_fp4_by_page_kv_views, pack_v41_fp4_by_page_kv),
+    by_page=True,
+    page_multiple=256,
+)
+KV_FORMATS = {
+    fmt.name: fmt for fmt in (V32_KV, V4_KV, V41_KV, V41_BY_PAGE_KV, NOPE_KV, V41_FP4_KV, V41_FP4_BY_PAGE_KV)
+}

@@ -21,7 +21,7 @@ QUANTISED_D_V = 512  # of every latent format
 @register("sparse_mla")
 class SparseMLAOp(NamedTuple):
     q: Tensor  # [s_q, h_q, d_qk]
-    kv: Tensor  # rows [slots, d_qk], or quantised (uint8) pages [pages, page_size, bytes] at any distance
+    kv: Tensor  # rows [slots, d_qk]; or pages at any distance, [pages, page_size, d_qk] or quantised (uint8)
     indices: Tensor  # [s_q, topk] int32
     d_v: int
     softmax_scale: float
@@ -33,6 +33,9 @@ class SparseMLAOp(NamedTuple):
     extra_kv: Tensor | None = None  # as kv
     extra_indices: Tensor | None = None  # [s_q, extra_topk] int32
     extra_topk_length: Tensor | None = None  # [s_q] int32
+    kv_format: str | None = None  # a name of KV_FORMATS if kv is quantised, else None
+    extra_kv_format: str | None = None
+    batch_invariant: bool = False
 
 
 @register("sparse_gqa")
@@ -46,6 +49,7 @@ class SparseGQAOp(NamedTuple):
     lse: Output  # [s_q, h_q]
     topk_length: Tensor | None = None  # [s_q] int32
     attn_sink: Tensor | None = None  # [h_q] fp32
+    batch_invariant: bool = False
 
 
 @register("merge_attention")
@@ -65,6 +69,7 @@ if TYPE_CHECKING:  # the result's type follows from return_*, whatever else is p
         softmax_scale: float | None
         topk_length: Tensor | None
         attn_sink: Tensor | None
+        batch_invariant: bool
         out: Tensor | tuple[Tensor, ...] | None
         backend: str
 
@@ -73,6 +78,8 @@ if TYPE_CHECKING:  # the result's type follows from return_*, whatever else is p
         extra_kv: Tensor | None
         extra_indices: Tensor | None
         extra_topk_length: Tensor | None
+        kv_format: str | None
+        extra_kv_format: str | None
 
 
 @overload
@@ -107,6 +114,9 @@ def sparse_mla(
     extra_kv: Tensor | None = None,
     extra_indices: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    kv_format: str | None = None,
+    extra_kv_format: str | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     return_max_logits: bool = False,
     out: Tensor | tuple[Tensor, ...] | None = None,
@@ -120,10 +130,10 @@ def sparse_mla(
     Args:
         q: ``[s_q, h_q, d_qk]``, bf16, fp16, fp32 or fp64.
         kv: ``[s_kv, d_qk]`` in q's dtype, or a paged cache ``[pages, page_size, d_qk]`` or
-            ``[pages, page_size, 1, d_qk]`` without gaps between pages, addressed by physical slot
-            ``page * page_size + offset``. Or quantised, uint8 with 656 bytes in place of d_qk = 576, or
-            584 (in pages only), 528 or 288 in place of d_qk = 512 (:mod:`sparse_attn.formats`); d_v is then
-            512, and pages may have any distance.
+            ``[pages, page_size, 1, d_qk]``, addressed by physical slot ``page * page_size + offset``. Or
+            quantised, uint8 with 656 bytes in place of d_qk = 576, or 584, 528 or 288 in place of
+            d_qk = 512 (:mod:`sparse_attn.formats`; formats by page in pages only); d_v is then 512. Pages
+            may have any distance.
         indices: ``[s_q, topk]`` int32. Any index < 0 or >= s_kv is ignored, wherever it stands; a
             duplicate counts twice.
         d_v: size of the value, at most d_qk; 512 with a quantised cache.
@@ -132,6 +142,11 @@ def sparse_mla(
         attn_sink: ``[h_q]`` fp32, a logit that enters the denominator only.
         extra_kv, extra_indices, extra_topk_length: a second segment in the same softmax, of the same d_qk;
             it may be quantised otherwise than kv, or not at all.
+        kv_format, extra_kv_format: what the bytes of a quantised cache mean, a name of
+            :data:`sparse_attn.formats.KV_FORMATS`. Needed for 528 bytes per token ("v41", "v41_by_page" or
+            "nope") and for 288 ("v41_fp4" or "v41_fp4_by_page"), which have several meanings.
+        batch_invariant: the bits of a query's result do not depend on the other queries of the call. The C++
+            kernels always hold to this; a GPU, torch and the reference take longer for it.
         return_lse: also return the log of the softmax's denominator.
         return_max_logits: also return the highest logit, ``softmax_scale * q . kv``.
         out: the tensor to fill, or the tuple of those that are returned.
@@ -145,7 +160,7 @@ def sparse_mla(
     """
     dims: dict[str, int] = {}
     check.tensor("q", q, "s_q h_q d_qk", dims, FLOATS)
-    kv = _check_latent("kv", kv, dims, q, d_v)
+    kv, kv_format = _check_latent("kv", kv, kv_format, dims, q, d_v)
     check.tensor("indices", indices, "s_q topk", dims, INT32, q.device)
     check.optional("topk_length", topk_length, "s_q", dims, INT32, q.device)
     if not 1 <= d_v <= q.shape[2]:
@@ -155,18 +170,20 @@ def sparse_mla(
         raise ValueError("extra_kv and extra_indices: expected both or neither")
     if extra_kv is not None:
         extra_dims = {"s_q": dims["s_q"], "d_qk": dims["d_qk"]}
-        extra_kv = _check_latent("extra_kv", extra_kv, extra_dims, q, d_v)
+        extra_kv, extra_kv_format = _check_latent("extra_kv", extra_kv, extra_kv_format, extra_dims, q, d_v)
         check.tensor("extra_indices", extra_indices, "s_q extra_topk", extra_dims, INT32, q.device)
         check.optional("extra_topk_length", extra_topk_length, "s_q", extra_dims, INT32, q.device)
-    elif extra_topk_length is not None:
-        raise ValueError("extra_topk_length: expected None without extra_kv")
+    for name, value in (("extra_topk_length", extra_topk_length), ("extra_kv_format", extra_kv_format)):
+        if extra_kv is None and value is not None:
+            raise ValueError(f"{name}: expected None without extra_kv")
     check.call(backend, q.device, q, kv, attn_sink, extra_kv)
     asked = {"lse": return_lse, "max_logits": return_max_logits}
     result, lse, max_logits = _check_outputs(out, q, d_v, asked)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     required = q, kv, indices, d_v, scale, result, lse, max_logits
     extra = extra_kv, extra_indices, extra_topk_length
-    call("sparse_mla", SparseMLAOp(*required, topk_length, attn_sink, *extra), backend)
+    options = topk_length, attn_sink, *extra, kv_format, extra_kv_format, batch_invariant
+    call("sparse_mla", SparseMLAOp(*required, *options), backend)
     logits = [x for x, wanted in ((lse, return_lse), (max_logits, return_max_logits)) if wanted]
     return (result, *logits) if logits else result
 
@@ -192,6 +209,7 @@ def sparse_gqa(
     softmax_scale: float | None = None,
     topk_length: Tensor | None = None,
     attn_sink: Tensor | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     out: Tensor | tuple[Tensor, ...] | None = None,
     backend: str = "auto",
@@ -203,7 +221,7 @@ def sparse_gqa(
         k, v: ``[s_kv, h_kv, d]`` and ``[s_kv, h_kv, d_v]`` in q's dtype.
         indices: ``[s_q, topk]`` int32, shared by all heads, or ``[s_q, h_kv, topk]``.
         softmax_scale: default ``d ** -0.5``.
-        topk_length, attn_sink, return_lse, out: as in :func:`sparse_mla`.
+        topk_length, attn_sink, batch_invariant, return_lse, out: as in :func:`sparse_mla`.
 
     Returns:
         out ``[s_q, h_q, d_v]`` in q's dtype, and with ``return_lse`` lse ``[s_q, h_q]``.
@@ -222,7 +240,8 @@ def sparse_gqa(
     check.call(backend, q.device, q, k, v, attn_sink)
     result, lse = _check_outputs(out, q, v.shape[2], {"lse": return_lse})
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    call("sparse_gqa", SparseGQAOp(q, k, v, indices, scale, result, lse, topk_length, attn_sink), backend)
+    required = q, k, v, indices, scale, result, lse
+    call("sparse_gqa", SparseGQAOp(*required, topk_length, attn_sink, batch_invariant), backend)
     return (result, lse) if return_lse else result
 
 
@@ -254,31 +273,37 @@ def merge_attention(
     return merged, lse
 
 
-def _check_latent(name: str, kv: Tensor, dims: dict[str, int], q: Tensor, d_v: int) -> Tensor:
-    """kv as the ops take it: rows ``[slots, d_qk]`` or pages ``[pages, page_size, bytes]``, never a copy."""
+def _check_latent(
+    name: str, kv: Tensor, kv_format: str | None, dims: dict[str, int], q: Tensor, d_v: int
+) -> tuple[Tensor, str | None]:
+    """kv as the ops take it, never a copy, and the name of its format if it is quantised.
+
+    kv is rows ``[slots, d_qk]``; or pages ``[pages, page_size, d_qk]`` if they lie apart, or if quantised
+    ``[pages, page_size, bytes]``.
+    """
     if isinstance(kv, Tensor) and kv.dtype == torch.uint8:
-        fmt = format_of(name, kv, KV_FORMATS)
+        fmt = format_of(name, kv, KV_FORMATS, kv_format, named_by=f"{name}_format")
         kv = check.quantised_pages(name, kv, fmt, q.device)
         check.in_format(name, kv, fmt, q.shape[2], "d_qk")
         if d_v != QUANTISED_D_V:
             raise ValueError(f"d_v: expected {QUANTISED_D_V}, as {name} is quantised, got {d_v}")
-        return kv
+        return kv, fmt.name
     specs = {3: "pages page_size d_qk", 4: "pages page_size 1 d_qk"}
     spec = specs.get(kv.dim(), "s_kv d_qk") if isinstance(kv, Tensor) else "s_kv d_qk"
     check.tensor(name, kv, spec, dict(dims), (q.dtype,), q.device)
+    if kv_format is not None:
+        dtype = check.dtype_name(kv.dtype)
+        raise ValueError(f"{name}_format: expected None, as {name} is {dtype} (not uint8), got {kv_format!r}")
     if kv.dim() == 2:
-        return kv
+        return kv, None
     if kv.dim() == 4:
         kv = kv.squeeze(2)
     pages, page_size, size = kv.shape
     if page_size == 1:  # whose stride says nothing
-        return kv[:, 0]
+        return kv[:, 0], None
     if pages > 1 and kv.stride(0) != page_size * kv.stride(1):
-        raise ValueError(
-            f"{name}: expected pages that follow each other without gaps, got strides {kv.stride()}; "
-            "a slot number could not address it without a copy of the cache"
-        )
-    return kv.as_strided((pages * page_size, size), kv.stride()[1:])
+        return kv, None
+    return kv.as_strided((pages * page_size, size), kv.stride()[1:]), None
 
 
 def _check_parts(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:

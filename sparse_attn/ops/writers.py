@@ -14,7 +14,7 @@ from . import call, check, register
 from .check import WRITER_FLOATS
 from .records import Cache, Output
 
-WRITTEN = {size: KV_FORMATS[size] for size in (656, 584)}
+WRITTEN = {name: KV_FORMATS[name] for name in ("v32", "v4")}
 PAIRINGS = ("half", "interleaved")
 
 
@@ -153,7 +153,7 @@ def write_index_k(
     dims: dict[str, int] = {}
     check.tensor("k", k, "tokens 128", dims, WRITER_FLOATS)
     check.tensor("cache", cache, "pages page_size 132", dims, (torch.uint8,), k.device)
-    INDEX_K_FORMATS[132].check_in_place("cache", cache)
+    INDEX_K_FORMATS["fp8_index"].check_in_place("cache", cache)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
     check.optional("norm_weight", norm_weight, "128", dims, WRITER_FLOATS, k.device)

@@ -144,6 +144,7 @@ def prefill_takes_any_size(module, device):
 # Decode
 
 PAGE_SIZE, PAGES = 64, 5
+FORMATS = {656: "v32", 584: "v4", 528: "v41", 288: "v41_fp4"}  # what FlashMLA reads bytes per token as
 
 
 def _cache(size: int | None, pages: int = PAGES, page_size: int = PAGE_SIZE, seed: int = 0, d_qk: int = 576):
@@ -152,9 +153,9 @@ def _cache(size: int | None, pages: int = PAGES, page_size: int = PAGE_SIZE, see
         cache = randn(pages, page_size, d_qk, seed=seed).bfloat16()
         rows = cache.double()
     else:
-        fmt = formats.KV_FORMATS[size]
+        fmt = formats.KV_FORMATS[FORMATS[size]]
         cache = fmt.pack(randn(pages, page_size, fmt.width, seed=seed))
-        rows = formats.unpack(cache, torch.float64)
+        rows = formats.unpack(cache, torch.float64, fmt.name)
     return cache[:, :, None], rows.flatten(0, 1)
 
 

@@ -19,8 +19,8 @@ from . import assert_close, assert_logits_close, gqa_inputs, index_inputs, mla_i
 Check = Callable[[str, torch.device], None]
 
 
-def _on(device: torch.device, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: x.to(device) for name, x in inputs.items()}
+def _on(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
 def _check_index(name: str, backend: str, device: torch.device) -> None:
@@ -53,9 +53,11 @@ def _check_slots(backend: str, device: torch.device) -> None:
 def _check_mla(backend: str, device: torch.device) -> None:
     inputs = mla_inputs(3, 40, 20, 16, 576, dtype=torch.bfloat16)
     _check_attention(attention.sparse_mla, backend, device, inputs)
-    packed = formats.pack_v32_kv(inputs["kv"].nan_to_num()[:, None])
-    kv = formats.unpack(packed, torch.float64)[:, 0]
-    _check_attention(attention.sparse_mla, backend, device, {**inputs, "kv": packed}, {"kv": kv})
+    for name, fmt in formats.KV_FORMATS.items():
+        kv = inputs["kv"].nan_to_num()[:, : fmt.width].unflatten(0, (5, 8))
+        quantised = {**inputs, "q": inputs["q"][..., : fmt.width], "kv": fmt.pack(kv), "kv_format": name}
+        rows = formats.unpack(quantised["kv"], torch.float64, name).flatten(0, 1)
+        _check_attention(attention.sparse_mla, backend, device, quantised, {"kv": rows, "kv_format": None})
 
 
 def _check_gqa(backend: str, device: torch.device) -> None:
@@ -67,11 +69,14 @@ def _check_attention(
     function: Callable,
     backend: str,
     device: torch.device,
-    inputs: dict[str, Tensor],
-    values: dict[str, Tensor] | None = None,  # what quantised inputs hold
+    inputs: dict[str, Any],
+    values: dict[str, Any] | None = None,  # what quantised inputs hold
 ) -> None:
+    def widen(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
     out, lse = function(**_on(device, inputs), return_lse=True, backend=backend)
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()} | (values or {})
+    wide = {name: widen(x) for name, x in inputs.items()} | (values or {})
     expected, expected_lse = function(**wide, return_lse=True, backend="reference")
     assert_close(out.cpu(), expected, 1.5)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-4, atol=1e-4)

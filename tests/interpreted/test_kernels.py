@@ -135,121 +135,174 @@ def test_mla_widths(d_qk, d_v, topk):
 # Quantised caches: every code, scale and slot, on every architecture.
 
 PAGE_SIZE = 8
-E4M3 = torch.arange(256, dtype=torch.uint8)
-FINITE = E4M3[(E4M3 & 0x7F) != 0x7F]
+CODES = torch.arange(256, dtype=torch.uint8)
+FINITE = CODES[(CODES & 0x7F) != 0x7F]  # of e4m3
+FORMATS = formats.KV_FORMATS
+EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 
 
-def packed_cache(size, codes, scales, ropes):
-    """Pages of ``size`` bytes per token from the parts of its tokens; 0xFF, a NaN, in all other bytes."""
-    slots = len(codes)
-    pages, page_bytes = -(-slots // PAGE_SIZE), 64 + (584 if size == 584 else 656) * PAGE_SIZE
+def packed_cache(name, parts):
+    """Pages from the parts of its tokens; 0xFF, a NaN but in e2m1, in all other bytes."""
+    fmt, slots = FORMATS[name], len(parts[0])
+    pages, page_bytes = -(-slots // PAGE_SIZE), 64 + fmt.bytes * PAGE_SIZE
     cache = torch.full((pages * page_bytes,), 0xFF, dtype=torch.uint8)
-    cache = cache.as_strided((pages, PAGE_SIZE, size), (page_bytes, size, 1))
+    cache = cache.as_strided((pages, PAGE_SIZE, fmt.bytes), (page_bytes, fmt.bytes, 1))
     slot = torch.arange(slots)
-    values, scale, rope = formats.views(cache)
-    for part, source in ((values, codes.view(torch.float8_e4m3fn)), (scale, scales), (rope, ropes)):
+    for part, source in zip(fmt.views(cache), parts, strict=True):
+        part = part.view(torch.uint8) if source.dtype == torch.uint8 else part
         part[slot // PAGE_SIZE, slot % PAGE_SIZE] = source
     return cache
 
 
-def unpacked(cache):
+def unpacked(cache, name):
     """The rows ``[s_kv, d_qk]`` in fp64."""
-    return formats.dequantise(*formats.views(cache), dtype=torch.float64).flatten(0, 1)
+    return formats.unpack(cache, torch.float64, name).flatten(0, 1)
 
 
-def quantised_parts(size, slots):
-    codes = FINITE[torch.randint(len(FINITE), (slots, 512 if size == 656 else 448))]
-    exponent = torch.randint(-12, -6, (slots, 4 if size == 656 else 7))
-    scales = torch.exp2(exponent.float()) if size == 656 else (exponent + 127).byte()
-    return codes, scales, torch.randn(slots, 64).bfloat16()
+def quantised_parts(name, slots):
+    """Codes of all finite values, moderate scales, and RoPE values if the format has a part for them."""
+    values, scales, *ropes = FORMATS[name].views(
+        torch.zeros(1, slots, FORMATS[name].bytes, dtype=torch.uint8)
+    )
+    usable = FINITE if values.dtype == torch.float8_e4m3fn else CODES
+    exponent = torch.randint(-12, -6, scales.shape[1:])
+    if scales.dtype == torch.float32:
+        scale = torch.exp2(exponent.float())
+    else:  # of ue8m0, and of e4m3
+        scale = (exponent + 127).byte() if scales.dtype == torch.uint8 else (exponent + 40).byte()
+    codes = usable[torch.randint(len(usable), values.shape[1:])]
+    return codes, scale, *(torch.randn(rope.shape[1:]).bfloat16() for rope in ropes)
 
 
-def quantised_segment(size, s_q, topk, slots=21):
+def nan_of(part):
+    return NAN if part.is_floating_point() else 0xFF  # which is NaN in ue8m0 and in e4m3
+
+
+def quantised_segment(name, s_q, topk, slots=21):
     """A cache with NaN in every part of the slots that nobody selected, and indices."""
     indices = selection_indices(s_q, slots, topk, seed=topk)
-    codes, scales, ropes = quantised_parts(size, slots)
+    parts = quantised_parts(name, slots)
     unused = torch.ones(slots, dtype=torch.bool)
     unused[indices[(indices >= 0) & (indices < slots)].long()] = False
-    codes[unused], ropes[unused] = 0xFF, NAN
-    scales[unused] = NAN if size == 656 else 255
-    cache = packed_cache(size, codes, scales, ropes)
+    for part in parts:
+        part[unused] = nan_of(part)
+    cache = packed_cache(name, parts)
     return cache, torch.where(indices >= slots, cache.shape[0] * PAGE_SIZE, indices)
 
 
 def run_quantised(inputs):
-    rows = {n: unpacked(x) for n, x in inputs.items() if x.dtype == torch.uint8}
+    rows = {
+        n: unpacked(x, inputs[f"{n}_format"])
+        for n, x in inputs.items()
+        if getattr(x, "dtype", 0) == torch.uint8
+    }
+    rows |= {f"{n}_format": None for n in rows}
     return run_mla(inputs, 512, unpacked=rows)
 
 
-@pytest.mark.parametrize("size", [656, 584])
+@EVERY_FORMAT
 @pytest.mark.parametrize("h_q, multiprocessors", [(5, 1), (33, 108)])
-def test_quantised_caches(architecture, size, h_q, multiprocessors, monkeypatch):
+def test_mla_over_quantised_caches(architecture, name, h_q, multiprocessors, monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
-    kv, indices = quantised_segment(size, 3, 130)
-    extra_kv, extra_indices = quantised_segment(size, 3, 9)
+    kv, indices = quantised_segment(name, 3, 130)
+    extra_kv, extra_indices = quantised_segment(name, 3, 9)
     indices[0, 32:96] = -1  # no tile size sees a valid index here
     inputs = {
-        **{"q": torch.randn(3, h_q, 576 if size == 656 else 512).bfloat16(), "kv": kv, "indices": indices},
+        **{"q": torch.randn(3, h_q, FORMATS[name].width).bfloat16(), "kv": kv, "indices": indices},
         **{"extra_kv": extra_kv, "extra_indices": extra_indices, "extra_topk_length": int32(9, 0, 7)},
         **{"topk_length": int32(97, 130, 33), "attn_sink": torch.randn(h_q)},
+        **{"kv_format": name, "extra_kv_format": name},
     }
     run_quantised(inputs)
 
 
-def test_segments_of_two_formats():
-    kv, indices = quantised_segment(656, 2, 40)
-    plain = mla_inputs(2, 30, 5, topk=40, d_qk=576, dtype=torch.bfloat16)
-    extra = {"extra_kv": plain["kv"], "extra_indices": plain["indices"]}
-    run_quantised({"q": plain["q"], "kv": kv, "indices": indices, **extra})
-    run_quantised({**plain, "extra_kv": kv, "extra_indices": indices})
+@pytest.mark.parametrize("name, other", [("v32", None), ("nope", None), ("v41_by_page", "v41_fp4_by_page")])
+def test_mla_over_segments_of_two_formats(name, other):
+    kv, indices = quantised_segment(name, 2, 40)
+    plain = mla_inputs(2, 30, 5, topk=40, d_qk=FORMATS[name].width, dtype=torch.bfloat16)
+    extra = {"extra_kv": plain["kv"], "extra_indices": plain["indices"], "extra_kv_format": other}
+    if other is not None:
+        extra["extra_kv"], extra["extra_indices"] = quantised_segment(other, 2, 40)
+    one = {"q": plain["q"], "kv": kv, "indices": indices, "kv_format": name}
+    run_quantised({**one, **extra})
+    swapped = {f"extra_{n}": x for n, x in one.items() if n != "q"}
+    run_quantised({"q": plain["q"], **{n.removeprefix("extra_"): x for n, x in extra.items()}, **swapped})
 
 
-@pytest.mark.parametrize("size", [656, 584])
+@EVERY_FORMAT
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_code_and_scale(architecture, size, dtype):
+def test_mla_of_every_code_and_scale(architecture, name, dtype):
     """One selected token per query: out is that token's value, bit for bit."""
-    codes = FINITE.roll(7).repeat(3)[: 512 if size == 656 else 448].expand(12, -1)
-    if size == 656:
+    codes, scale, *ropes = quantised_parts(name, 12)
+    usable = CODES if codes.shape[1] == 256 else FINITE
+    codes = usable.roll(7).repeat(3)[: codes.shape[1]].expand(12, -1)
+    if scale.dtype == torch.float32:
         scales = torch.tensor([2.0**-12, 1.0, 0.37, 1e-4 / 448, 3e5, 2.0**100, 1e-38, 0.0])
+    elif name.startswith("v41_fp4"):
+        scales = FINITE
     else:
         scales = torch.tensor([0, 1, 7, 118, 127, 128, 200, 246], dtype=torch.uint8)
-    scales = torch.stack([scales.roll(i)[: 4 if size == 656 else 7] for i in range(12)])
-    cache = packed_cache(size, codes, scales, torch.randn(12, 64).bfloat16())
-    expected = unpacked(cache)[:12]
+    groups, step = scale.shape[1], 21 if len(scales) > 8 else 1
+    scale = torch.stack([scales.repeat(4).roll(step * i)[:groups] for i in range(12)])
+    cache = packed_cache(name, (codes, scale, *ropes))
+    expected = unpacked(cache, name)[:12]
     q = torch.zeros(12, 1, expected.shape[1], dtype=dtype)
     out, lse = torch.full((12, 1, 512), NAN, dtype=dtype), torch.full((12, 1), NAN)
     indices = torch.arange(12, dtype=torch.int32)[:, None]
-    sparse_mla(SparseMLAOp(q, cache, indices, 512, 1.0, out, lse, torch.empty_like(lse)))
+    outputs = out, lse, torch.empty_like(lse)
+    sparse_mla(SparseMLAOp(q, cache, indices, 512, 1.0, *outputs, kv_format=name))
     assert torch.equal(out[:, 0], expected[:, :512].float().to(dtype))
     assert (lse == 0).all()
 
 
-@pytest.mark.parametrize("size", [656, 584])
-@pytest.mark.parametrize("where", ["value", "scale", "rope"])
-def test_nan_in_a_selected_token_shows(architecture, size, where):
-    codes, scales, ropes = quantised_parts(size, 3)
-    if where == "value":
-        codes[1, 40] = 0xFF
-    elif where == "scale":
-        scales[1, 2] = NAN if size == 656 else 255
-    else:
-        ropes[1, 40] = NAN
-    q = torch.randn(3, 2, 576 if size == 656 else 512).bfloat16()
+PARTS = [(name, part) for name in FORMATS for part in ("value", "scale", "rope")]
+
+
+@pytest.mark.parametrize(
+    "name, where",
+    [
+        (name, part)
+        for name, part in PARTS
+        if not (name.startswith("v41_fp4") and part == "value")  # e2m1 has no NaN
+        and not (name not in ("v32", "v4") and part == "rope")
+    ],
+)
+def test_mla_shows_nan_of_a_selected_token(architecture, name, where):
+    parts = quantised_parts(name, 3)
+    part = parts[("value", "scale", "rope").index(where)]
+    part[1, 2] = nan_of(part)
+    q = torch.randn(3, 2, FORMATS[name].width).bfloat16()
     out, lse = torch.zeros(3, 2, 512).bfloat16(), torch.zeros(3, 2)
     indices = torch.tensor([[0, 2], [0, 1], [2, 2]], dtype=torch.int32)
-    cache = packed_cache(size, codes, scales, ropes)
-    sparse_mla(SparseMLAOp(q, cache, indices, 512, 0.1, out, lse, torch.empty_like(lse)))
+    outputs = out, lse, torch.empty_like(lse)
+    sparse_mla(SparseMLAOp(q, packed_cache(name, parts), indices, 512, 0.1, *outputs, kv_format=name))
     assert lse.isnan().any(1).tolist() == [False, True, False]
     assert not out[::2].isnan().any()
 
 
-def test_tokens_of_656_bytes_may_lie_in_any_pages():
-    codes, scales, ropes = quantised_parts(656, 16)
-    gapped = packed_cache(656, codes, scales, ropes)
-    inputs = {"q": torch.randn(3, 5, 576).bfloat16(), "indices": selection_indices(3, 16, 40)}
+@pytest.mark.parametrize("name", ["v32", "nope", "v41_fp4"])
+def test_mla_over_tokens_in_any_pages(name):
+    gapped = packed_cache(name, quantised_parts(name, 16))
+    inputs = {"q": torch.randn(3, 5, FORMATS[name].width).bfloat16(), "indices": selection_indices(3, 16, 40)}
+    inputs["kv_format"] = name
     out, lse = run_quantised({**inputs, "kv": gapped})
-    for kv in (gapped.contiguous(), gapped.reshape(16, 1, 656)):
+    for kv in (gapped.contiguous(), gapped.reshape(16, 1, -1)):
         same = run_quantised({**inputs, "kv": kv})
+        assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("d_qk, d_v", [(576, 512), (40, 24)])
+def test_mla_over_pages_apart(architecture, dtype, d_qk, d_v):
+    """Rows of q's dtype, in pages with NaN between them."""
+    rows = mla_inputs(3, 56, 5, topk=70, d_qk=d_qk, dtype=dtype)
+    rows["kv"].nan_to_num_()
+    buffer = torch.full((7, 11, d_qk + 3), NAN, dtype=dtype)
+    kv = buffer[:, 1:9, :d_qk].copy_(rows["kv"].view(7, 8, d_qk))
+    extra = {"extra_kv": kv, "extra_indices": rows["indices"].flip(1)}
+    out, lse = run_mla({**rows, **extra, "extra_kv": rows["kv"]}, d_v)
+    for one, other in ((kv, rows["kv"]), (rows["kv"], kv), (kv, kv)):
+        same = run_mla({**rows, **extra, "kv": one, "extra_kv": other}, d_v)
         assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
 
 

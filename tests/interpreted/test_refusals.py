@@ -27,18 +27,18 @@ def test_fp64(function, inputs):
         getattr(sparse_attn, function)(**inputs, backend="triton")
 
 
-@pytest.mark.parametrize("size", KV_FORMATS)
-def test_latent_caches(size):
-    d_qk = KV_FORMATS[size].width
-    kv, words = torch.zeros(4, 8, size, dtype=torch.uint8), "reads 656 or 584 bytes per token, got"
-    q, plain = torch.zeros(1, 2, d_qk), torch.zeros(8, d_qk)
-    if size in (656, 584):
-        q, plain, words = q.half(), plain.half(), "q: expected bfloat16 or float32, as .*kv is quantised"
-    with pytest.raises((TypeError, ValueError), match=words):
-        sparse_attn.sparse_mla(q, kv, INDICES, backend="triton")
-    with pytest.raises((TypeError, ValueError), match=words):
-        extra = {"extra_kv": kv, "extra_indices": INDICES}
-        sparse_attn.sparse_mla(q, plain, INDICES, **extra, backend="triton")
+@pytest.mark.parametrize("name", KV_FORMATS)
+def test_fp16_over_latent_caches(name):
+    fmt = KV_FORMATS[name]
+    kv = torch.zeros(4, 8, fmt.bytes, dtype=torch.uint8)
+    q, plain = torch.zeros(1, 2, fmt.width).half(), torch.zeros(8, fmt.width).half()
+    for caches, quantised in (
+        ({"kv": kv, "kv_format": name}, "kv"),
+        ({"kv": plain, "extra_kv": kv, "extra_indices": INDICES, "extra_kv_format": name}, "extra_kv"),
+    ):
+        words = f"q: expected bfloat16 or float32, as {quantised} is quantised, got float16"
+        with pytest.raises((TypeError, ValueError), match=words):
+            sparse_attn.sparse_mla(q, indices=INDICES, **caches, backend="triton")
 
 
 def test_pages_that_32_bits_cannot_address():

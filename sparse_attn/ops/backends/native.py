@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 NEARLY_ZERO = 2.0**-126  # a softmax_scale of 0 would make NaN of the infinite scores that fill up a block
-# Quantised caches: the library's number of a format, by the bytes per token.
-ROW_FORMATS = {656: 1, 584: 2, 528: 3, 288: 4}
+# Latent caches: the library's number of a format, by its name; None is rows of q's dtype.
+ROW_FORMATS = {None: 0, "v32": 1, "v4": 2, "v41": 3, "v41_by_page": 4, "nope": 5}
+ROW_FORMATS |= {"v41_fp4": 6, "v41_fp4_by_page": 7}
 # Index queries and keys, by their dtype.
 INDEX_FORMATS = {torch.float8_e4m3fn: 1, torch.uint8: 2}
 INSTALL = (
@@ -287,19 +288,21 @@ def physical_slots(a: "PhysicalSlotsOp") -> None:
 def sparse_mla(a: "SparseMLAOp") -> None:
     args = _attention_args(a, h_kv=1, d_v=a.d_v)
     args.max_logits, args.max_logits_query = a.max_logits.data_ptr(), a.max_logits.stride(0)
-    _set_latent(args.segments[0], a.kv, a.indices, a.topk_length)
+    _set_latent(args.segments[0], a.kv, a.kv_format, a.indices, a.topk_length)
     if a.extra_kv is not None and a.extra_indices is not None:
         args.n_segments = 2
-        _set_latent(args.segments[1], a.extra_kv, a.extra_indices, a.extra_topk_length)
+        extra = a.extra_kv, a.extra_kv_format, a.extra_indices, a.extra_topk_length
+        _set_latent(args.segments[1], *extra)
     _run("attend", args)
 
 
-def _set_latent(segment: _Segment, kv: Tensor, indices: Tensor, topk_length: Tensor | None) -> None:
+def _set_latent(
+    segment: _Segment, kv: Tensor, kv_format: str | None, indices: Tensor, topk_length: Tensor | None
+) -> None:
     segment.k = segment.v = kv.data_ptr()
-    segment.k_row = segment.v_row = kv.stride(-2)
-    segment.k_page, segment.page_size = kv.stride(0), 1
-    if kv.dtype == torch.uint8:
-        segment.page_size, segment.format = kv.shape[1], ROW_FORMATS[kv.shape[2]]
+    segment.format, segment.page_size = ROW_FORMATS[kv_format], kv.shape[1] if kv.dim() == 3 else 1
+    segment.k_page = kv.stride(0)
+    segment.k_row = segment.v_row = kv.stride(1) if segment.page_size > 1 else kv.stride(0)
     segment.s_kv = kv.shape[0] * segment.page_size
     _set_selection(segment, indices, topk_length)
 
