@@ -21,10 +21,12 @@ FORMATS = {
     288: (formats.pack_v41_fp4_kv, 512, 512, 16),
     132: (formats.pack_index_k, 128, 128, 128),
     68: (formats.pack_mxfp4_index_k, 128, 128, 32),
+    36: (formats.pack_mxfp4_index_k, 64, 64, 32),
 }
 PARAMETERS = "size, pack, width, quantised, group"
 CASES = [pytest.param(size, *rest, id=str(size)) for size, rest in FORMATS.items()]
-TOLERANCE = {size: 0.15 if size in (288, 68) else 0.04 for size in FORMATS}
+FOUR_BITS = (288, 68, 36)
+TOLERANCE = {size: 0.15 if size in FOUR_BITS else 0.04 for size in FORMATS}
 
 
 def raw(packed):
@@ -77,8 +79,9 @@ def read_token(size, page, page_size, t):
     if size == 132:
         scale = struct.unpack("<f", page[128 * page_size + 4 * t :][:4])
         return scaled([*map(e4m3, page[128 * t : 128 * t + 128])], scale)
-    scales = page[64 * page_size + 4 * t :][:4]
-    return scaled(nibbles(page[64 * t : 64 * t + 64]), [*map(ue8m0, scales)])
+    half = size - 4  # bytes of e2m1; a scale per 16 of them
+    scales = page[half * page_size + 4 * t :][: half // 16]
+    return scaled(nibbles(page[half * t : half * t + half]), [*map(ue8m0, scales)])
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
@@ -183,6 +186,16 @@ def test_bytes_of_a_page_of_mxfp4_index_keys_by_hand():
     assert struct.unpack("<3i", page[192:])[1] == 126 << 24 | zero << 16 | 128 << 8 | 127
 
 
+def test_bytes_of_mxfp4_index_keys_of_64_values_by_hand():
+    k = torch.zeros(1, 2, 64)
+    k[0, 1, :2], k[0, 1, 32], k[0, 1, 63] = torch.tensor([6.0, -0.5]), 6.01, -3.0
+    page = raw(formats.pack_mxfp4_index_k(k)[0])
+    key = page[32:64]
+    assert key[0] == 0x97 and key[16] == 0x05 and key[31] == 0xB0  # 6.01 / 2 = 3; -3 / 2 = -1.5
+    assert sum(byte != 0 for byte in page[:64]) == 3
+    assert list(page[64:]) == [112, 112, 0, 0, 127, 128, 0, 0]  # two scales in an int32, and the pad
+
+
 @pytest.mark.parametrize("size, first", [(656, 512), (584, 576), (528, 512), (132, 128)])
 def test_both_conventions_of_the_smallest_fp8_scale(size, first):
     """DeepSeek raises amax to 1e-4, FlashMLA amax / 448 to 1e-4; blocks of amax 0, 1e-3 and 1."""
@@ -250,7 +263,7 @@ def test_fp4_is_rounded_to_the_nearest_with_ties_to_even():
 def test_packing_rounds_to_the_nearest_under_the_scale(size, pack, width, quantised, group, dtype):
     """An independent packer: scales by logarithm, values by search among all that the type holds."""
     x = (torch.randn(2, 3, width) * torch.logspace(-2, 2, 6).view(2, 3, 1)).to(dtype)
-    grid = map(e2m1, range(16)) if size in (288, 68) else map(e4m3, range(256))
+    grid = map(e2m1, range(16)) if size in FOUR_BITS else map(e4m3, range(256))
     grid = torch.tensor(sorted(value for value in grid if value == value), dtype=torch.float64)
     blocks = x[..., :quantised].float().double().unflatten(-1, (-1, group))
     scale = blocks.abs().amax(-1, keepdim=True) / grid.max()
@@ -341,8 +354,8 @@ def zeros(*shape):
         ("index_k_views", zeros(2, 132, 3).mT, "pages of adjoining bytes"),
         ("v32_kv_views", zeros(3, 657)[:, :656], "tokens of adjoining bytes, at multiples of 4"),
         ("v32_kv_views", zeros(657)[1:], "at multiples of 4 bytes.*from offset 1"),
-        ("views", zeros(2, 3, 100), "cache: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
-        ("unpack", zeros(2, 3, 100), "packed: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
+        ("views", zeros(2, 3, 100), "cache: expected 656, 584, 528, 288, 132, 68 or 36 bytes per token"),
+        ("unpack", zeros(2, 3, 100), "packed: expected 656, 584, 528, 288, 132, 68 or 36 bytes per token"),
         ("pack_v32_kv", torch.zeros(2, 512), r"kv: expected shape \[..., 576\], got \[2, 512\]"),
         ("pack_v4_kv", torch.zeros(2, 512), r"kv: expected shape \[pages, page_size, 512\], got \[2, 512\]"),
         ("pack_index_k", torch.zeros(2, 3, 64), r"k: expected shape \[pages, page_size, 128\]"),

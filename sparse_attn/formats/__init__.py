@@ -9,6 +9,7 @@ cache, tell its format:
     288   v41_fp4_kv     the same in 4 bits                  fp4, e4m3 scales
     132   index_k        index keys                          fp8, fp32 scale; by page
      68   mxfp4_index_k  index keys in 4 bits                fp4, ue8m0 scales; by page
+     36   mxfp4_index_k  the same of 64 values
 
 "By page": behind the values of all tokens of a page lie the scales of all of them, although the shape
 ``[pages, page_size, bytes]`` suggests that a token's bytes lie together.

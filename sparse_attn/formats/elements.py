@@ -47,9 +47,9 @@ class Format(NamedTuple):
         self.check_in_place("packed", packed)
 
     def quantised(self, name: str, x: Tensor, *, power_of_two: bool = True, min_scale: float) -> Tensor:
-        """``x`` ``[..., width]``, the argument ``name`` of a packer, as a new cache of this format."""
+        """``x`` ``[..., width]``, the argument ``name`` of a packer, as a new cache; pads are zero."""
         self.check_values(name, x)
-        packed = torch.empty(*x.shape[:-1], self.bytes, dtype=torch.uint8, device=x.device)
+        packed = torch.zeros(*x.shape[:-1], self.bytes, dtype=torch.uint8, device=x.device)
         quantise(x, *self.views(packed), power_of_two=power_of_two, min_scale=min_scale)
         return packed
 
