@@ -1,11 +1,11 @@
 """DeepGEMM's logits of the lightning indexer, over contiguous keys and over a paged cache.
 
-Beyond DeepGEMM: any number of heads, any page size and, in fp8, any head dimension (in fp4 64 or 128); ``context_lens`` of one
+Beyond DeepGEMM: any number of heads, any page size and, in fp8, any head dimension; ``context_lens`` of one
 dimension or two; logits outside a query's keys are -inf also where DeepGEMM leaves them undefined (without
 ``clean_logits``). These functions return every logit, as their callers want; to select the top-k,
 :func:`sparse_attn.lightning_topk` never holds more than a chunk of them.
 
-Source of the signatures: DeepGEMM at commit 54e2261.
+Source of the signatures: DeepGEMM at commit 54e2261; docs/facades.md lists the releases.
 """
 
 from collections.abc import Iterator
