@@ -187,20 +187,22 @@ def fp8_fp4_paged_mqa_logits(
     check.integer("max_context_len", max_context_len, 0)
     _check_sequences(indices, dims, k.device)
 
-    page_size = max(1, k.shape[1])
-    table = block_table[:, : -(-max_context_len // page_size)]
+    pages = -(-max_context_len // max(1, k.shape[1]))
+    table = block_table[:, :pages] if pages < block_table.shape[1] else block_table
     width = table.shape[1] * k.shape[1]
     queries, q_scale = queries.flatten(0, 1), None if q_scale is None else q_scale.flatten(0, 1)
-    starts, ends = torch.zeros_like(ends), ends.clamp(max=max_context_len)
+    options = {"q_scale": q_scale, "k_scale": k_scale, "block_table": table}
+    if logits_dtype == torch.float32 and width == max_context_len:
+        return index_logits(queries, k, weights, None, ends, **options)
 
     # The result may end within a page, and the pages before it: this is as wide as both.
+    ends = ends.clamp(max=max_context_len)
     logits = torch.empty(len(queries), max(width, max_context_len), dtype=logits_dtype, device=k.device)
     if logits_dtype == torch.float32:
-        inputs = queries, k, weights, starts, ends
-        index_logits(*inputs, q_scale=q_scale, k_scale=k_scale, block_table=table, out=logits[:, :width])
+        index_logits(queries, k, weights, None, ends, **options, out=logits[:, :width])
     else:
         for t in _chunks(len(queries), width, next_n):
-            inputs = queries[t], k, weights[t], starts[t], ends[t]
+            inputs = queries[t], k, weights[t], None, ends[t]
             scale = None if q_scale is None else q_scale[t]
             rows = table[t.start // next_n : t.stop // next_n]
             logits[t, :width] = index_logits(*inputs, q_scale=scale, k_scale=k_scale, block_table=rows)
@@ -257,10 +259,10 @@ def _pages(kv_cache: Tensor, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, T
             "kv_cache: expected pages of adjoining bytes at multiples of 4 bytes, got strides "
             f"{tuple(steps)} from offset {kv_cache.storage_offset()}"
         )
-    values, scales = split_pages(kv_cache[:, :, 0], size, 4)
+    values, scales = split_pages(kv_cache.squeeze(2), size, 4)
     if q.dtype == torch.uint8:
-        return values, scales.view(torch.int32)[..., 0]
-    return values.view(torch.float8_e4m3fn), scales.view(torch.float32)[..., 0]
+        return values, scales.view(torch.int32).squeeze(2)
+    return values.view(torch.float8_e4m3fn), scales.view(torch.float32).squeeze(2)
 
 
 def _pair(name: str, pair: tuple) -> tuple:
