@@ -149,21 +149,21 @@ def test_a_format_that_bytes_tell_may_be_named(decode, kv_format, use_legacy):
 
 
 NAMES = [  # kv_format, use_legacy, bytes per token of both caches: what sparse_mla is told
-    (None, None, (656, 528), {"kv_format": "v32", "extra_kv_format": "v41"}),
-    (None, False, (528, 288), {"kv_format": "v41", "extra_kv_format": "v41_fp4"}),
-    (None, True, (528, 288), {"kv_format": "v41_by_page", "extra_kv_format": "v41_fp4_by_page"}),
-    (None, True, (584, 584), {"kv_format": "v4", "extra_kv_format": "v4"}),
-    ("V41", None, (528, 288), {"kv_format": "v41_by_page", "extra_kv_format": "v41_fp4_by_page"}),
-    ("V32_NO_ROPE", True, (528, None), {"kv_format": "nope"}),
-    (None, None, (100, None), {}),  # sparse_mla says what it reads
+    (None, None, (656, 528), ("v32", "v41")),
+    (None, False, (528, 288), ("v41", "v41_fp4")),
+    (None, True, (528, 288), ("v41_by_page", "v41_fp4_by_page")),
+    (None, True, (584, 584), ("v4", "v4")),
+    ("V41", None, (528, 288), ("v41_by_page", "v41_fp4_by_page")),
+    ("V32_NO_ROPE", True, (528, None), ("nope", None)),
+    (None, None, (100, None), (None, None)),  # sparse_mla says what it reads
 ]
 
 
 @pytest.mark.parametrize("kv_format, use_legacy, sizes, names", NAMES)
 def test_what_the_formats_are_called(monkeypatch, kv_format, use_legacy, sizes, names):
-    monkeypatch.setattr(flash_mla, "_passed_on", lambda names: names)
+    monkeypatch.setattr(flash_mla, "UNREAD", ())
     caches = [None if size is None else zeros(3, 8, 1, size).byte() for size in sizes]
-    assert flash_mla._formats(kv_format, use_legacy, *caches) == names
+    assert flash_mla._layouts(kv_format, use_legacy, *caches) == names
 
 
 def test_decode_gives_the_bits_of_sparse_mla(decode):

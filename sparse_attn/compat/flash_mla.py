@@ -33,6 +33,7 @@ LAYOUTS = {
     "V4": {584: "v4"},
     "V41": {528: "v41_by_page", 288: "v41_fp4_by_page"},
 }
+UNREAD = ("nope", "v41_by_page", "v41_fp4_by_page")  # until sparse_mla takes kv_format and extra_kv_format
 LEGACY = {
     **LAYOUTS[None],
     **LAYOUTS["V41"],
@@ -190,7 +191,7 @@ def flash_mla_with_kvcache(
             raise ValueError(f"{name}: expected None, got {type(value).__name__}")
     _check_flag("enable_batch_invariant", enable_batch_invariant)
     _check_flag("use_legacy", use_legacy)
-    formats = _formats(kv_format, use_legacy, k_cache, extra_k_cache)
+    layouts = _layouts(kv_format, use_legacy, k_cache, extra_k_cache)
     filled = None if out is None else _queries_of("out", out, {**dims, "head_dim_v": head_dim_v}, q)
     selected = _indices("indices", indices, dims, q)
     extra_selected = _indices("extra_indices_in_kvcache", extra_indices_in_kvcache, dims, q)
@@ -222,12 +223,12 @@ def flash_mla_with_kvcache(
         check.tensor("block_table", block_table, "batch max_pages", dims, INT32, q.device)
         check.tensor("cache_seqlens", cache_seqlens, "batch", dims, INT32, q.device)
         inputs = q, k_cache, block_table, cache_seqlens, causal, head_dim_v, softmax_scale
-        filled, lse = _attend_to_all(*inputs, formats, filled)
+        filled, lse = _attend_to_all(*inputs, layouts[0], filled)
     else:
         if causal:
             raise ValueError("causal: expected False with indices, which say themselves what a query sees")
         rows = q.flatten(0, 1)
-        filled, lse = sparse_mla(  # batch_invariant=enable_batch_invariant belongs here
+        filled, lse = sparse_mla(
             rows,
             k_cache,
             selected,
@@ -240,7 +241,7 @@ def flash_mla_with_kvcache(
             extra_topk_length=_lengths("extra_topk_length", extra_topk_length, dims, q),
             return_lse=True,
             out=None if filled is None else (filled, *_statistics(rows, 1)),
-            **formats,
+            # To come: batch_invariant=enable_batch_invariant, kv_format and extra_kv_format, both of layouts.
         )
     if tile_scheduler_metadata.config is None:  # only now: a call that was refused leaves no trace
         tile_scheduler_metadata.config = config
@@ -250,7 +251,7 @@ def flash_mla_with_kvcache(
 
 
 def _attend_to_all(
-    q, k_cache, block_table, cache_seqlens, causal, d_v, scale, formats, out
+    q, k_cache, block_table, cache_seqlens, causal, d_v, scale, layout, out
 ) -> tuple[Tensor, Tensor]:
     """Dense decode: every slot of a sequence is selected, of as many sequences at a time as memory allows."""
     batch, s_q, page_size = *q.shape[:2], k_cache.shape[1]
@@ -268,7 +269,7 @@ def _attend_to_all(
         if s_q != 1:
             slots = slots.repeat_interleave(s_q, 0)
         part = slice(first * s_q, (first + step) * s_q)
-        sparse_mla(  # and here
+        sparse_mla(
             q[some].flatten(0, 1),
             k_cache,
             slots,
@@ -277,39 +278,34 @@ def _attend_to_all(
             topk_length=seen[some].reshape(-1),
             return_lse=True,
             out=(out[part], lse[part]),
-            **formats,
+            # To come: the same of layout.
         )
     return out, lse
 
 
-def _formats(
+def _layouts(
     kv_format: str | None, use_legacy: bool | None, k_cache: Tensor, extra_k_cache: Tensor | None
-) -> dict[str, str]:
-    """What sparse_mla has to be told of quantised caches."""
+) -> tuple[str | None, str | None]:
+    """What the bytes of both caches mean, where they are quantised."""
     if kv_format not in LAYOUTS:
         raise ValueError(f"kv_format: expected one of {', '.join(map(repr, LAYOUTS))}, got {kv_format!r}")
     if kv_format is not None and use_legacy is False:
         raise ValueError(f"kv_format: expected None with use_legacy=False, got {kv_format!r}")
     layouts = LEGACY if use_legacy and kv_format is None else LAYOUTS[kv_format]
-    names = {}
-    for argument, cache in (("kv_format", k_cache), ("extra_kv_format", extra_k_cache)):
-        if cache is not None and cache.dtype == torch.uint8 and cache.shape[3] in layouts:
-            names[argument] = layouts[cache.shape[3]]
-        elif cache is not None and kv_format is not None:
-            sizes, found = (
-                " or ".join(map(str, layouts)),
-                f"{check.dtype_name(cache.dtype)} {list(cache.shape)}",
-            )
-            raise ValueError(f"kv_format: {kv_format!r} means caches of {sizes} bytes per token, got {found}")
-    return _passed_on(names)
+    extra = None if extra_k_cache is None else _layout(extra_k_cache, kv_format, layouts)
+    return _layout(k_cache, kv_format, layouts), extra
 
 
-def _passed_on(names: dict[str, str]) -> dict[str, str]:
-    """What of ``names`` goes to sparse_mla: until it takes them, only what bytes per token tell is read."""
-    for argument, name in names.items():
-        if name in ("nope", "v41_by_page", "v41_fp4_by_page"):
-            raise ValueError(f"{argument}: the format {name!r} is not read yet")
-    return {}
+def _layout(cache: Tensor, kv_format: str | None, layouts: dict[int, str]) -> str | None:
+    if cache.dtype == torch.uint8 and cache.shape[3] in layouts:
+        name = layouts[cache.shape[3]]
+        if name in UNREAD:
+            raise ValueError(f"kv_format: the format {name!r} is not read yet")
+        return name
+    if kv_format is not None:
+        sizes, found = " or ".join(map(str, layouts)), f"{check.dtype_name(cache.dtype)} {list(cache.shape)}"
+        raise ValueError(f"kv_format: {kv_format!r} means caches of {sizes} bytes per token, got {found}")
+    return None  # sparse_mla refuses what it does not read
 
 
 def _queries_of(name: str, out: Tensor, dims: dict[str, int], q: Tensor) -> Tensor:

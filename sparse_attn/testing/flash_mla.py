@@ -45,7 +45,7 @@ def _assert_same(out: Tensor, expected: Tensor, **logits: tuple[Tensor, Tensor])
 # Prefill
 
 
-def _prefill(module: ModuleType, device: str, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _prefill(module: ModuleType, device: str, **changes: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Call it with inputs that ``changes`` replace, and compare with the definition."""
     arguments = {
         "q": randn(4, H_Q, 576).bfloat16(),
