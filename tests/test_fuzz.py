@@ -534,6 +534,7 @@ def test_a_callers_buffer_is_filled_and_nothing_beside_it(name, data):
     subject = SUBJECTS[name]
     arguments = data.draw(subject.arguments)
     expected = as_tuple(subject.function(**arguments))
+    expected = expected[:1] if name.startswith("flash_mla") else expected  # its statistics are always new
     # torch.full makes no fp8.
     guarded = [torch.full((*x.shape[:-1], x.shape[-1] + 2), 77.0).to(x.dtype) for x in expected]
     inside = tuple(whole[..., 1:-1] for whole in guarded)
