@@ -192,6 +192,8 @@ def test_dense_decode_in_parts_gives_the_same_bits(dense, monkeypatch):
 
 def test_dense_decode_of_hostile_lengths(dense):
     """A length of 0, a negative one, one beyond the table: the query attends to the tokens that exist."""
+    with pytest.raises(ValueError, match="head_dim_v: expected an int of at least 1, got -1"):
+        flash_mla.flash_mla_with_kvcache(**{**dense, "head_dim_v": -1})
     dense["causal"] = False
     out, lse = flash_mla.flash_mla_with_kvcache(**{**dense, "cache_seqlens": int32(0, INT_MAX, -5)})
     assert not out[[0, 2]].any() and torch.isposinf(lse[[0, 2]]).all()

@@ -33,11 +33,8 @@ LAYOUTS = {
     "V4": {584: "v4"},
     "V41": {528: "v41_by_page", 288: "v41_fp4_by_page"},
 }
+LEGACY = {**LAYOUTS[None], **LAYOUTS["V41"]}  # without kv_format, but with use_legacy
 UNREAD = ("nope", "v41_by_page", "v41_fp4_by_page")  # until sparse_mla takes kv_format and extra_kv_format
-LEGACY = {
-    **LAYOUTS[None],
-    **LAYOUTS["V41"],
-}  # without kv_format, what SGLang's kernels before that release read
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -222,6 +219,7 @@ def flash_mla_with_kvcache(
                 raise ValueError(f"{name}: expected None without indices (dense decode)")
         check.tensor("block_table", block_table, "batch max_pages", dims, INT32, q.device)
         check.tensor("cache_seqlens", cache_seqlens, "batch", dims, INT32, q.device)
+        check.integer("head_dim_v", head_dim_v)
         inputs = q, k_cache, block_table, cache_seqlens, causal, head_dim_v, softmax_scale
         filled, lse = _attend_to_all(*inputs, layouts[0], filled)
     else:
