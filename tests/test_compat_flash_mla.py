@@ -1,5 +1,6 @@
 """compat.flash_mla beyond the conformance suite: same bits as the functions that it calls; its errors."""
 
+import functools
 import inspect
 import runpy
 import sys
@@ -14,10 +15,12 @@ from sparse_attn.compat import flash_mla
 from sparse_attn.testing import INT_MAX, INT_MIN
 
 PARAMETERS = {
-    "flash_mla_sparse_fwd": "q kv indices sm_scale d_v attn_sink topk_length",
+    "flash_mla_sparse_fwd": "q kv indices sm_scale d_v attn_sink topk_length * "
+    "out use_legacy return_log2_lse",
     "flash_mla_with_kvcache": "q k_cache block_table cache_seqlens head_dim_v tile_scheduler_metadata "
     "num_splits softmax_scale causal is_fp8_kvcache indices attn_sink extra_k_cache "
-    "extra_indices_in_kvcache topk_length extra_topk_length",
+    "extra_indices_in_kvcache topk_length extra_topk_length * enable_batch_invariant kv_format use_legacy "
+    "descale_q descale_k out",
     "get_mla_metadata": "args kwargs",
 }
 
@@ -60,7 +63,11 @@ def dense():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_have_their_names_and_order(name):
-    assert list(inspect.signature(getattr(flash_mla, name)).parameters) == PARAMETERS[name].split()
+    parameters = inspect.signature(getattr(flash_mla, name)).parameters.values()
+    keyword_only = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+    positional, _, others = PARAMETERS[name].partition(" * ")
+    assert [p.name for p in parameters] == [*positional.split(), *others.split()]
+    assert keyword_only == set(others.split())
 
 
 def test_nothing_of_theirs_is_imported_or_replaced(monkeypatch):
@@ -81,6 +88,82 @@ def test_prefill_gives_the_bits_of_sparse_mla():
     plain = sparse_mla(q, kv[:, 0], indices[:, 0], softmax_scale=0.3, **options, **returns)
     assert torch.equal(out, plain[0]) and torch.equal(max_logits, plain[2])
     assert torch.equal(lse[:2], plain[1][:2]) and torch.isposinf(lse[2]).all()
+
+
+def test_prefill_in_base_2_and_without_statistics():
+    q, kv, indices = torch.randn(3, 5, 40), torch.randn(20, 1, 40), torch.randint(0, 20, (3, 1, 6)).int()
+    indices[1] = -1
+    call = functools.partial(flash_mla.flash_mla_sparse_fwd, q, kv, indices, 0.3, 32)
+    out, max_logits, lse = call()
+    for use_legacy in (None, False, True):
+        again, *natural = call(use_legacy=use_legacy)
+        assert torch.equal(again, out) and torch.equal(natural[1], lse)
+        again, max_2, lse_2 = call(use_legacy=use_legacy, return_log2_lse=True)
+        assert torch.equal(again, out) and torch.isposinf(lse_2[1]).all() and torch.isneginf(max_2[1]).all()
+        torch.testing.assert_close(lse_2[::2].exp2(), lse[::2].exp())
+        torch.testing.assert_close(max_2[::2].exp2(), max_logits[::2].exp())
+        again, *nothing = call(use_legacy=use_legacy, return_log2_lse=False)
+        assert torch.equal(again, out) and nothing == [None, None]
+    with pytest.raises(TypeError, match="return_log2_lse: expected a bool, got int"):
+        call(return_log2_lse=2)
+    with pytest.raises(TypeError, match="use_legacy: expected a bool, got str"):
+        call(use_legacy="yes")
+    with pytest.raises(TypeError, match="positional"):  # an out of vLLM's fork, a use_legacy of SGLang's
+        call(None, None, torch.empty(3, 5, 32))
+
+
+def test_the_callers_out_is_filled(decode, dense):
+    """Of every dtype, and with gaps; nothing beside it is written."""
+    for dtype in (torch.bfloat16, torch.float64):
+        q, kv = torch.randn(3, 5, 40).to(dtype), torch.randn(20, 1, 40).to(dtype)
+        inputs = q, kv, torch.randint(0, 20, (3, 1, 6)).int(), 0.3, 32
+        buffer = torch.full((3, 5, 40), 7.0, dtype=dtype)
+        out, max_logits, lse = flash_mla.flash_mla_sparse_fwd(*inputs, out=buffer[..., :32])
+        right = flash_mla.flash_mla_sparse_fwd(*inputs)
+        assert all(torch.equal(*pair) for pair in zip((out, max_logits, lse), right, strict=True))
+        assert out.data_ptr() == buffer.data_ptr() and (buffer[..., 32:] == 7).all()
+    for arguments, d_v in ((decode, 512), (dense, 32)):
+        dense["causal"] = arguments is dense
+        (right, right_lse), shape = flash_mla.flash_mla_with_kvcache(**arguments), arguments["q"].shape
+        buffer = torch.full((*shape[:2], shape[2] + 1, d_v), 7.0, dtype=arguments["q"].dtype)
+        out, lse = flash_mla.flash_mla_with_kvcache(**arguments, out=buffer[:, :, 1:])
+        assert out.data_ptr() == buffer[:, :, 1:].data_ptr() and (buffer[:, :, 0] == 7).all()
+        assert torch.equal(out, right) and torch.equal(lse, right_lse)
+
+
+def test_the_dtype_of_a_cache_tells_whether_it_is_quantised(decode, dense):
+    """As FlashMLA's releases call it: False was the default until 30 September 2026, True since."""
+    del decode["is_fp8_kvcache"]
+    out, _ = flash_mla.flash_mla_with_kvcache(**decode)
+    assert torch.equal(out, flash_mla.flash_mla_with_kvcache(**decode, is_fp8_kvcache=True)[0])
+    right = flash_mla.flash_mla_with_kvcache(**dense)[0]
+    assert torch.equal(right, flash_mla.flash_mla_with_kvcache(**dense, is_fp8_kvcache=False)[0])
+
+
+@pytest.mark.parametrize("use_legacy", [None, True])
+@pytest.mark.parametrize("kv_format", [None, "V32"])
+def test_a_format_that_bytes_tell_may_be_named(decode, kv_format, use_legacy):
+    right = flash_mla.flash_mla_with_kvcache(**decode)
+    named = flash_mla.flash_mla_with_kvcache(**decode, kv_format=kv_format, use_legacy=use_legacy)
+    assert all(torch.equal(*pair) for pair in zip(right, named, strict=True))
+
+
+NAMES = [  # kv_format, use_legacy, bytes per token of both caches: what sparse_mla is told
+    (None, None, (656, 528), ("v32", "v41")),
+    (None, False, (528, 288), ("v41", "v41_fp4")),
+    (None, True, (528, 288), ("v41_by_page", "v41_fp4_by_page")),
+    (None, True, (584, 584), ("v4", "v4")),
+    ("V41", None, (528, 288), ("v41_by_page", "v41_fp4_by_page")),
+    ("V32_NO_ROPE", True, (528, None), ("nope", None)),
+    (None, None, (100, None), (None, None)),  # sparse_mla says what it reads
+]
+
+
+@pytest.mark.parametrize("kv_format, use_legacy, sizes, names", NAMES)
+def test_what_the_formats_are_called(monkeypatch, kv_format, use_legacy, sizes, names):
+    monkeypatch.setattr(flash_mla, "UNREAD", ())
+    caches = [None if size is None else zeros(3, 8, 1, size).byte() for size in sizes]
+    assert flash_mla._layouts(kv_format, use_legacy, *caches) == names
 
 
 def test_decode_gives_the_bits_of_sparse_mla(decode):
@@ -109,6 +192,8 @@ def test_dense_decode_in_parts_gives_the_same_bits(dense, monkeypatch):
 
 def test_dense_decode_of_hostile_lengths(dense):
     """A length of 0, a negative one, one beyond the table: the query attends to the tokens that exist."""
+    with pytest.raises(ValueError, match="head_dim_v: expected an int of at least 1, got -1"):
+        flash_mla.flash_mla_with_kvcache(**{**dense, "head_dim_v": -1})
     dense["causal"] = False
     out, lse = flash_mla.flash_mla_with_kvcache(**{**dense, "cache_seqlens": int32(0, INT_MAX, -5)})
     assert not out[[0, 2]].any() and torch.isposinf(lse[[0, 2]]).all()
@@ -129,6 +214,8 @@ def test_metadata_belongs_to_one_configuration(decode):
     flash_mla.flash_mla_with_kvcache(**decode, topk_length=int32(1, 2))  # lengths are no part of it
     with pytest.raises(ValueError, match=r"tile_scheduler_metadata: expected calls of one configuration"):
         flash_mla.flash_mla_with_kvcache(**{**decode, "indices": decode["indices"][..., :5]})
+    with pytest.raises(ValueError, match=r"tile_scheduler_metadata: expected calls of one configuration"):
+        flash_mla.flash_mla_with_kvcache(**decode, enable_batch_invariant=True)
     assert flash_mla.get_mla_metadata(int32(1), 2, 1, num_heads_q=64, topk=2048)[1] is None
 
 
@@ -141,6 +228,17 @@ ERRORS = [
     ({"indices": zeros(2, 2, 9)}, TypeError, "indices: expected dtype int32"),
     ({"topk_length": int32(1, 2, 3, 4)}, ValueError, r"topk_length: expected shape \[batch=2\]"),
     ({"num_splits": int32(1)}, ValueError, "num_splits: expected None"),
+    ({"descale_q": torch.ones(2)}, ValueError, "descale_q: expected None, got Tensor"),
+    ({"descale_k": torch.ones(2)}, ValueError, "descale_k: expected None, got Tensor"),
+    ({"enable_batch_invariant": "V41"}, TypeError, "enable_batch_invariant: expected a bool, got str"),
+    ({"use_legacy": 1}, TypeError, "use_legacy: expected a bool, got int"),
+    ({"kv_format": "v32"}, ValueError, "kv_format: expected one of None, 'V32', .*'V41', got 'v32'"),
+    ({"kv_format": "V4"}, ValueError, r"kv_format: 'V4' means caches of 584 bytes.* uint8 \[3, 8, 1, 656\]"),
+    ({"kv_format": "V41"}, ValueError, "kv_format: 'V41' means caches of 528 or 288 bytes"),
+    ({"kv_format": "V32", "use_legacy": False}, ValueError, "kv_format: expected None with use_legacy=False"),
+    ({"out": zeros(2, 4, 512)}, ValueError, r"out: expected shape \[batch=2, s_q=2, h_q=4, head_dim_v=512\]"),
+    ({"out": zeros(2, 2, 4, 512)}, TypeError, "out: expected dtype bfloat16, got float32"),
+    ({"out": zeros(2, 3, 4, 512).bfloat16()[:, :2]}, ValueError, "out: expected all queries at one distance"),
     ({"tile_scheduler_metadata": None}, TypeError, "tile_scheduler_metadata: expected what get_mla_metadata"),
     ({"causal": True}, ValueError, "causal: expected False with indices"),
     ({"indices": None}, TypeError, "block_table: expected a tensor"),

@@ -67,7 +67,7 @@ CASES = [
         ({"backend": "triton"}, ValueError, "backend: 'triton' needs cuda tensors, got .* cpu"),
         ({"q": FP8["q"]}, TypeError, "k: expected quantised keys .* as q is quantised, got float32"),
         ({"k_scale": torch.ones(20)}, ValueError, "k_scale: expected None, as k is not"),
-        ({"k": E2M1["k"], "k_scale": E2M1["k_scale"]}, ValueError, "q: .*=128, as k is e2m1"),
+        ({"k": E2M1["k"], "k_scale": E2M1["k_scale"]}, ValueError, "q: .* 64 or 128, as k is e2m1, got 16"),
     ),
     *cases(
         "index_logits",
@@ -89,13 +89,15 @@ CASES = [
         "index_logits",
         E2M1,
         ({"q_scale": None}, TypeError, "q_scale: expected a tensor .*s_q=3.*, got None"),
-        ({"q": E2M1["q"][..., 1:]}, ValueError, r"q: expected shape .* 64\], got \[3, 2, 63\]"),
+        ({"q": E2M1["q"][..., 1:]}, ValueError, "q: .* 64 or 128, as q is e2m1, got 126"),
+        ({"q": E2M1["q"][..., :32]}, ValueError, r"k: .* index_head_dim/2=32\], got \[20, 64\]"),
+        ({"k_scale": ints(1)}, ValueError, r"k_scale: .*s_kv=20\], got \[1\]"),
         ({"k_scale": torch.ones(20)}, TypeError, "k_scale: .* int32, got float32"),
     ),
     *cases(
         "lightning_topk",
         {**E2M1, "topk": 4},
-        ({"k": E2M1["k"][0]}, ValueError, r"k: expected shape \[s_kv, 64\]"),
+        ({"k": E2M1["k"][0]}, ValueError, r"k: expected shape \[s_kv, index_head_dim/2=64\]"),
     ),
     *cases(
         "lightning_topk",

@@ -24,11 +24,12 @@ FORMATS = {
     "v41_fp4_by_page": (288, formats.pack_v41_fp4_by_page_kv, 512, 512, 16),
     "fp8_index": (132, formats.pack_index_k, 128, 128, 128),
     "mxfp4_index": (68, formats.pack_mxfp4_index_k, 128, 128, 32),
+    "mxfp4_index_64": (36, formats.pack_mxfp4_index_k, 64, 64, 32),
 }
 PARAMETERS = "name, size, pack, width, quantised, group"
 CASES = [pytest.param(name, *rest, id=name) for name, rest in FORMATS.items()]
 E4M3_SCALES = ("v41_fp4", "v41_fp4_by_page")  # not powers of two
-FP4_VALUES = (*E4M3_SCALES, "mxfp4_index")
+FP4_VALUES = (*E4M3_SCALES, "mxfp4_index", "mxfp4_index_64")
 TOLERANCE = {name: 0.15 if name in FP4_VALUES else 0.04 for name in FORMATS}
 
 
@@ -92,8 +93,9 @@ def read_token(name, page, page_size, t):
     if name == "fp8_index":
         data, scale = behind(128, 4)
         return scaled([*map(e4m3, data)], struct.unpack("<f", scale))
-    data, scales = behind(64, 4)
-    return scaled(nibbles(data), [*map(ue8m0, scales)])
+    half = 64 if name == "mxfp4_index" else 32  # bytes of e2m1; a scale per 16 of them
+    data, scales = behind(half, 4)
+    return scaled(nibbles(data), [*map(ue8m0, scales[: half // 16])])
 
 
 @pytest.mark.parametrize(PARAMETERS, CASES)
@@ -223,6 +225,16 @@ def test_bytes_of_a_page_of_mxfp4_index_keys_by_hand():
     zero = 112  # 2 ** -15 is 1e-4 / 6, rounded up
     assert list(page[192:]) == [*[zero] * 4, 127, 128, zero, 126, *[zero] * 4]
     assert struct.unpack("<3i", page[192:])[1] == 126 << 24 | zero << 16 | 128 << 8 | 127
+
+
+def test_bytes_of_mxfp4_index_keys_of_64_values_by_hand():
+    k = torch.zeros(1, 2, 64)
+    k[0, 1, :2], k[0, 1, 32], k[0, 1, 63] = torch.tensor([6.0, -0.5]), 6.01, -3.0
+    page = raw(formats.pack_mxfp4_index_k(k)[0])
+    key = page[32:64]
+    assert key[0] == 0x97 and key[16] == 0x05 and key[31] == 0xB0  # 6.01 / 2 = 3; -3 / 2 = -1.5
+    assert sum(byte != 0 for byte in page[:64]) == 3
+    assert list(page[64:]) == [112, 112, 0, 0, 127, 128, 0, 0]  # two scales in an int32, and the pad
 
 
 FIRST_SCALES = [("v32", 512), ("nope", 512), ("fp8_index", 128)]  # fp32
@@ -407,8 +419,8 @@ def zeros(*shape):
         ("index_k_views", zeros(2, 132, 3).mT, "pages of adjoining bytes"),
         ("v32_kv_views", zeros(3, 657)[:, :656], "tokens of adjoining bytes, at multiples of 4"),
         ("v32_kv_views", zeros(657)[1:], "at multiples of 4 bytes.*from offset 1"),
-        ("views", zeros(2, 3, 100), "cache: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
-        ("unpack", zeros(2, 3, 100), "packed: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
+        ("views", zeros(2, 3, 100), "cache: expected 656, 584, 528, 288, 132, 68 or 36 bytes per token"),
+        ("unpack", zeros(2, 3, 100), "packed: expected 656, 584, 528, 288, 132, 68 or 36 bytes per token"),
         (
             "unpack",
             zeros(2, 3, 528),
@@ -437,7 +449,7 @@ def test_wrong_arguments_are_named(function, argument, words):
         (528, "v32", "format: expected 'v41', 'v41_by_page' or 'nope', as packed has 528 .* got 'v32'"),
         (288, "V41_FP4", "format: expected 'v41_fp4' or 'v41_fp4_by_page', .* got 'V41_FP4'"),
         (132, 132, "format: expected 'fp8_index', as packed has 132 bytes per token, got 132"),
-        (100, "v41", "packed: expected 656, 584, 528, 288, 132 or 68 bytes per token"),
+        (100, "v41", "packed: expected 656, 584, 528, 288, 132, 68 or 36 bytes per token"),
     ],
 )
 def test_wrong_names_of_formats(size, name, words):

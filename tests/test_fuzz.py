@@ -113,7 +113,7 @@ def index_arguments(draw) -> Arguments:
     name = draw(st.sampled_from([None, None, *formats.INDEX_K_FORMATS]))
     s_q, s_kv = draw(st.integers(0, 9)), draw(st.integers(1, 80))
     dtype, heads = draw(FLOATS), draw(st.sampled_from([1, 3, 8, 17, 64]))
-    d = 128 if name else draw(st.sampled_from([1, 7, 32, 65, 128]))
+    d = formats.FORMATS[name].width if name else draw(st.sampled_from([1, 7, 32, 65, 128]))
     inputs = index_inputs(s_q, s_kv, heads, d, dtype=dtype, seed=draw(SEEDS))
     if draw(st.booleans()):  # small integers: many scores tie
         for tensor in ("q", "k", "weights"):
@@ -312,18 +312,18 @@ def logits_arguments(draw) -> Arguments:
     g = torch.Generator().manual_seed(draw(SEEDS))
 
     def quantised(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = formats.FORMATS[name].pack(torch.randn(*shape, 128, generator=g))
+        packed = formats.FORMATS[name].pack(torch.randn(*shape, width, generator=g))
         values, scales = formats.views(packed)
+        if name != "fp8_index":  # of 64 values two scales, and a pad of NaN
+            padded = torch.nn.functional.pad(scales, (0, 4 - scales.shape[-1]), value=255)
+            scales = padded.view(torch.int32)[..., 0]
         return values.contiguous(), scales.contiguous()
 
     name = draw(st.sampled_from(list(formats.INDEX_K_FORMATS)))
+    width, fp8 = formats.FORMATS[name].width, name == "fp8_index"
     values, scales = quantised(1, s_kv)
-    kv = values[0], scales[0] if name == "fp8_index" else scales.view(torch.int32)[0, :, 0]
-    if name == "fp8_index":
-        q = formats.to_e4m3(torch.randn(s_q, heads, 128, generator=g)), None
-    else:
-        values, scales = quantised(s_q, heads)
-        q = values, scales.view(torch.int32)[..., 0]
+    kv = values[0], scales[0]
+    q = (formats.to_e4m3(torch.randn(s_q, heads, 128, generator=g)), None) if fp8 else quantised(s_q, heads)
     ks, ke = (torch.randint(-3, s_kv + 4, (s_q,), generator=g, dtype=torch.int32) for _ in "se")
     ranges = {"cu_seq_len_k_start": ks, "cu_seq_len_k_end": ke}
     return {"q": q, "kv": kv, "weights": torch.randn(s_q, heads, generator=g), **ranges}
@@ -472,7 +472,8 @@ def check_contiguous_logits(backend: str, arguments: Arguments, logits: torch.Te
         stored, scales = pair
         if scales is None:
             return stored.double()
-        scales = scales[..., None].view(torch.uint8) if scales.dtype == torch.int32 else scales
+        if scales.dtype == torch.int32:
+            scales = scales[..., None].view(torch.uint8)[..., : stored.shape[-1] // 16]
         return formats.dequantise(stored, scales, dtype=torch.float64)
 
     q, k, weights = values(arguments["q"]), values(arguments["kv"]), arguments["weights"]
@@ -563,6 +564,7 @@ def test_a_callers_buffer_is_filled_and_nothing_beside_it(name, data):
     subject = SUBJECTS[name]
     arguments = data.draw(subject.arguments)
     expected = as_tuple(subject.function(**arguments))
+    expected = expected[:1] if name.startswith("flash_mla") else expected  # its statistics are always new
     # torch.full makes no fp8.
     guarded = [torch.full((*x.shape[:-1], x.shape[-1] + 2), 77.0).to(x.dtype) for x in expected]
     inside = tuple(whole[..., 1:-1] for whole in guarded)

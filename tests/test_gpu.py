@@ -266,19 +266,20 @@ def test_gqa_beyond_32_bits():
 def e2m1(x):
     """Values and scales as the functions take them."""
     values = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(*x.shape[:-1], x.shape[-1] // 32, dtype=torch.uint8, device=x.device)
-    formats.quantise(x, values, scales, min_scale=formats.FP4_MIN_SCALE)
-    return values, scales.view(torch.int32)[..., 0]
+    stored = torch.full((*x.shape[:-1], 4), 255, dtype=torch.uint8, device=x.device)  # of d = 64 a pad of NaN
+    formats.quantise(x, values, stored[..., : x.shape[-1] // 32], min_scale=formats.FP4_MIN_SCALE)
+    return values, stored.view(torch.int32)[..., 0]
 
 
 def index_case(form, s_q, s_kv, heads, sequences=0, seed=0):
     """Arguments of index_logits whose unseen keys are NaN; with ``sequences`` in pages of 64.
 
-    ``form``: of the queries and of the keys. Quantised keys in pages are a packed cache.
+    ``form``: of the queries, of the keys, and d if not 128. Quantised keys in pages are a packed cache.
     """
-    q_form, k_form = form.split()
+    q_form, k_form, *width = form.split()
+    d = int(width[0]) if width else 128
     dtypes = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
-    inputs = index_inputs(s_q, s_kv, heads, 128, dtype=dtypes.get(q_form, BF16), device=DEVICE, seed=seed)
+    inputs = index_inputs(s_q, s_kv, heads, d, dtype=dtypes.get(q_form, BF16), device=DEVICE, seed=seed)
     k = inputs["k"]
     if sequences:
         k, table = to_pages(k, 64, seed)
@@ -304,12 +305,12 @@ def index_case(form, s_q, s_kv, heads, sequences=0, seed=0):
 def exact_logits(t, q, k, weights, ks, ke, q_scale=None, k_scale=None, block_table=None):
     """Of query t, ``[1, width]`` in fp64: the logits, and the sums of the magnitudes that enter them."""
     one = slice(t, t + 1)
-    scales = None if q_scale is None else q_scale[one, :, None].view(torch.uint8)
+    scales = None if q_scale is None else q_scale[one, :, None].view(torch.uint8)[..., : q.shape[2] // 16]
     query = formats.dequantise(q[one], scales, dtype=torch.float64)
     if k.dtype == torch.uint8 and k_scale is None:
         k, k_scale = formats.views(k)
     elif k.dtype == torch.uint8:
-        k_scale = k_scale[..., None].view(torch.uint8)
+        k_scale = k_scale[..., None].view(torch.uint8)[..., : k.shape[-1] // 16]
     exists = torch.ones(len(k), dtype=torch.bool, device=k.device)
     if block_table is not None:
         table = block_table[t // (len(q) // len(block_table))]
@@ -348,7 +349,7 @@ def check_logits(actual, inputs, most=12, visible_only=False):
 
 FORMS = [
     *("bf16 bf16", "fp16 fp16", "fp32 fp32", "bf16 e4m3", "fp16 e4m3", "fp32 e4m3", "e4m3 e4m3", "e2m1 e4m3"),
-    *("bf16 e2m1", "fp32 e2m1", "e4m3 e2m1", "e2m1 e2m1"),
+    *("bf16 e2m1", "fp32 e2m1", "e4m3 e2m1", "e2m1 e2m1", "bf16 e2m1 64", "e2m1 e2m1 64"),
 ]
 
 

@@ -269,9 +269,10 @@ def quantised(x, form):
         values = formats.to_e4m3(x.float() / scales[..., None])
         return (values, scales), (values, scales)
     values = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(*x.shape[:-1], 4, dtype=torch.uint8, device=x.device)
+    stored = torch.full((*x.shape[:-1], 4), 255, dtype=torch.uint8, device=x.device)  # the pad is NaN
+    scales = stored[..., : x.shape[-1] // 32]
     formats.quantise(x, values, scales, min_scale=1e-9)
-    return (values, scales.view(torch.int32)[..., 0]), (values, scales)
+    return (values, stored.view(torch.int32)[..., 0]), (values, scales)
 
 
 def quantised_index_inputs(q_form, k_form, device, *size, d=128, seed=0):
@@ -290,10 +291,10 @@ def quantised_index_inputs(q_form, k_form, device, *size, d=128, seed=0):
 
 
 @pytest.mark.parametrize("q_form", ["fp32", "e4m3", "e2m1"])
-@pytest.mark.parametrize("k_form", ["e4m3", "e2m1"])
+@pytest.mark.parametrize("k_form, d", [("e4m3", 128), ("e2m1", 128), ("e2m1", 64)])
 @pytest.mark.parametrize("heads, page_size", [(3, 1), (64, 16), (17, 7)])
-def test_quantised_operands(backend, device, q_form, k_form, heads, page_size):
-    inputs, straight = quantised_index_inputs(q_form, k_form, device, 4, 70, heads)
+def test_quantised_operands(backend, device, q_form, k_form, d, heads, page_size):
+    inputs, straight = quantised_index_inputs(q_form, k_form, device, 4, 70, heads, d=d)
     logits = sparse_attn.index_logits(**inputs, backend=backend)
     assert logits.dtype == torch.float32
     assert_logits_close(logits, **straight)
@@ -321,7 +322,7 @@ def test_quantised_operands(backend, device, q_form, k_form, heads, page_size):
 
 def paged_keys(k, scales, order, page_size):
     """(parts, packed): keys in pages, page i of the sequence at order[i]; bytes that no key uses are 0xFF."""
-    size = 132 if k.dtype == torch.float8_e4m3fn else 68
+    size = k.shape[1] + 4
     packed = torch.full((len(order), page_size, size), 0xFF, dtype=torch.uint8, device=k.device)
     parts = formats.views(packed)
     slot = torch.arange(len(k), device=k.device)
@@ -329,8 +330,14 @@ def paged_keys(k, scales, order, page_size):
     for part, source in zip(parts, (k, scales), strict=True):
         in_words = torch.uint8 if part.element_size() == 1 else part.dtype  # torch does not index fp8
         part.view(in_words)[where] = source.view(in_words)
-    values, scales = (part.contiguous() for part in parts)
-    return (values, scales if size == 132 else scales.view(torch.int32)[..., 0]), packed
+    values, scales = parts[0].contiguous(), packed.flatten(1)[:, page_size * k.shape[1] :].contiguous()
+    return (values, scales.view(torch.float32 if size == 132 else torch.int32)), packed
+
+
+@pytest.mark.parametrize("q_form, k_form", [("e2m1", "e4m3"), ("e4m3", "e2m1"), ("fp32", "e4m3")])
+def test_quantised_operands_of_64_values(backend, device, q_form, k_form):
+    inputs, straight = quantised_index_inputs(q_form, k_form, device, 5, 40, 6, d=64)
+    assert_logits_close(sparse_attn.index_logits(**inputs, backend=backend), **straight)
 
 
 @pytest.mark.parametrize("d", [16, 32, 40, 64, 128])

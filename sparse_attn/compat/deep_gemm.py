@@ -5,7 +5,7 @@ dimension or two; logits outside a query's keys are -inf also where DeepGEMM lea
 ``clean_logits``). These functions return every logit, as their callers want; to select the top-k,
 :func:`sparse_attn.lightning_topk` never holds more than a chunk of them.
 
-Source of the signatures: DeepGEMM at commit 54e2261.
+Source of the signatures: DeepGEMM at commit 54e2261; docs/facades.md lists the releases.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,6 @@ INF = float("inf")
 WORKSPACE_BYTES = 64 << 20  # of fp32 logits at a time, where the result is another tensor
 FP8, PACKED_FP4 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
 LOGITS_DTYPES = (torch.float32, torch.bfloat16)
-FP4_VALUES = 128  # of a query or key in fp4: four scales in one int32
 
 __all__ = [
     "fp8_fp4_mqa_logits",
@@ -62,9 +61,10 @@ def fp8_fp4_mqa_logits(
 
     Args:
         q: values and scales. In fp8 e4m3 ``[s_q, heads, d]`` and None: their scales belong into ``weights``.
-            In fp4 two e2m1 in each byte (int8 or uint8) ``[s_q, heads, 64]``, the first in the low bits, and
-            int32 ``[s_q, heads]``: four ue8m0, each of 32 values, the first in the low byte.
-        kv: values and scales of the keys: e4m3 ``[s_kv, d]`` and fp32 ``[s_kv]``, or in fp4 ``[s_kv, 64]``
+            In fp4 two e2m1 in each byte (int8 or uint8) ``[s_q, heads, d / 2]`` with d of 64 or 128, the
+            first in the low bits, and int32 ``[s_q, heads]``: a ue8m0 for each 32 values, the first in the
+            low byte. Of d = 64 these are two; the bytes above them are not read.
+        kv: values and scales of the keys: e4m3 ``[s_kv, d]`` and fp32 ``[s_kv]``, or in fp4 ``[s_kv, d / 2]``
             and int32 ``[s_kv]``.
         weights: ``[s_q, heads]`` fp32, or bf16 for bf16 logits.
         cu_seq_len_k_start, cu_seq_len_k_end: ``[s_q]`` int32; a query does not see the key at its end.
@@ -156,10 +156,11 @@ def fp8_fp4_paged_mqa_logits(
     """The logits of :func:`fp8_fp4_mqa_logits` for the newest tokens of sequences in a paged cache.
 
     Args:
-        q: values and scales as there, ``[batch, next_n, heads, d]``; in fp4 ``[batch, next_n, heads, 64]``
+        q: values and scales as there, ``[batch, next_n, heads, d]``; in fp4 ``[batch, next_n, heads, d / 2]``
             and ``[batch, next_n, heads]``.
-        kv_cache: uint8 ``[pages, page_size, 1, d + 4]``, in fp4 ``[pages, page_size, 1, 68]``. Behind the
-            values of *all* keys of a page lie the scales of all (:func:`sparse_attn.formats.index_k_views`).
+        kv_cache: uint8 ``[pages, page_size, 1, d + 4]``, in fp4 ``[pages, page_size, 1, d / 2 + 4]``: 68 or
+            36 bytes per key. Behind the values of *all* keys of a page lie the scales of all
+            (:func:`sparse_attn.formats.index_k_views`).
         weights: ``[batch * next_n, heads]`` fp32, or bf16 for bf16 logits.
         context_lens: int32, how many tokens a query sees: ``[batch, next_n]``; or ``[batch]``, the length of
             each sequence, of which query j sees ``context_lens - next_n + j + 1`` tokens.
@@ -186,20 +187,22 @@ def fp8_fp4_paged_mqa_logits(
     check.integer("max_context_len", max_context_len, 0)
     _check_sequences(indices, dims, k.device)
 
-    page_size = max(1, k.shape[1])
-    table = block_table[:, : -(-max_context_len // page_size)]
+    pages = -(-max_context_len // max(1, k.shape[1]))
+    table = block_table[:, :pages] if pages < block_table.shape[1] else block_table
     width = table.shape[1] * k.shape[1]
     queries, q_scale = queries.flatten(0, 1), None if q_scale is None else q_scale.flatten(0, 1)
-    starts, ends = torch.zeros_like(ends), ends.clamp(max=max_context_len)
+    options = {"q_scale": q_scale, "k_scale": k_scale, "block_table": table}
+    if logits_dtype == torch.float32 and width == max_context_len:
+        return index_logits(queries, k, weights, None, ends, **options)
 
     # The result may end within a page, and the pages before it: this is as wide as both.
+    ends = ends.clamp(max=max_context_len)
     logits = torch.empty(len(queries), max(width, max_context_len), dtype=logits_dtype, device=k.device)
     if logits_dtype == torch.float32:
-        inputs = queries, k, weights, starts, ends
-        index_logits(*inputs, q_scale=q_scale, k_scale=k_scale, block_table=table, out=logits[:, :width])
+        index_logits(queries, k, weights, None, ends, **options, out=logits[:, :width])
     else:
         for t in _chunks(len(queries), width, next_n):
-            inputs = queries[t], k, weights[t], starts[t], ends[t]
+            inputs = queries[t], k, weights[t], None, ends[t]
             scale = None if q_scale is None else q_scale[t]
             rows = table[t.start // next_n : t.stop // next_n]
             logits[t, :width] = index_logits(*inputs, q_scale=scale, k_scale=k_scale, block_table=rows)
@@ -229,7 +232,7 @@ def _queries(q: tuple, spec: str, dims: dict[str, int]) -> tuple[Tensor, Tensor 
     if scales is None:
         check.tensor("q", values, f"{spec} d", dims, FP8)
         return values, None
-    check.tensor("q[0]", values, f"{spec} {FP4_VALUES // 2}", dims, PACKED_FP4)
+    check.tensor("q[0]", values, f"{spec} d/2", dims, PACKED_FP4)
     check.tensor("q[1]", scales, spec, dims, INT32, values.device)
     return values.view(torch.uint8), scales
 
@@ -237,7 +240,7 @@ def _queries(q: tuple, spec: str, dims: dict[str, int]) -> tuple[Tensor, Tensor 
 def _keys(kv: tuple, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
     values, scales = _pair("kv", kv)
     if q.dtype == torch.uint8:
-        check.tensor("kv[0]", values, f"s_kv {FP4_VALUES // 2}", dims, PACKED_FP4, q.device)
+        check.tensor("kv[0]", values, "s_kv d/2", dims, PACKED_FP4, q.device)
         check.tensor("kv[1]", scales, "s_kv", dims, INT32, q.device)
         return values.view(torch.uint8), scales
     check.tensor("kv[0]", values, "s_kv d", dims, FP8, q.device)
@@ -247,7 +250,7 @@ def _keys(kv: tuple, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
 
 def _pages(kv_cache: Tensor, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, Tensor]:
     """Values ``[pages, page_size, ...]`` and scales ``[pages, page_size]`` of a cache, views."""
-    size = FP4_VALUES // 2 if q.dtype == torch.uint8 else q.shape[-1]
+    size = q.shape[-1]  # bytes of values per key
     check.tensor("kv_cache", kv_cache, f"pages page_size 1 {size + 4}", {}, (torch.uint8,), q.device)
     steps = kv_cache.stride()
     apart = steps[3] != 1 or (kv_cache.shape[1] > 1 and steps[1] != size + 4)
@@ -256,10 +259,10 @@ def _pages(kv_cache: Tensor, q: Tensor, dims: dict[str, int]) -> tuple[Tensor, T
             "kv_cache: expected pages of adjoining bytes at multiples of 4 bytes, got strides "
             f"{tuple(steps)} from offset {kv_cache.storage_offset()}"
         )
-    values, scales = split_pages(kv_cache[:, :, 0], size, 4)
+    values, scales = split_pages(kv_cache.squeeze(2), size, 4)
     if q.dtype == torch.uint8:
-        return values, scales.view(torch.int32)[..., 0]
-    return values.view(torch.float8_e4m3fn), scales.view(torch.float32)[..., 0]
+        return values, scales.view(torch.int32).squeeze(2)
+    return values.view(torch.float8_e4m3fn), scales.view(torch.float32).squeeze(2)
 
 
 def _pair(name: str, pair: tuple) -> tuple:

@@ -13,6 +13,7 @@ the bytes per token, the last dimension of a cache; where these have several mea
     288    "v41_fp4_by_page"  the same by page
     132    "fp8_index"        index keys                           fp8, fp32 scale; by page
      68    "mxfp4_index"      index keys in 4 bits                 fp4, ue8m0 scales; by page
+     36    "mxfp4_index_64"   the same of 64 values
 
 "By page": behind the values of all tokens of a page lie the scales of all of them, although the shape
 ``[pages, page_size, bytes]`` suggests that a token's bytes lie together.

@@ -127,9 +127,9 @@ def _either(choices: Iterable[str]) -> str:
 def split_pages(pages: Tensor, value_bytes: int, scale_bytes: int) -> tuple[Tensor, Tensor]:
     """The values of a cache by page, ``value_bytes`` per token, and the scales that lie behind them."""
     n, page_size, size = pages.shape
-    page = pages.view(n, page_size * size)
-    values, scales = page.split([page_size * value_bytes, page_size * scale_bytes], -1)
-    return values.unflatten(-1, (page_size, value_bytes)), scales.unflatten(-1, (page_size, scale_bytes))
+    page, behind = pages.view(n, page_size * size), page_size * value_bytes
+    values, scales = page.narrow(1, 0, behind), page.narrow(1, behind, page_size * scale_bytes)
+    return values.view(n, page_size, value_bytes), scales.view(n, page_size, scale_bytes)
 
 
 def fp8_scale(amax: Tensor, power_of_two: bool = True, min_scale: float = FP8_MIN_SCALE) -> Tensor:

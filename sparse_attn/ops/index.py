@@ -22,7 +22,7 @@ from .check import FLOATS, INT32, dtype_name
 from .records import OptionalOutput, Output, in_chunks
 
 DEFAULT_WORKSPACE_BYTES = 256 << 20
-E2M1_WIDTH = 128  # index_head_dim of e2m1 queries and keys
+E2M1_WIDTHS = (64, 128)  # index_head_dim of e2m1 queries and keys
 
 # What scoring and selection hold for each logit of a row. In torch: the logit, its masked and sorted
 # copies, int64 positions. In Triton: the logit, and the list of kernels/select_topk.py.
@@ -123,19 +123,19 @@ def index_logits(
 
     Args:
         q: ``[s_q, index_n_heads, index_head_dim]``, bf16, fp16, fp32 or fp64. Or quantised, where k is too:
-            float8_e4m3fn, whose scales the caller multiplies into ``weights``; or e2m1, uint8
-            ``[s_q, index_n_heads, 64]`` of index_head_dim 128, two values in a byte, the even one low.
+            float8_e4m3fn, whose scales the caller multiplies into ``weights``; or e2m1 of index_head_dim 64
+            or 128, uint8 ``[s_q, index_n_heads, index_head_dim / 2]``, two per byte, the even one low.
         k: ``[s_kv, index_head_dim]`` in q's dtype; with ``block_table`` a paged cache
             ``[pages, page_size, index_head_dim]``. Or quantised in the same shapes, beside ``k_scale``:
-            float8_e4m3fn, or e2m1 (uint8, 64 bytes per key). Or a packed cache that holds its scales,
-            uint8 ``[pages, page_size, bytes]`` with 132 bytes (fp8) or 68 (mxfp4) per key
+            float8_e4m3fn, or e2m1 (uint8). Or a packed cache that holds its scales, uint8 ``[pages,
+            page_size, bytes]`` with 132 bytes (fp8), 68 or, of index_head_dim 64, 36 (mxfp4) per key
             (:mod:`sparse_attn.formats`); without ``block_table`` it is read in the order of the pages.
         weights: ``[s_q, index_n_heads]`` fp32 (fp64 with fp64 q); may be negative.
         ks, ke: ``[s_q]`` int32. Query t sees keys ``ks[t] <= s < ke[t]``, clamped to the keys that
             exist; a reversed range is empty. By default a query sees all keys, also those after it: for
             causal attention of the last s_q tokens pass ``ke = torch.arange(s_kv - s_q, s_kv) + 1``, int32.
-        q_scale: with e2m1 q, ``[s_q, index_n_heads]`` int32: four ue8m0 scales, one per 32 values, the
-            first in the low byte.
+        q_scale: with e2m1 q, ``[s_q, index_n_heads]`` int32: two or four ue8m0 scales, one per 32 values,
+            the first in the low byte; bytes above two scales are not read.
         k_scale: with e4m3 k one fp32 scale per key, not negative; with e2m1 k int32 as in ``q_scale``.
             ``[s_kv]``, or with ``block_table`` ``[pages, page_size]``.
         block_table: ``[n, max_pages]`` int32. Position s is found in page
@@ -334,10 +334,11 @@ def _check_index_inputs(q, k, weights, ks, ke, q_scale, k_scale, block_table, cu
 def _check_index_q(q: Tensor, q_scale: Tensor | None, dims: dict[str, int]) -> Tensor | None:
     """The scales of q, in bytes."""
     if isinstance(q, Tensor) and q.dtype == torch.uint8:
-        check.tensor("q", q, f"s_q index_n_heads {E2M1_WIDTH // 2}", dims, (torch.uint8,))
-        dims["index_head_dim"] = E2M1_WIDTH
+        check.tensor("q", q, "s_q index_n_heads index_head_dim/2", dims, (torch.uint8,))
+        d = dims["index_head_dim"] = 2 * q.shape[2]
+        _check_e2m1_width("q", d)
         q_scale = check.tensor("q_scale", q_scale, "s_q index_n_heads", dims, INT32, q.device)
-        return _ue8m0_bytes(q_scale)
+        return _ue8m0_bytes(q_scale, d)
     check.tensor("q", q, "s_q index_n_heads index_head_dim", dims, (*FLOATS, torch.float8_e4m3fn))
     if q_scale is not None:
         raise ValueError("q_scale: expected None, as q is not e2m1 (scales of e4m3 go into weights)")
@@ -359,13 +360,12 @@ def _check_index_k(
         return keys, k_scale, block_table
     rows = "s_kv" if block_table is None else "pages page_size"
     if dtype == torch.uint8:
-        if dims["index_head_dim"] != E2M1_WIDTH:
-            raise ValueError(
-                f"q: expected index_head_dim={E2M1_WIDTH}, as k is e2m1, got {dims['index_head_dim']}"
-            )
-        check.tensor("k", k, f"{rows} {E2M1_WIDTH // 2}", dims, (torch.uint8,), q.device)
+        d = dims["index_head_dim"]
+        _check_e2m1_width("k", d)
+        dims["index_head_dim/2"] = d // 2
+        check.tensor("k", k, f"{rows} index_head_dim/2", dims, (torch.uint8,), q.device)
         k_scale = check.tensor("k_scale", k_scale, rows, dims, INT32, q.device)
-        return k, _ue8m0_bytes(k_scale), block_table
+        return k, _ue8m0_bytes(k_scale, d), block_table
     if dtype == torch.float8_e4m3fn:
         check.tensor("k", k, f"{rows} index_head_dim", dims, (torch.float8_e4m3fn,), q.device)
         check.tensor("k_scale", k_scale, rows, dims, (torch.float32,), q.device)
@@ -379,9 +379,15 @@ def _check_index_k(
     return k, None, block_table
 
 
-def _ue8m0_bytes(scales: Tensor) -> Tensor:
-    """``[..., 4]`` uint8 of int32 scales, the low byte first; a view."""
-    return scales[..., None].view(torch.uint8)
+def _check_e2m1_width(name: str, d: int) -> None:
+    if d not in E2M1_WIDTHS:
+        widths = " or ".join(map(str, E2M1_WIDTHS))
+        raise ValueError(f"q: expected index_head_dim {widths}, as {name} is e2m1, got {d}")
+
+
+def _ue8m0_bytes(scales: Tensor, d: int) -> Tensor:
+    """``[..., d / 32]`` uint8 of int32 scales, the low byte first; a view."""
+    return scales[..., None].view(torch.uint8)[..., : d // 32]
 
 
 def _check_ranges(

@@ -25,12 +25,13 @@ def _fp8(x: Tensor) -> Tensor:
 
 
 def _fp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed e2m1 (int8), four ue8m0 in an int32, and what both mean, in fp64."""
+    """Packed e2m1 (int8), a ue8m0 per 32 values in an int32, and what both mean, in fp64; a pad is NaN."""
     values = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8)
-    scales = torch.empty(*x.shape[:-1], x.shape[-1] // 32, dtype=torch.uint8)
+    stored = torch.full((*x.shape[:-1], 4), 255, dtype=torch.uint8)
+    scales = stored[..., : x.shape[-1] // 32]
     formats.quantise(x, values, scales, min_scale=formats.FP4_MIN_SCALE)
     meant = formats.dequantise(values, scales, dtype=torch.float64)
-    return values.view(torch.int8), scales.view(torch.int32)[..., 0], meant
+    return values.view(torch.int8), stored.view(torch.int32)[..., 0], meant
 
 
 def _uneven(*shape: int, seed: int = 0) -> Tensor:
@@ -59,14 +60,13 @@ def _assert_logits(actual: Tensor, expected: Tensor, dtype: torch.dtype, cleaned
 
 def _mqa(module: ModuleType, device: str, fp4: bool = False, s_q: int = 6, **changes: Any) -> Tensor:
     """Call it with inputs that ``changes`` replace, and compare with the definition."""
-    heads = changes.pop("heads", HEADS)
+    heads, d = changes.pop("heads", HEADS), changes.pop("d", D)
     if fp4:
         (q, q_scale, q_meant), (k, k_scale, k_meant) = (
-            _fp4(_uneven(s_q, heads, D)),
-            _fp4(_uneven(S_KV, D, seed=1)),
+            _fp4(_uneven(s_q, heads, d)),
+            _fp4(_uneven(S_KV, d, seed=1)),
         )
     else:
-        d = changes.pop("d", D)
         q, q_scale, k = _fp8(randn(s_q, heads, d)), None, changes.pop("k", None)
         k = _fp8(randn(S_KV, d, seed=1)) if k is None else k
         k_scale = randn(len(k), seed=2).exp().float()
@@ -142,6 +142,11 @@ def mqa_reads_fp4(module, device):
     _mqa(module, device, fp4=True)
 
 
+def mqa_reads_fp4_of_64_values(module, device):
+    """32 bytes, and two ue8m0 in the low bytes of the int32; the bytes above them are never read."""
+    _mqa(module, device, fp4=True, d=64)
+
+
 def mqa_refuses_what_contradicts_itself(module, device):
     """Cleaning compressed rows; fp8 queries with fp4 keys; bf16 weights for fp32 logits."""
     q, k, scale = _fp8(randn(6, HEADS, D)), _fp8(randn(S_KV, D)), torch.ones(S_KV)
@@ -211,6 +216,7 @@ def _paged(
     batch: int = 3,
     next_n: int = 2,
     heads: int = HEADS,
+    d: int = D,
     page_size: int = PAGE_SIZE,
     fp4: bool = False,
     **changes: Any,
@@ -218,12 +224,13 @@ def _paged(
     """Call it with inputs that ``changes`` replace, and compare with the definition."""
     pages = 4 * batch
     if fp4:
-        q, q_scale, q_meant = _fp4(_uneven(batch, next_n, heads, D))
-        cache = formats.pack_mxfp4_index_k(_uneven(pages, page_size, D, seed=1))
+        q, q_scale, q_meant = _fp4(_uneven(batch, next_n, heads, d))
+        cache = formats.pack_mxfp4_index_k(_uneven(pages, page_size, d, seed=1))
+        cache.flatten(1)[:, page_size * d // 2 :].unflatten(1, (-1, 4))[..., d // 32 :] = 255  # a pad is NaN
     else:
-        q, q_scale = _fp8(randn(batch, next_n, heads, D)), None
+        q, q_scale = _fp8(randn(batch, next_n, heads, d)), None
         q_meant = q.double()
-        keys = randn(pages, page_size, D, seed=1) * randn(pages, page_size, 1, seed=2).exp()
+        keys = randn(pages, page_size, d, seed=1) * randn(pages, page_size, 1, seed=2).exp()
         cache = formats.pack_index_k(keys, power_of_two=False)
     cache = changes.pop("cache", cache)
     table = permutation(pages).view(batch, 4)
@@ -289,6 +296,11 @@ def paged_rounds_logits_to_bf16(module, device):
 def paged_reads_fp4(module, device):
     """The mxfp4 cache of 68 bytes per key, and queries in fp4."""
     _paged(module, device, fp4=True)
+
+
+def paged_reads_fp4_of_64_values(module, device):
+    """The mxfp4 cache of 36 bytes per key: 32 of values, and an int32 with two scales."""
+    _paged(module, device, fp4=True, d=64)
 
 
 def paged_takes_indices(module, device):
@@ -389,11 +401,13 @@ CHECKS = (
     mqa_rounds_logits_to_bf16,
     mqa_takes_bf16_weights,
     mqa_reads_fp4,
+    mqa_reads_fp4_of_64_values,
     mqa_refuses_what_contradicts_itself,
     paged_follows_the_block_table,
     paged_is_max_context_len_wide,
     paged_rounds_logits_to_bf16,
     paged_reads_fp4,
+    paged_reads_fp4_of_64_values,
     paged_takes_indices,
     paged_metadata_has_its_shape,
     results_repeat_bit_for_bit,

@@ -4,6 +4,7 @@ The truth is the fp64 reference over the same stored values. Sizes are such that
 except in the checks of ``BEYOND``, which ask for what it does not promise.
 """
 
+from math import log
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,7 @@ def _assert_same(out: Tensor, expected: Tensor, **logits: tuple[Tensor, Tensor])
 # Prefill
 
 
-def _prefill(module: ModuleType, device: str, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _prefill(module: ModuleType, device: str, **changes: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Call it with inputs that ``changes`` replace, and compare with the definition."""
     arguments = {
         "q": randn(4, H_Q, 576).bfloat16(),
@@ -53,12 +54,25 @@ def _prefill(module: ModuleType, device: str, **changes: Any) -> tuple[Tensor, T
         "sm_scale": 0.07,
         **changes,
     }
-    out, max_logits, lse = module.flash_mla_sparse_fwd(**to_device(arguments, device))
+    sent = to_device(arguments, device)
+    out, max_logits, lse = module.flash_mla_sparse_fwd(**sent)
     segment = arguments["kv"][:, 0], arguments["indices"][:, 0], arguments.get("topk_length")
     options = arguments["sm_scale"], arguments.get("attn_sink"), arguments.get("d_v", D_V)
     right, right_lse, right_max = _attention(arguments["q"], [segment], *options)
-    _assert_same(out, right, max_logits=(max_logits, right_max), lse=(lse, right_lse))
+    _assert_in_place(out, sent)
+    log2 = arguments.get("return_log2_lse")
+    if log2 is False:
+        assert max_logits is None and lse is None, "max_logits and lse: expected None"
+        _assert_same(out, right)
+    else:
+        unit = log(2) if log2 else 1.0
+        _assert_same(out, right, max_logits=(max_logits, right_max / unit), lse=(lse, right_lse / unit))
     return out, max_logits, lse
+
+
+def _assert_in_place(out: Tensor, sent: dict[str, Any]) -> None:
+    if "out" in sent:
+        assert out.data_ptr() == sent["out"].data_ptr(), "out: expected the tensor that was given"
 
 
 def prefill_attends_to_what_is_selected(module, device):
@@ -129,6 +143,19 @@ def prefill_never_reads_what_nobody_selects(module, device):
     _prefill(module, device, kv=kv, indices=indices, topk_length=length)
 
 
+def prefill_gives_base_2_on_request(module, device):
+    """``return_log2_lse``: max_logits and lse in base 2, +inf of an empty row stays; False: None for both."""
+    indices = randint(0, 300, (4, 1, TOPK))
+    indices[1] = -1
+    for asked in (True, False, None):
+        _prefill(module, device, indices=indices, attn_sink=randn(H_Q).float(), return_log2_lse=asked)
+
+
+def prefill_fills_out(module, device):
+    """``out``: the result is written into the caller's tensor, also one with gaps between its queries."""
+    _prefill(module, device, out=torch.full((4, H_Q + 1, D_V), NAN).bfloat16()[:, :H_Q])
+
+
 def prefill_takes_any_size(module, device):
     """Any number of heads and of indices, and any d_v up to d_qk; topk_length of any value."""
     for h_q, topk, d_v in ((1, 7, 512), (40, 65, 128)):
@@ -171,8 +198,12 @@ def _decode(module: ModuleType, device: str, rows, extra_rows=None, metadata=Non
         "is_fp8_kvcache": changes["k_cache"].dtype != torch.bfloat16,
         **changes,
     }
+    if arguments["is_fp8_kvcache"] is None:
+        del arguments["is_fp8_kvcache"]
     metadata = metadata or module.get_mla_metadata()[0]
-    out, lse = module.flash_mla_with_kvcache(**to_device(arguments, device), tile_scheduler_metadata=metadata)
+    sent = to_device(arguments, device)
+    out, lse = module.flash_mla_with_kvcache(**sent, tile_scheduler_metadata=metadata)
+    _assert_in_place(out, sent)
 
     def segment(rows, indices, length):
         length = None if length is None else length.repeat_interleave(s_q)
@@ -297,6 +328,47 @@ def decode_never_reads_what_nobody_selects(module, device):
         _decode(module, device, rows, k_cache=cache, indices=indices, topk_length=length)
 
 
+def decode_tells_quantised_caches(module, device):
+    """Without ``is_fp8_kvcache`` the dtype of the cache tells it."""
+    for size in (656, None):
+        _plain_decode(module, device, size, is_fp8_kvcache=None)
+
+
+def decode_may_be_batch_invariant(module, device):
+    """``enable_batch_invariant``: a sequence alone has the bits that it has in a batch."""
+    cache, rows = _cache(656)
+    q, indices = randn(5, 1, H_Q, 576, seed=2).bfloat16(), randint(0, len(rows), (5, 1, TOPK))
+    options = {"k_cache": cache, "enable_batch_invariant": True}
+    out, lse = _decode(module, device, rows, q=q, indices=indices, **options)
+    for i in range(5):
+        one = slice(i, i + 1)
+        alone, alone_lse = _decode(module, device, rows, q=q[one], indices=indices[one], **options)
+        same = torch.equal(out[one], alone) and torch.equal(lse[one], alone_lse)
+        assert same, f"sequence {i}: expected the bits that it has alone"
+
+
+def decode_takes_the_format_of_a_cache(module, device):
+    """``kv_format`` names it; one that has other bytes per token is refused, and so is an unknown name."""
+    for size, name in ((656, "V32"), (584, "V4")):
+        _plain_decode(module, device, size, kv_format=name)
+    for size, name in ((656, "V4"), (584, "V41"), (656, "v32")):
+        try:
+            _plain_decode(module, device, size, kv_format=name)
+        except AssertionError:
+            raise
+        except Exception:  # of whatever kind
+            continue
+        raise AssertionError(f"{name} with {size} bytes per token: expected to be refused")
+
+
+def decode_fills_out(module, device):
+    """``out`` as in the prefill, of sparse and of dense decode."""
+    _plain_decode(
+        module, device, 656, s_q=2, out=torch.full((2, 2, H_Q + 1, D_V), NAN).bfloat16()[:, :, :H_Q]
+    )
+    _dense(module, device, None, s_q=2, causal=True, out=torch.full((3, 2, H_Q, D_V), NAN).bfloat16())
+
+
 def decode_takes_any_size(module, device):
     """Any number of heads and indices, any page size, a strided q, and bytes of type uint8 as of fp8."""
     cache, rows = _cache(656, pages=7, page_size=5)
@@ -310,18 +382,20 @@ def decode_takes_any_size(module, device):
 # Dense decode
 
 
-def _dense(module: ModuleType, device: str, size: int | None, s_q: int, causal: bool):
+def _dense(module: ModuleType, device: str, size: int | None, s_q: int, causal: bool, **changes: Any):
     cache, rows = _cache(size, pages=9)
     lengths, batch = int32(150, 64, 3), 3
     table = permutation(9).view(batch, 3)
     q = randn(batch, s_q, H_Q, 576, seed=2).bfloat16()
-    arguments = {"q": q, "k_cache": cache, "block_table": table, "cache_seqlens": lengths, "head_dim_v": D_V}
+    where = {"block_table": table, "cache_seqlens": lengths, "head_dim_v": D_V}
+    sent = to_device({"q": q, "k_cache": cache, **where, **changes}, device)
     out, lse = module.flash_mla_with_kvcache(
-        **to_device(arguments, device),
+        **sent,
         tile_scheduler_metadata=module.get_mla_metadata()[0],
         causal=causal,
         is_fp8_kvcache=size is not None,
     )
+    _assert_in_place(out, sent)
     slots = (table[:, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten(1).int()
     seen = lengths[:, None] + (torch.arange(1 - s_q, 1) if causal else torch.zeros(s_q)).int()
     segment = rows, slots.repeat_interleave(s_q, 0), seen.flatten().int()
@@ -416,11 +490,17 @@ CHECKS = (
 )
 BEYOND = (
     prefill_never_reads_what_nobody_selects,
+    prefill_gives_base_2_on_request,
+    prefill_fills_out,
     prefill_takes_any_size,
     decode_reads_528_and_288_bytes_per_token,
     decode_reads_bf16_caches,
     decode_ignores_invalid_indices,
     decode_never_reads_what_nobody_selects,
+    decode_tells_quantised_caches,
+    decode_may_be_batch_invariant,
+    decode_takes_the_format_of_a_cache,
+    decode_fills_out,
     decode_takes_any_size,
     dense_decode_reads_fp8,
 )

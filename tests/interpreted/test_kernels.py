@@ -306,11 +306,14 @@ def test_mla_over_pages_apart(architecture, dtype, d_qk, d_v):
         assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
 
 
-@pytest.mark.parametrize("forms", ["e4m3 e4m3", "bf16 e4m3", "e2m1 e2m1", "e4m3 e2m1"])
+@pytest.mark.parametrize(
+    "forms, d",
+    [("e4m3 e4m3", 128), ("bf16 e4m3", 128), ("e2m1 e2m1", 128), ("e4m3 e2m1", 128), ("e2m1 e2m1", 64)],
+)
 @pytest.mark.parametrize("heads, page_size", [(5, None), (70, 48), (5, 64), (33, 128)])
-def test_quantised_index_configurations(architecture, forms, heads, page_size):
+def test_quantised_index_configurations(architecture, forms, d, heads, page_size):
     """The e4m3 product of sm_89 and newer, and everything that is decoded before."""
-    inputs, table = index_inputs(5, 300, heads, 128, dtype=torch.bfloat16), None
+    inputs, table = index_inputs(5, 300, heads, d, dtype=torch.bfloat16), None
     for name, form in zip("qk", forms.split(), strict=True):
         x = inputs[name]
         if form == "e4m3":
@@ -318,8 +321,8 @@ def test_quantised_index_configurations(architecture, forms, heads, page_size):
             if name == "k":
                 inputs["k_scale"] = torch.rand(300) + 0.1
         elif form == "e2m1":
-            values = torch.empty(*x.shape[:-1], 64, dtype=torch.uint8)
-            inputs[f"{name}_scale"] = torch.empty(*x.shape[:-1], 4, dtype=torch.uint8)
+            values = torch.empty(*x.shape[:-1], d // 2, dtype=torch.uint8)
+            inputs[f"{name}_scale"] = torch.empty(*x.shape[:-1], d // 32, dtype=torch.uint8)
             formats.quantise(x, values, inputs[f"{name}_scale"], min_scale=1e-9)
             inputs[name] = values
     if page_size:

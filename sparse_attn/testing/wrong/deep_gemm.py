@@ -60,6 +60,18 @@ MQA: Mistakes = {
             lambda a: {"q": (a["q"][0], torch.full_like(a["q"][1], ONES))}
         ),
     },
+    "mqa_reads_fp4_of_64_values": {
+        "two scales in the high bytes": before(
+            lambda a: {name: (a[name][0], _rotated(a[name][1])) for name in ("q", "kv")}
+        ),
+        "the first of two scales for all 64 values": before(
+            lambda a: {"kv": (a["kv"][0], _first_scale_twice(a["kv"][1]))}
+        ),
+        "the pad of two scales is multiplied too": after(
+            lambda a, r: r * _pad_of_two_scales(a["q"][0], a["q"][1])[:, None]
+        ),
+        "only fp4 of 128 values": before(lambda a: refuse(a["q"][0].shape[-1] == 32)),
+    },
     "mqa_refuses_what_contradicts_itself": {
         "compressed rows may be cleaned": before(
             lambda a: {"clean_logits": a["clean_logits"] and not a.get("max_seqlen_k")}
@@ -112,6 +124,17 @@ PAGED: Mistakes = {
         ),
         "scales of fp4 queries have no effect": before(
             lambda a: {"q": (a["q"][0], torch.full_like(a["q"][1], ONES))}
+        ),
+    },
+    "paged_reads_fp4_of_64_values": {
+        "two scales in the high bytes": before(
+            lambda a: {"kv_cache": _changed_scales(a["kv_cache"], lambda s: s.roll(2, -1))}
+        ),
+        "the first of two scales for all 64 values": before(
+            lambda a: {"kv_cache": _changed_scales(a["kv_cache"], lambda s: s[..., :1].expand_as(s))}
+        ),
+        "scales as two bytes per key": before(
+            lambda a: {"kv_cache": _changed_scales(a["kv_cache"], _as_pairs)}
         ),
     },
     "paged_takes_indices": {
@@ -177,6 +200,36 @@ def _swapped(packed: Tensor) -> Tensor:
 
 def _reversed(scales: Tensor) -> Tensor:
     return scales[..., None].view(torch.uint8).flip(-1).view(torch.int32)[..., 0]
+
+
+def _rotated(scales: Tensor) -> Tensor:
+    return scales[..., None].view(torch.uint8).roll(2, -1).view(torch.int32)[..., 0]
+
+
+def _first_scale_twice(scales: Tensor) -> Tensor:
+    stored = scales[..., None].view(torch.uint8)
+    return stored[..., :1].expand_as(stored).contiguous().view(torch.int32)[..., 0]
+
+
+def _pad_of_two_scales(values: Tensor, scales: Tensor) -> Tensor:
+    """Per query 1, or NaN if a pad holds it: of queries that have only two scales per head."""
+    stored = scales[..., None].view(torch.uint8)[..., values.shape[-1] // 16 :]
+    return formats.from_ue8m0(stored).flatten(1).sum(1) * 0 + 1
+
+
+def _changed_scales(cache: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A cache of fp4 keys with other scales, ``[pages, page_size, 4]`` bytes."""
+    cache = cache.clone()
+    pages, page_size, _, size = cache.shape
+    scales = cache.view(pages, -1)[:, page_size * (size - 4) :].unflatten(1, (page_size, 4))
+    scales.copy_(change(scales.clone()))
+    return cache
+
+
+def _as_pairs(scales: Tensor) -> Tensor:
+    """What a reader of two adjoining bytes per key finds, stored where it belongs."""
+    pairs = scales.flatten(1).unflatten(1, (-1, 2))[:, : scales.shape[1]]
+    return torch.cat([pairs, scales[..., 2:]], -1)
 
 
 def _by_token(cache: Tensor) -> Tensor:

@@ -89,6 +89,23 @@ PREFILL: Mistakes = {
             lambda a, r: (r[0] + 2**-10 * torch.randn_like(r[0]) * r[0], r[1], r[2])
         ),
     },
+    "prefill_gives_base_2_on_request": {
+        "return_log2_lse has no effect": drop("return_log2_lse"),
+        "only lse is in base 2": after(
+            lambda a, r: (r[0], r[1] * LN_2, r[2]) if a.get("return_log2_lse") else r
+        ),
+        "lse in base 2 with the sink": after(
+            lambda a, r: (
+                (r[0], r[1], torch.logaddexp2(r[2], a["attn_sink"] / LN_2)) if a.get("return_log2_lse") else r
+            )
+        ),
+        "lse in base 2 of an empty row is -inf": after(
+            lambda a, r: (*r[:2], torch.where(r[2] == INF, -INF, r[2])) if a.get("return_log2_lse") else r
+        ),
+    },
+    "prefill_fills_out": {
+        "out of the prefill is left as it is": drop("out"),
+    },
     "prefill_takes_any_size": {
         "only 64 or 128 heads": before(lambda a: refuse(a["q"].shape[-2] not in (64, 128))),
     },
@@ -168,6 +185,28 @@ DECODE: Mistakes = {
     "decode_never_reads_what_nobody_selects": {
         "slots that nobody selects are multiplied by zero": after(
             lambda a, r: (r[0] + 0 * _sum_of_cache(a["k_cache"]), r[1])
+        ),
+    },
+    "decode_tells_quantised_caches": {
+        "is_fp8_kvcache is False by default": before(
+            lambda a: refuse("is_fp8_kvcache" not in a and a["k_cache"].dtype != torch.bfloat16)
+        ),
+        "is_fp8_kvcache is True by default": before(
+            lambda a: refuse("is_fp8_kvcache" not in a and a["k_cache"].dtype == torch.bfloat16)
+        ),
+    },
+    "decode_may_be_batch_invariant": {
+        "a sum has another order in a batch": after(
+            lambda a, r: (r[0], r[1] * (1 + 2**-20 * (len(a["q"]) > 1)))
+        ),
+    },
+    "decode_takes_the_format_of_a_cache": {
+        "bytes per token are believed whatever kv_format says": drop("kv_format"),
+    },
+    "decode_fills_out": {
+        "out of the decode is left as it is": drop("out"),
+        "out of the dense decode is left as it is": lambda right, a: (
+            right(**a) if a.get("indices") is not None else drop("out")(right, a)
         ),
     },
     "decode_takes_any_size": {
