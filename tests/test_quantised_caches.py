@@ -246,8 +246,8 @@ def scored(backend, inputs, k, table, name):
     return logits
 
 
-def key_inputs(s_q=4, dtype=torch.bfloat16):
-    inputs = index_inputs(s_q, 48, 8, 128, dtype=dtype)
+def key_inputs(name, s_q=4, dtype=torch.bfloat16):
+    inputs = index_inputs(s_q, 48, 8, FORMATS[name].width, dtype=dtype)
     inputs["ke"].clamp_(max=48)
     return inputs, inputs.pop("k")
 
@@ -255,7 +255,7 @@ def key_inputs(s_q=4, dtype=torch.bfloat16):
 @pytest.mark.parametrize("page_size", [1, 7, 64])
 @pytest.mark.parametrize("name", KEYS)
 def test_scores_of_quantised_index_keys(backend, name, page_size):
-    inputs, k = key_inputs()
+    inputs, k = key_inputs(name)
     cache = hostile_cache(name, k, page_size, gap=44)
     n = len(cache)
     order = torch.randperm(n)
@@ -272,13 +272,13 @@ def test_scores_of_quantised_index_keys(backend, name, page_size):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name, options", [("fp8_index", {"power_of_two": False}), ("mxfp4_index", {})])
 def test_index_queries_of_every_dtype(backend, dtype, name, options):
-    inputs, k = key_inputs(dtype=dtype)
+    inputs, k = key_inputs(name, dtype=dtype)
     scored(backend, inputs, hostile_cache(name, k, 8, **options), torch.tensor([[5, 0, 3]]).int(), name)
 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_block_table_row_serves_consecutive_queries(backend, name):
-    inputs, k = key_inputs(6)
+    inputs, k = key_inputs(name, 6)
     cache = hostile_cache(name, k.nan_to_num(), 8)
     table = torch.tensor([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [-1, 0, 9, 0, 1, 1]], dtype=torch.int32)
     scored(backend, inputs, cache, table, name)
@@ -290,7 +290,7 @@ def test_no_keys(backend, name, shape):
     cache = zeros(*shape, FORMATS[name].bytes)
     for s_q in (0, 2):
         bounds = torch.full((2, s_q), 5, dtype=torch.int32).unbind()
-        inputs = torch.randn(s_q, 3, 128), cache, torch.randn(s_q, 3)
+        inputs = torch.randn(s_q, 3, FORMATS[name].width), cache, torch.randn(s_q, 3)
         assert sparse_attn.index_logits(*inputs, *bounds, backend=backend).shape == (s_q, 0)
         assert sparse_attn.lightning_topk(*inputs, 2, *bounds, backend=backend).tolist() == [[-1, -1]] * s_q
 
@@ -318,7 +318,7 @@ def compiled(q, kv, other, indices, index_q, k, weights, ks, ke):
 def test_compiled_functions_give_the_same_results():
     function = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
     for pages in (5, 9):
-        inputs, k = key_inputs()
+        inputs, k = key_inputs(name)
         latent = latent_inputs("v4", 8 * pages)
         arguments = (
             *(

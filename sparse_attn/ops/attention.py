@@ -301,7 +301,7 @@ def _check_latent(
     pages, page_size, size = kv.shape
     if page_size == 1:  # whose stride says nothing
         return kv[:, 0], None
-    if pages > 1 and kv.stride(0) != page_size * kv.stride(1):
+    if pages > 1 and page_size > 1 and kv.stride(0) != page_size * kv.stride(1):
         return kv, None
     return kv.as_strided((pages * page_size, size), kv.stride()[1:]), None
 
