@@ -9,6 +9,7 @@ from sparse_attn import lightning_topk, sparse_gqa, sparse_mla
 def calls(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, wanted: bool) -> None:
     assert_type(sparse_mla(q, k, indices), Tensor)
     assert_type(sparse_mla(q, k, indices, d_v=64, attn_sink=v, backend="cpu"), Tensor)
+    assert_type(sparse_mla(q, k, indices, kv_format="nope", extra_kv=k, extra_kv_format="v41"), Tensor)
     assert_type(sparse_mla(q, k, indices, return_lse=True), tuple[Tensor, Tensor])
     assert_type(sparse_mla(q, k, indices, return_max_logits=True), tuple[Tensor, Tensor])
     both = sparse_mla(q, k, indices, return_lse=True, return_max_logits=True, out=(q, k, v))
