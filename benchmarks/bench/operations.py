@@ -17,6 +17,7 @@ OPERATIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "indexer": index.indexer,
     "top-k": index.top_k,
     "attention": attention.attention,
+    "formats": attention.formats,
     "gqa": attention.gqa,
     "merge": attention.merge,
     "writers": writers.writers,
