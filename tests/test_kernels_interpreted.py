@@ -13,11 +13,12 @@ TESTS = Path(__file__).resolve().parent
 
 OTHERS = ("interpreted", "--ignore=interpreted/test_kernels.py", "test_writers.py")
 EVERY = (*OTHERS, "test_index.py", "test_sparse_attention.py", "test_conformance.py")
+EVERY += ("test_batch_invariance.py",)
 PARTS = {
     "attention kernels": ("interpreted/test_kernels.py", "-k", "mla or gqa"),
     "other kernels": ("interpreted/test_kernels.py", "-k", "not (mla or gqa)"),
     "writers, top-k, layers": OTHERS,
-    "indexer": ("test_index.py",),
+    "indexer": ("test_index.py", "test_batch_invariance.py"),
     "attention, facades": ("test_sparse_attention.py", "test_conformance.py"),
 }
 SLOW_PARTS = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn import lightning_topk, merge_attention, reference, sparse_gqa, sparse_mla
-from sparse_attn.formats import unpack
+from sparse_attn.formats import KV_FORMATS, dequantise, unpack
 from sparse_attn.testing import assert_close, relative_error
 
 from . import dense, peers
@@ -80,6 +80,39 @@ def _decode_inputs(sizes: Sizes, device: torch.device, kind: str, batch: int, co
 
 def _work(q: Tensor, indices: Tensor) -> Work:
     return attention_work(len(q), indices.shape[1], q.shape[1], D_QK, D_V, 2 * D_QK)
+
+
+def formats(sizes: Sizes, device: torch.device) -> Cases:
+    """The selected tokens of one query per sequence, in every format of a latent cache, beside bf16."""
+    middle = sizes._replace(contexts=(sizes.middle,))
+    return decodes(middle, "gaussian", partial(_formats, middle, device))
+
+
+def _formats(sizes: Sizes, device: torch.device, batch: int, context: int) -> Case:
+    q, kv, indices = _decode_inputs(sizes, device, "gaussian", batch, context)
+    rows, t = kv.flatten(0, 1), spread(batch)
+    caches = {
+        name: torch.cat(
+            [fmt.pack(part[..., : fmt.width]) for part in rows.unflatten(0, (-1, 64)).split(1 << 10)]
+        )
+        for name, fmt in KV_FORMATS.items()
+    }
+
+    def attend_to(name: str) -> Tensor:
+        queries = q[..., : KV_FORMATS[name].width]
+        return sparse_mla(queries, caches[name], indices, softmax_scale=SCALE, kv_format=name)
+
+    def check() -> None:
+        places, slots = gathered(indices[t], torch.arange(len(rows), device=device))
+        for name, pages in caches.items():
+            parts = (part[slots // 64, slots % 64] for part in KV_FORMATS[name].views(pages))
+            values = dequantise(*parts, dtype=torch.float64)
+            exact = reference.sparse_mla(q[t, :, : values.shape[1]].double(), values, places, D_V, SCALE)[0]
+            assert_close(attend_to(name)[t], exact, FACTOR[device.type])
+
+    functions: Functions = {"bf16": lambda: sparse_mla(q, rows, indices, softmax_scale=SCALE)}
+    functions |= {name: partial(attend_to, name) for name in caches}
+    return Case(functions, check, _work(q, indices))
 
 
 def ranges(batch: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ OPERATIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "top-k": index.top_k,
     "ragged": ragged.ragged,
     "attention": attention.attention,
+    "formats": attention.formats,
     "gqa": attention.gqa,
     "merge": attention.merge,
     "writers": writers.writers,

@@ -366,6 +366,18 @@ def test_what_whole_waves_leave_is_split():
     assert launches(3, 1024, slots=8) == [(3, 1)]  # a query fills more than a wave
 
 
+def test_batch_invariant_launches_divide_the_keys_of_every_query_alike():
+    for tiles in (0, 1, 7, 32, 100):
+        made = {n: configs.invariant_launches(n, 128, tiles, 64) for n in (1, 2, 133, 4097)}
+        splits = {launch.splits for launches in made.values() for launch in launches}
+        assert splits == {max(1, -(-tiles * 64 // configs.INVARIANT_KEYS))}
+        for n, launches in made.items():
+            assert [t for part, _ in launches for t in range(part.start, part.stop)] == list(range(n))
+            rows = max(128 * (part.stop - part.start) * n_splits for part, n_splits in launches)
+            assert splits == {1} or rows <= configs.INVARIANT_ROWS
+    assert configs.invariant_launches(3, 1 << 20, 32, 64)[1] == configs.Launch(slice(1, 2), 4)
+
+
 def slots_busy(queries, heads, block_h):
     """The longest time of a slot that takes the next program whenever one ends, in tiles; and their ideal."""
     programs, longest = -(-heads // block_h), 0
