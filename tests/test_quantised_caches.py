@@ -318,7 +318,7 @@ def compiled(q, kv, other, indices, index_q, k, weights, ks, ke):
 def test_compiled_functions_give_the_same_results():
     function = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
     for pages in (5, 9):
-        inputs, k = key_inputs(name)
+        inputs, k = key_inputs("mxfp4_index")
         latent = latent_inputs("v4", 8 * pages)
         arguments = (
             *(
