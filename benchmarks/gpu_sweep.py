@@ -18,10 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sparse_attn.kernels import configs
-from sparse_attn.kernels import index_logits as index_kernel
-from sparse_attn.kernels import select_topk as topk_kernel
-from sparse_attn.kernels.configs import AttentionConfig, IndexConfig
 
 from bench.attention import FACTOR, SCALE
 from bench.operations import in_shares
@@ -29,6 +25,10 @@ from bench.tensors import gathered, normal, packed
 from bench.timing import CudaClock, append_json, interleaved
 from sparse_attn import index_logits, quantise_index_q, reference, select_topk, sparse_gqa, sparse_mla
 from sparse_attn.formats import pack_index_k, unpack
+from sparse_attn.kernels import configs
+from sparse_attn.kernels import index_logits as index_kernel
+from sparse_attn.kernels import select_topk as topk_kernel
+from sparse_attn.kernels.configs import AttentionConfig, IndexConfig
 from sparse_attn.testing import assert_close
 
 DEVICE = torch.device("cuda", 0)

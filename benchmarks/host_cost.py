@@ -13,7 +13,6 @@ from unittest import mock
 import torch
 import triton
 from rich.console import Console
-from sparse_attn.kernels import configs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
@@ -22,6 +21,7 @@ from aot.launch import Driver, pretend
 from bench.command import parser, table
 from bench.timing import append_json, interleaved, machine
 from sparse_attn import ops
+from sparse_attn.kernels import configs
 
 MULTIPROCESSORS = 132
 FREE = {"empty", "empty_strided", "new_empty"}  # of torch's ops that are no views: nothing is launched

@@ -18,13 +18,12 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
-from sparse_attn.kernels import configs  # noqa: E402
-
 import host_cost  # noqa: E402
 from aot import bounds, cases, report, sass  # noqa: E402
 from aot.cases import CASES, Product  # noqa: E402
 from aot.launch import compile_launches  # noqa: E402
 from sparse_attn import ops  # noqa: E402
+from sparse_attn.kernels import configs  # noqa: E402
 
 BUDGETS = Path(__file__).parents[1] / "benchmarks" / "kernels_budget"
 

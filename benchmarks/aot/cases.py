@@ -7,9 +7,9 @@ each class of shapes that leads to other code. A new kernel with matrix products
 from typing import Any, NamedTuple
 
 import torch
-from sparse_attn.kernels.configs import TRITON
 
 from sparse_attn.formats import index_k_views
+from sparse_attn.kernels.configs import TRITON
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
 from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp

@@ -7,11 +7,11 @@ from unittest import mock
 
 import torch
 import triton
-from sparse_attn.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from sparse_attn import ops
+from sparse_attn.kernels import configs
 
 
 class Launch(NamedTuple):

@@ -13,8 +13,7 @@ int32_t sparse_attn_isa_supported(int32_t isa);
 int32_t sparse_attn_default_isa();  // the fastest that is supported
 int32_t sparse_attn_has_openmp();
 
-// sizeof "IndexArgs", "Segment", "AttentionArgs" or "SelectArgs", so that callers can check their layout; -1
-// for another name.
+// sizeof a structure of common.h, by its name, so that callers can check their layout; -1 for another name.
 int64_t sparse_attn_sizeof(const char* name);
 
 void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out,
@@ -23,6 +22,8 @@ void sparse_attn_select_topk(int32_t isa, int32_t threads, const SelectArgs* arg
 void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* args, int64_t topk,
                                 int64_t workspace_bytes, int32_t* out, int64_t out_query);
 void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args);
+void sparse_attn_write(int32_t isa, int32_t threads, const WriteArgs* args);
+void sparse_attn_quantise(int32_t isa, int32_t threads, const QuantiseArgs* args);
 
 // The operations of a loop in registers; see Kernels::peak.
 int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds);

@@ -76,8 +76,23 @@ def call(name: str, a: Any, backend: str) -> None:
         run_reference(name, a)
     elif backend == "triton" and a[0].device.type == "cpu":  # Triton's interpreter
         implementation(name, "triton")(a)
+    elif a[0].device.type == "cpu" and _nobody_listens(a):
+        implementation(name, "cpu")(a)  # the way through the dispatcher takes longer than a small op
     else:
         _OPS[name](*a)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
+
+def _nobody_listens(a: Any) -> bool:
+    """Whether the dispatcher would only pass the record on: no mode, transform or subclass sees the op."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and _PLAIN.issuperset(map(type, a))
+    )
 
 
 @functools.cache

@@ -9,14 +9,14 @@ import mmap
 
 import pytest
 import torch
+
+from sparse_attn import formats, reference
 from sparse_attn.kernels import configs
 from sparse_attn.kernels import index_logits as index_kernel
 from sparse_attn.kernels.index_logits import index_logits
 from sparse_attn.kernels.merge_attention import merge_attention, merge_parts
 from sparse_attn.kernels.sparse_gqa import sparse_gqa
 from sparse_attn.kernels.sparse_mla import sparse_mla
-
-from sparse_attn import formats, reference
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp
 from sparse_attn.testing import (

@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from sparse_attn.kernels import select_topk as kernels
 
 from sparse_attn import ops, reference
+from sparse_attn.kernels import select_topk as kernels
 from sparse_attn.ops.index import LightningTopkOp, SelectTopkOp
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
