@@ -43,9 +43,6 @@ def _layout(fmt: Format, page_size: int, step: int) -> Layout:
     values, scales, *rope = fmt.views(page)
     width = values.shape[2] * (2 if values.dtype == torch.uint8 else 1)
     groups = scales.shape[2] if scales.dim() == 3 else 1
-    places = (
-        (x.storage_offset() * x.element_size(), x.stride(1) * x.element_size()) for x in (scales, *rope)
-    )
-    scales_place, *rope_place = places
     what = VALUES[values.dtype], SCALES[scales.dtype], width, width // groups, values.stride(1)
-    return Layout(*what, *scales_place, *(rope_place[0] if rope_place else ()))
+    places = [n * x.element_size() for x in (scales, *rope) for n in (x.storage_offset(), x.stride(1))]
+    return Layout(*what, *places)

@@ -115,7 +115,7 @@ def pages(
     *,
     by_page: bool = False,
 ) -> Tensor:
-    """A view ``[pages, page_size, last]`` of a cache in any of its shapes; ``[slots, last]`` is not by page."""
+    """A view ``[pages, page_size, last]`` of a cache in any of its shapes."""
     rank = cache.dim()
     if rank == 2 and not by_page:
         return tensor(name, cache, f"s_kv {last}", {}, dtypes, device)[:, None]  # pages of one token

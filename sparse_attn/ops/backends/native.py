@@ -130,8 +130,10 @@ class _SelectArgs(ctypes.Structure):
 
 _STRUCTURES = {
     s.__name__[1:]: s
-    for s in (_IndexArgs, _Segment, _AttentionArgs, _SelectArgs)
-    + (_Rows, _Quantisation, _WriteArgs, _QuantiseArgs)
+    for s in (
+        *(_IndexArgs, _Segment, _AttentionArgs, _SelectArgs),
+        *(_Rows, _Quantisation, _WriteArgs, _QuantiseArgs),
+    )
 }
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sizeof": (_SIZE, [ctypes.c_char_p]),
