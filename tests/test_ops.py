@@ -37,7 +37,7 @@ def records():
         "select_topk": SelectTopkOp(torch.randn(3, 40), 6, *ranges, picked),
         "lightning_topk": LightningTopkOp(q, pages, weights, 6, *ranges, 1 << 20, picked, block_table=table),
         "physical_slots": PhysicalSlotsOp(picked, table, 8, torch.zeros_like(picked)),
-        "write_kv": WriteKVOp(torch.randn(3, 576), slots, 1e-6, True, 1e-6, caches[0]),
+        "write_kv": WriteKVOp(torch.randn(3, 576), slots, 1e-6, True, 1e-6, caches[0], cache_format="v32"),
         "write_index_k": WriteIndexKOp(
             torch.randn(3, 128), slots, 1e-6, True, True, 1e-6, caches[1], **rotation
         ),

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_attn.formats import index_k_views
+from sparse_attn.formats.named import NAMED_KV_FORMATS
 from sparse_attn.kernels.configs import TRITON
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
-from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
+from sparse_attn.ops.writers import FP4_SCALES, QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 432, 100_000, 2048  # queries: whole waves of the 108 multiprocessors that are assumed
@@ -97,18 +98,24 @@ def slots(page_size=64) -> PhysicalSlotsOp:
     return PhysicalSlotsOp(int32(S_Q, TOPK), int32(S_Q, S_KV // page_size), page_size, int32(S_Q, TOPK))
 
 
-def written_kv(bytes_per_token, tokens=S_Q) -> WriteKVOp:
-    turn = empty(tokens, 32, dtype=FP32)
-    kv, cache = (
-        empty(tokens, 576 if bytes_per_token == 656 else 512),
-        empty(999, 64, bytes_per_token, dtype=UINT8),
-    )
-    return WriteKVOp(kv, int32(tokens), 1e-6, True, 1e-6, cache, empty(512), turn, turn, "interleaved")
+def written_kv(name, width=512, tokens=S_Q) -> WriteKVOp:
+    """Into a cache of the format ``name``, or of bf16."""
+    turn = None if name == "nope" else empty(tokens, 32, dtype=FP32)
+    cache, scales = empty(999, 64, width), (True, 1e-6)
+    if name is not None:
+        fmt = NAMED_KV_FORMATS[name]
+        width, cache = fmt.width, empty(999, 64, fmt.bytes, dtype=UINT8)
+        scales = FP4_SCALES if fmt.bytes == 288 else scales
+    pairing = None if turn is None else "interleaved"
+    required = empty(tokens, width), int32(tokens), 1e-6, *scales, cache
+    return WriteKVOp(*required, empty(512), turn, turn, pairing, name)
 
 
-def written_index_k(tokens=S_Q) -> WriteIndexKOp:
-    turn, norm = empty(tokens, 32, dtype=FP32), empty(128)
-    required = empty(tokens, 128), int32(tokens), 1e-6, True, True, 1e-6, empty(999, 64, 132, dtype=UINT8)
+def written_index_k(d=None, tokens=S_Q) -> WriteIndexKOp:
+    """Into a cache of 132 bytes per key, or of ``d`` bf16."""
+    turn, norm = empty(tokens, 32, dtype=FP32), empty(d or 128)
+    cache = empty(999, 64, d) if d else empty(999, 64, 132, dtype=UINT8)
+    required = empty(tokens, d or 128), int32(tokens), 1e-6, True, True, 1e-6, cache
     return WriteIndexKOp(*required, norm, norm, turn, turn, "half")
 
 
@@ -144,9 +151,15 @@ CASES = [
     Case("lightning_topk", "64 heads, fp8, paged", lightning(64, E4M3, s_q=64, paged_rows=2)),
     Case("lightning_topk", "64 heads, 1 query", lightning(64, s_q=1, s_kv=1 << 20)),
     Case("physical_slots", "k 2048", slots(), quick=(80,)),
-    Case("write_kv", "656 bytes", written_kv(656), quick=(80, 90)),
-    Case("write_kv", "584 bytes", written_kv(584)),
+    Case("write_kv", "656 bytes", written_kv("v32"), quick=(80, 90)),
+    Case("write_kv", "584 bytes", written_kv("v4")),
+    Case("write_kv", "528 bytes", written_kv("v41")),
+    Case("write_kv", "528 bytes, no RoPE", written_kv("nope")),
+    Case("write_kv", "288 bytes", written_kv("v41_fp4")),
+    Case("write_kv", "576 bf16", written_kv(None, 576)),
+    Case("write_kv", "512 bf16", written_kv(None)),
     Case("write_index_k", "132 bytes", written_index_k(), quick=(80, 90)),
+    Case("write_index_k", "128 bf16", written_index_k(128)),
     Case("quantise_index_q", "64 heads", quantised_index_q(64), quick=(80, 90)),
     *(
         Case("sparse_mla", f"{h} heads", mla(h), quick=ALL if h in (16, 128) else ())
