@@ -242,20 +242,22 @@ def peak(kind: str, rounds: int) -> int:
 
 def without_gaps(a: Any) -> Any:
     """The record with contiguous ks, ke, topk_length and attn_sink: callers cut them out of other tensors."""
-    gaps = {
-        field: x.contiguous()
-        for field, x in zip(a._fields, a, strict=True)
-        if isinstance(x, Tensor) and not x.is_contiguous() and x.dim() == 1
-    }
-    return a._replace(**gaps) if gaps else a
+    if _all_contiguous(a):
+        return a
+    vectors = {f: x for f, x in zip(a._fields, a, strict=True) if isinstance(x, Tensor) and x.dim() == 1}
+    return a._replace(**{field: x.contiguous() for field, x in vectors.items()})
+
+
+def _all_contiguous(a: Any) -> bool:
+    return False not in [x.is_contiguous() for x in a if isinstance(x, Tensor)]  # quicker than a generator
 
 
 def refuses(name: str, a: Any) -> str | None:
     """Why the library does not run op ``name`` of the record ``a``, or None."""
     if not available():
         return "the C++ kernels are not in use"
-    for field, x in zip(a._fields, a, strict=True):
-        if isinstance(x, Tensor) and not x.is_contiguous() and x.stride(-1) != 1 and x.shape[-1] > 1:
+    for field, x in () if _all_contiguous(a) else zip(a._fields, a, strict=True):
+        if isinstance(x, Tensor) and x.stride(-1) != 1 and x.shape[-1] > 1:
             return f"{field}: expected a contiguous last dimension, got strides {x.stride()}"
     if name in WRITERS:
         return _writer_refuses(a)
