@@ -44,5 +44,5 @@ def _layout(fmt: Format, page_size: int, step: int) -> Layout:
     width = values.shape[2] * (2 if values.dtype == torch.uint8 else 1)
     groups = scales.shape[2] if scales.dim() == 3 else 1
     what = VALUES[values.dtype], SCALES[scales.dtype], width, width // groups, values.stride(1)
-    places = [n * x.element_size() for x in (scales, *rope) for n in (x.storage_offset(), x.stride(1))]
+    places = [int(n) * x.element_size() for x in (scales, *rope) for n in (x.storage_offset(), x.stride(1))]
     return Layout(*what, *places)

@@ -90,7 +90,7 @@ def _nobody_listens(a: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._functorch.maybe_current_level() is None  # pyright: ignore[reportAttributeAccessIssue]
         and _PLAIN.issuperset(map(type, a))
     )
 

@@ -399,7 +399,7 @@ def _write(
     x: Tensor,
     fmt: Format | None,
     norm_bias: Tensor | None = None,
-    **rows: int,
+    **rows: Any,
 ) -> None:
     cache, slots, weight = a.cache, a.slots, a.norm_weight
     if cache.numel() == 0:
