@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from .arguments import cdiv, refuse_fp64, rotation
-from .index_rows import quantise_rows
+from .index_rows import turn_rows
+from .quantised import quantise_e4m3
 from .rotate import partner
 
 if TYPE_CHECKING:
@@ -106,10 +107,8 @@ def _quantise_index_q_kernel(
     cos_rows, sin_rows = None, None
     if cos_ptr is not None:
         cos_rows, sin_rows = cos_ptr + t * stride_cos_t, sin_ptr + t * stride_sin_t
-    codes, scale = quantise_rows(
-        *(x, other, offs_d, cos_rows, sin_rows, live, min_scale),
-        *(ROPE_DIM, PAIRING, HADAMARD, LOG_D, POWER_OF_TWO),
-    )
+    x = turn_rows(x, other, offs_d, cos_rows, sin_rows, live, ROPE_DIM, PAIRING, HADAMARD, LOG_D)
+    codes, scale = quantise_e4m3(x, min_scale, POWER_OF_TWO)
     place = out_ptr + t * stride_out_t + (head * stride_out_h)[:, None]
     tl.store(place + offs_d.to(tl.int64) * stride_out_d, codes, mask=live)
     weights = tl.load(weights_ptr + t * stride_weights_t + head * stride_weights_h, mask=real, other=0.0)

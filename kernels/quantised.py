@@ -75,17 +75,45 @@ def to_e4m3(x):
 
 
 @triton.jit
-def quantise_e4m3(x, min_scale, POWER_OF_TWO: tl.constexpr):
-    """Bytes of e4m3 [n, d] and scales [n] of fp32 x [n, d].
+def to_e2m1(x):
+    """Codes of the nearest e2m1 to fp32 x, ties to even, saturating; NaN becomes 0."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    code = (magnitude > 0.25).to(tl.uint32) + (magnitude >= 0.75).to(tl.uint32)
+    code += (magnitude > 1.25).to(tl.uint32) + (magnitude >= 1.75).to(tl.uint32)
+    code += (magnitude > 2.5).to(tl.uint32) + (magnitude >= 3.5).to(tl.uint32)
+    code += (magnitude > 5.0).to(tl.uint32)
+    return (code | (bits >> 28) & 8).to(tl.uint8)
 
-    A scale is max(amax / 448, min_scale), rounded up to a power of two on demand. It is NaN where a value is
-    NaN or infinite.
+
+@triton.jit
+def block_scale(x, largest, min_scale, POWER_OF_TWO: tl.constexpr):
+    """Scales [n] of fp32 x [n, d]: max(amax / largest, min_scale), rounded up to a power of two on demand.
+
+    A scale is NaN where a value is NaN or infinite.
     """
     # As integers, magnitudes have the same order, and NaN is above infinity.
     amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)  # [n]
-    scale = tl.maximum(tl.div_rn(amax, 448.0), min_scale)
+    scale = tl.maximum(tl.div_rn(amax, largest), min_scale)
     if POWER_OF_TWO:
         bits = scale.to(tl.uint32, bitcast=True)
         scale = (((bits + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
-    scale = tl.where(amax < float("inf"), scale, float("nan"))  # of NaN too
+    return tl.where(amax < float("inf"), scale, float("nan"))  # of NaN too
+
+
+@triton.jit
+def quantise_e4m3(x, min_scale, POWER_OF_TWO: tl.constexpr):
+    """Bytes of e4m3 [n, d] and scales [n] of fp32 x [n, d]."""
+    scale = block_scale(x, 448.0, min_scale, POWER_OF_TWO)
     return to_e4m3(tl.div_rn(x, scale[:, None])), scale
+
+
+@triton.jit
+def quantise_e2m1(x, min_scale):
+    """Pairs of e2m1 [n, d / 2], the even one in the low nibble, and e4m3 scales [n] of fp32 x [n, d]."""
+    n: tl.constexpr = x.shape[0]
+    d: tl.constexpr = x.shape[1]
+    stored = to_e4m3(block_scale(x, 6.0, min_scale, False))
+    code = to_e2m1(tl.div_rn(x, from_e4m3(stored, False)[:, None]))
+    low, high = tl.split(tl.reshape(code, [n, d // 2, 2]))
+    return low | high << 4, stored

@@ -1,11 +1,10 @@
-"""New latents of MLA into a quantised cache.
+"""New latents of MLA into a cache.
 
     cache[slots[t]] = pack(RoPE(RMSNorm(kv[t])))
 
-RMSNorm over the first 512 values where there is a weight, RoPE on the last 64 where there is a cosine, then
-the bytes of DeepSeek-V3.2 (656: the RoPE part lies after the 512) or of DeepSeek-V4 (584: it is the last 64
-of the 512), in the layouts that latent_rows.py describes and reads. Everything in fp32, rounded once. Slots
-that do not exist are skipped.
+RMSNorm over the first 512 values where there is a weight, RoPE on the last 64 where there is a cosine; then
+the bytes of the cache's format, whose layout formats/layout.py reads off its views, or the values rounded to
+the cache's dtype. Everything in fp32, rounded once. Slots that do not exist are skipped.
 """
 
 from typing import TYPE_CHECKING
@@ -14,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..formats import KV_FORMATS
+from ..formats.layout import Layout, layout_of
 from .arguments import contiguous, refuse_fp64, rotation
-from .quantised import quantise_e4m3
+from .quantised import quantise_e2m1, quantise_e4m3
 from .rotate import apply_rope, partner
 
 if TYPE_CHECKING:
@@ -29,12 +30,17 @@ def refuses(a: "WriteKVOp") -> str | None:
 
 def write_kv(a: "WriteKVOp") -> None:
     """Write kv to cache."""
-    tokens = a.kv.shape[0]
-    pages, page_size, layout = a.cache.shape
+    tokens, width = a.kv.shape
+    pages, page_size, _ = a.cache.shape
     if tokens == 0 or a.cache.numel() == 0:
         return
     cos, stride_cos = rotation(a.cos)
     sin, stride_sin = rotation(a.sin)
+    page_step, step, element_step = a.cache.stride()
+    if a.cache_format is None:
+        layout = Layout("plain", "none", quantised=512, group=512, values_step=step)
+    else:
+        layout = layout_of(KV_FORMATS[a.cache_format], a.cache)
     with torch.cuda.device_of(a.kv):
         _write_kv_kernel[(tokens,)](
             a.kv,
@@ -46,12 +52,22 @@ def write_kv(a: "WriteKVOp") -> None:
             sin,
             stride_sin,
             a.cache,
-            *a.cache.stride()[:2],
+            page_step,
+            layout.values_step,
+            element_step,
+            layout.scales_start,
+            layout.scales_step,
+            layout.rope_start,
+            layout.rope_step,
             a.eps,
             a.min_scale,
             pages * page_size,
             page_size,
-            LAYOUT=layout,
+            VALUES=layout.values,
+            SCALES=layout.scales,
+            QUANTISED=layout.quantised,
+            GROUP=layout.group,
+            WIDTH=width,
             PAIRING=a.pairing,
             POWER_OF_TWO=a.power_of_two,
             num_warps=2,  # 8 values per thread: 16 bytes
@@ -61,7 +77,7 @@ def write_kv(a: "WriteKVOp") -> None:
 
 @triton.jit(do_not_specialize=["eps", "min_scale", "n_slots", "page_size"])
 def _write_kv_kernel(
-    kv_ptr,  # [tokens, 576], or for 584 bytes [tokens, 512]
+    kv_ptr,  # [tokens, WIDTH]
     stride_kv_t,
     stride_kv_d,
     slots_ptr,  # [tokens]
@@ -70,14 +86,23 @@ def _write_kv_kernel(
     stride_cos_t,
     sin_ptr,
     stride_sin_t,
-    cache_ptr,  # [pages, page_size, LAYOUT] bytes
+    cache_ptr,  # pages of bytes, or of plain values
     stride_cache_page,
-    stride_cache_n,
+    values_step,  # these: see Layout
+    stride_cache_d,  # of plain values
+    scales_start,
+    scales_step,
+    rope_start,
+    rope_step,
     eps,
     min_scale,
     n_slots,
     page_size,
-    LAYOUT: tl.constexpr,  # see latent_rows.py
+    VALUES: tl.constexpr,  # "plain", or Layout's
+    SCALES: tl.constexpr,
+    QUANTISED: tl.constexpr,  # values that share scales; RoPE dimensions behind them stay bf16
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,  # 512, or 576: the RoPE dimensions lie behind the 512
     PAIRING: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):
@@ -86,38 +111,57 @@ def _write_kv_kernel(
     slot = tl.load(slots_ptr + t).to(tl.int64)
     if (slot < 0) | (slot >= n_slots):
         return
-    ROPE_START: tl.constexpr = 512 if LAYOUT == 656 else 448
-    GROUP: tl.constexpr = 128 if LAYOUT == 656 else 64  # values per scale
-    GROUPS: tl.constexpr = 512 // GROUP
+    D: tl.constexpr = 512
     row = kv_ptr + t * stride_kv_t
-    offs = tl.arange(0, 512)  # [512]
+    offs = tl.arange(0, D)[None, :]  # [1, D]
     x = tl.load(row + offs.to(tl.int64) * stride_kv_d).to(tl.float32)
-    offs_r = tl.arange(0, 64)[None, :]  # [1, 64]: RoPE dimensions
+    # RoPE dimensions: those behind x [1, 64]; or all of x, counted from x's RoPE dimensions on
+    ROPE_TILE: tl.constexpr = 64 if WIDTH > D else D
+    ROPE_START: tl.constexpr = WIDTH - 64
+    offs_r = tl.arange(0, ROPE_TILE)[None, :]
+    if WIDTH == D:
+        offs_r = (offs_r + 64) % D
     other_r = partner(offs_r, 64, PAIRING)
-    rope = tl.load(row + (ROPE_START + offs_r).to(tl.int64) * stride_kv_d).to(tl.float32)  # [1, 64]
-    other = tl.load(row + (ROPE_START + other_r).to(tl.int64) * stride_kv_d).to(tl.float32)
+    column, other_column = ROPE_START + offs_r, ROPE_START + other_r
+    if WIDTH == D:
+        column, other_column = column % D, other_column % D
+    rope = x if WIDTH == D else tl.load(row + column.to(tl.int64) * stride_kv_d).to(tl.float32)
+    other = tl.load(row + other_column.to(tl.int64) * stride_kv_d).to(tl.float32)
     if weight_ptr is not None:
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / 512 + eps))
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x) / D + eps))
         x = x * inverse * tl.load(weight_ptr + offs).to(tl.float32)
-        if ROPE_START < 512:  # the norm includes the RoPE part
-            rope = rope * inverse * tl.load(weight_ptr + ROPE_START + offs_r).to(tl.float32)
-            other = other * inverse * tl.load(weight_ptr + ROPE_START + other_r).to(tl.float32)
+        if WIDTH == D:  # the norm includes the RoPE dimensions
+            rope = x
+            other = other * inverse * tl.load(weight_ptr + other_column).to(tl.float32)
     if cos_ptr is not None:
         cos, sin = cos_ptr + t * stride_cos_t, sin_ptr + t * stride_sin_t
         rope = apply_rope(rope, other, offs_r, cos, sin, offs_r < 64, 64, PAIRING)
+    if WIDTH == D:
+        x = rope
 
-    codes, scale = quantise_e4m3(tl.reshape(x, [GROUPS, GROUP]), min_scale, POWER_OF_TWO)
     page = cache_ptr + slot // page_size * stride_cache_page
     offset = slot % page_size
-    if LAYOUT == 656:
-        packed = page + offset * stride_cache_n
-        scales, ropes = (packed + 512).to(tl.pointer_type(tl.float32)), packed + 528
+    values = page + offset * values_step
+    if VALUES == "plain":
+        dtype: tl.constexpr = cache_ptr.dtype.element_ty
+        tl.store(values + offs.to(tl.int64) * stride_cache_d, x.to(dtype))
+        if WIDTH > D:
+            tl.store(values + column.to(tl.int64) * stride_cache_d, rope.to(dtype))
     else:
-        tl.static_assert(LAYOUT == 584)
-        packed = page + offset * 576
-        scales, ropes = page + page_size * 576 + offset * 8, packed + 448
-        scale = (scale.to(tl.uint32, bitcast=True) >> 23).to(tl.uint8)  # ue8m0
-    tl.store(packed + offs, tl.reshape(codes, [512]), mask=offs < ROPE_START)
-    offs_g = tl.arange(0, GROUPS)  # [GROUPS], of which ROPE_START / GROUP have a scale
-    tl.store(scales + offs_g, scale, mask=offs_g < ROPE_START // GROUP)
-    tl.store(ropes.to(tl.pointer_type(tl.bfloat16)) + offs_r, rope.to(tl.bfloat16))
+        x = tl.reshape(x, [D // GROUP, GROUP])
+        if VALUES == "e4m3":
+            codes, scale = quantise_e4m3(x, min_scale, POWER_OF_TWO)
+            tl.store(values + offs, tl.reshape(codes, [1, D]), mask=offs < QUANTISED)
+        else:
+            codes, scale = quantise_e2m1(x, min_scale)
+            tl.store(values + tl.arange(0, D // 2), tl.reshape(codes, [D // 2]))
+        scales = page + scales_start + offset * scales_step
+        if SCALES == "fp32":
+            scales = scales.to(tl.pointer_type(tl.float32))
+        elif SCALES == "ue8m0":
+            scale = (scale.to(tl.uint32, bitcast=True) >> 23).to(tl.uint8)
+        offs_g = tl.arange(0, D // GROUP)  # of which QUANTISED / GROUP have a scale
+        tl.store(scales + offs_g, scale, mask=offs_g < QUANTISED // GROUP)
+        if WIDTH > QUANTISED:
+            ropes = (page + rope_start + offset * rope_step).to(tl.pointer_type(tl.bfloat16))
+            tl.store(ropes + offs_r, rope.to(tl.bfloat16), mask=offs_r < 64)

@@ -12,18 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import (
-    KV_FORMATS,
-    dequantise,
-    format_of,
-    fp8_scale,
-    index_k_views,
-    pack_index_k,
-    pack_v4_kv,
-    pack_v32_kv,
-    to_e4m3,
-    views,
-)
+from .formats import KV_FORMATS, Format, dequantise, format_of, fp8_scale, to_e4m3
+from .formats.index_keys import INDEX_K
 from .rope import apply_rope, hadamard_transform
 
 INF = float("inf")
@@ -203,7 +193,7 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out.to(outs.dtype), lse
 
 
-# Writers. They serve the CPU as they are: each value is read and written once.
+# Writers.
 
 
 def write_kv(
@@ -217,6 +207,7 @@ def write_kv(
     pairing: str | None,
     power_of_two: bool,
     min_scale: float,
+    cache_format: str | None = None,
 ) -> None:
     """RMSNorm of the first 512 values, RoPE of the last 64, and the token's bytes into its slot."""
     x = kv.float()
@@ -224,11 +215,8 @@ def write_kv(
         x = torch.cat([F.rms_norm(x[:, :512], (512,), norm_weight.float(), eps), x[:, 512:]], -1)
     if cos is not None:  # else nothing is turned, and nothing is copied
         x = torch.cat([x[:, :-64], _rotate(x[:, None, -64:], cos, sin, pairing, False)[:, 0]], -1)
-    if cache.shape[2] == 656:
-        packed = pack_v32_kv(x[:, None], power_of_two=power_of_two, min_scale=min_scale)
-    else:
-        packed = pack_v4_kv(x[:, None], min_scale=min_scale)
-    _store(views(packed), slots, views(cache))
+    fmt = None if cache_format is None else KV_FORMATS[cache_format]
+    _store(x, slots, cache, fmt, power_of_two, min_scale)
 
 
 def write_index_k(
@@ -249,12 +237,8 @@ def write_index_k(
     x = k.float()
     if norm_weight is not None and norm_bias is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight.float(), norm_bias.float(), eps)
-    x = _rotate(x[:, None], cos, sin, pairing, hadamard)
-    _store(
-        index_k_views(pack_index_k(x, power_of_two=power_of_two, min_scale=min_scale)),
-        slots,
-        index_k_views(cache),
-    )
+    x = _rotate(x[:, None], cos, sin, pairing, hadamard)[:, 0]
+    _store(x, slots, cache, INDEX_K if cache.dtype == torch.uint8 else None, power_of_two, min_scale)
 
 
 def quantise_index_q(
@@ -279,12 +263,19 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, pairing: str | No
     return hadamard_transform(x) if hadamard else x
 
 
-def _store(parts: tuple[Tensor, ...], slots: Tensor, cache: tuple[Tensor, ...]) -> None:
-    """Parts ``[tokens, 1, ...]`` of packed tokens into the slots that exist, the later token last."""
-    pages, page_size = cache[0].shape[:2]
+def _store(
+    x: Tensor, slots: Tensor, cache: Tensor, fmt: Format | None, power_of_two: bool, min_scale: float
+) -> None:
+    """Rows ``[tokens, width]`` into the slots that exist, in the cache's format, or rounded to its dtype."""
+    if fmt is None:
+        parts, places = (x[:, None].to(cache.dtype),), (cache,)
+    else:
+        packed = fmt.quantised("x", x[:, None], power_of_two=power_of_two, min_scale=min_scale)
+        parts, places = fmt.views(packed), fmt.views(cache)
+    pages, page_size, _ = cache.shape
     tokens = ((slots >= 0) & (slots < pages * page_size)).nonzero()[:, 0]
     slots = slots[tokens].long()
-    for part, place in zip(parts, cache, strict=True):
+    for part, place in zip(parts, places, strict=True):
         if part.dtype == torch.float8_e4m3fn:
             part, place = part.view(torch.uint8), place.view(torch.uint8)
         place[slots // max(page_size, 1), slots % max(page_size, 1)] = part[tokens, 0]

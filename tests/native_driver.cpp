@@ -290,10 +290,110 @@ void attend_packed(int isa, int threads, DType dtype, const Layout& layout, int 
   attend_rows<T>(isa, threads, args, topk);
 }
 
+// Rows of any magnitude; NaN and infinities among them.
+template <class T>
+std::vector<T> hostile_values(size_t n) {
+  std::vector<T> values(n);
+  for (T& value : values) {
+    const uint32_t bits = random_bits();
+    std::memcpy(&value, &bits, sizeof value);
+  }
+  return values;
+}
+
+// Norm and rotation of rows [tokens, heads, width]. The norm's sums depend on the set, so that the results
+// are compared only without it.
+struct Inputs {
+  std::vector<float> cos, sin, weight;
+  Rows rows = {};
+
+  Inputs(DType dtype, int tokens, int heads, int width, int pairs, bool norm)
+      : cos(random_values<float>(size_t(tokens) * pairs)),
+        sin(random_values<float>(size_t(tokens) * pairs)),
+        weight(random_values<float>(width)) {
+    rows.x_token = heads * width, rows.x_head = width, rows.cos_token = rows.sin_token = pairs;
+    rows.tokens = tokens, rows.heads = heads, rows.width = rows.normalised = width, rows.pairs = pairs;
+    rows.rope_start = pick(0, 1) * (width - 2 * pairs), rows.interleaved = pick(0, 1);
+    rows.dtype = dtype, rows.weight_dtype = rows.bias_dtype = kFloat32, rows.eps = 1e-6f;
+    if (pairs) rows.cos = cos.data(), rows.sin = sin.data();
+    if (norm) rows.norm_weight = weight.data();
+    if (norm && pick(0, 1)) rows.norm_bias = weight.data();
+  }
+};
+
+// Into a cache without a gap. The bytes are compared where no set may differ: the sums of a norm have another
+// order, and a NaN may have another sign.
+template <class T>
+void write(int isa, DType dtype, Quantisation how, int width, int tokens) {
+  const bool norm = pick(0, 1), hostile = pick(0, 1), plain = how.values == kPlainValues;
+  Inputs inputs(dtype, tokens, 1, width, pick(0, 1) * pick(1, width / 2), norm);
+  const auto x = (hostile ? hostile_values<T> : random_values<T>)(size_t(tokens) * width);
+  inputs.rows.x = x.data();
+  if (!(width & (width - 1)) && pick(0, 1)) inputs.rows.hadamard = 0.25f;
+  WriteArgs args = {};
+  args.rows = inputs.rows, args.how = how, args.pages = 3, args.page_size = 1 + tokens / 3;
+  args.cache_dtype = pick(0, 2);
+  const int64_t element = args.cache_dtype == kFloat32 ? 4 : 2;
+  const int64_t values = plain ? width * element : how.quantised / (how.values == kE2m1Values ? 2 : 1);
+  const int64_t groups = plain ? 0 : how.quantised / how.group;
+  args.values_step = values, args.scales_start = args.page_size * values;
+  args.scales_step = how.scales == kFp32Scales ? 4 * groups : groups;
+  args.rope_start = round_up(args.scales_start + args.page_size * args.scales_step, 2);
+  args.rope_step = plain ? 0 : 2 * (width - how.quantised);
+  args.page_step = args.rope_start + args.page_size * args.rope_step;
+  std::vector<uint8_t> cache(args.pages * args.page_step, 0xab), expected(cache);
+  std::vector<int64_t> slots(tokens);
+  for (int i = 0; i < tokens; i++) slots[i] = i % 7 == 3 ? pick(0, 1) * (int64_t{1} << 62) - 1 : i;
+  const std::vector<int32_t> narrow(slots.begin(), slots.end());
+  args.slots = slots.data(), args.slot_bytes = 8, args.cache = cache.data();
+  sparse_attn_write(isa, 2, &args);
+  if (pick(0, 1)) args.slots = narrow.data(), args.slot_bytes = 4;
+  args.cache = expected.data();
+  sparse_attn_write(portable(), 1, &args);
+  check(norm || hostile || cache == expected, "the bytes of a cache");
+}
+
+template <class T>
+void quantise(int isa, DType dtype, int width) {
+  const int tokens = pick(1, 9), heads = pick(1, 20);
+  Inputs inputs(dtype, tokens, heads, width, pick(0, 1) * width / 4, false);
+  const auto x = hostile_values<T>(size_t(tokens) * heads * width);
+  const auto weights = random_values<float>(size_t(tokens) * heads);
+  std::vector<uint8_t> out(x.size()), expected_out(out);
+  std::vector<float> scaled(weights), expected(weights);
+  QuantiseArgs args = {inputs.rows, {width, width, kE4m3Values, kFp32Scales, pick(0, 1), 1e-6f}};
+  args.rows.x = x.data(), args.rows.hadamard = pick(0, 1) * 0.25f;
+  args.weights = weights.data(), args.out = out.data(), args.out_weights = scaled.data();
+  args.weights_token = args.out_weights_token = heads, args.out_token = heads * width, args.out_head = width;
+  sparse_attn_quantise(isa, 3, &args);
+  args.out = expected_out.data(), args.out_weights = expected.data();
+  sparse_attn_quantise(portable(), 1, &args);
+  for (size_t i = 0; i < out.size(); i++)  // the sign of a NaN is anything
+    check(out[i] == expected_out[i] || (out[i] & expected_out[i] & 0x7f) == 0x7f, "the bytes of a query");
+  for (size_t i = 0; i < scaled.size(); i++)
+    check(scaled[i] == expected[i] || std::isnan(scaled[i]), "a weight");
+}
+
+template <class T>
+void write_everything(int isa, DType dtype) {
+  const Quantisation formats[] = {
+      {512, 128, kE4m3Values, kFp32Scales, 0, 1e-6f}, {448, 64, kE4m3Values, kUe8m0Scales, 1, 1e-6f},
+      {512, 32, kE4m3Values, kUe8m0Scales, 1, 1e-6f}, {512, 16, kE2m1Values, kE4m3Scales, 0, 0x1p-9f},
+      {16, 16, kE4m3Values, kFp32Scales, 1, 1e-6f},
+  };
+  for (const Quantisation& how : formats)
+    for (int rope : {0, 64})
+      for (int tokens : {1, 50}) write<T>(isa, dtype, how, static_cast<int>(how.quantised) + rope, tokens);
+  for (int width : {2, 31, 64, 576, 1024})
+    for (int tokens : {1, 40}) write<T>(isa, dtype, {}, width, tokens);
+  for (int width : {16, 32, 128, 1024}) quantise<T>(isa, dtype, width);
+}
+
 template <class T>
 void run_few(int isa, DType dtype) {
   for (int heads : {3, 64}) index<T>(isa, 2, dtype, 2, 150, heads, 40, 0);
   for (int group : {5, 16}) attend<T>(isa, 2, dtype, 2, 100, group * 2, 2, 32, 32, 70);
+  write_everything<T>(isa, dtype);
 }
 
 template <class T>
@@ -303,6 +403,7 @@ void run(int isa, DType dtype) {
       index<T>(isa, pick(1, 3), dtype, pick(1, 3), pick(1, heads > 64 ? 110 : 200), heads, d,
                pick(0, 1) * pick(1, 40));
   index<T>(isa, 1, dtype, 1, 9000, 2, 8, 0);
+  write_everything<T>(isa, dtype);
   for (int page_size : {0, 7}) index_fp8<T>(isa, 2, dtype, 60, page_size ? 3 : 20, 48, page_size);
   int number = 0;
   for (int group : {1, 2, 5, 8, 9, 16, 33, 128, 150}) {

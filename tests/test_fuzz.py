@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import sparse_attn
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, reference
 from sparse_attn.compat import deep_gemm, flash_mla
+from sparse_attn.formats.index_keys import INDEX_K
 from sparse_attn.indexer import hadamard_transform
 from sparse_attn.ops.backends import native
 from sparse_attn.rope import apply_rope
@@ -232,26 +233,36 @@ def rope_options(draw, tokens: int, columns: int) -> Arguments:
     return {"cos": angle.cos(), "sin": angle.sin(), "pairing": pairing}
 
 
+CACHE_FORMATS = {"kv": formats.KV_FORMATS, "k": {"index_k": INDEX_K}}
+PLAIN_WIDTHS = {"kv": (576, 512), "k": (64, 100, 128)}
+
+
 @st.composite
-def writer_arguments(draw, name: str, sizes: tuple[int, ...]) -> Arguments:
-    size, tokens = draw(st.sampled_from(sizes)), draw(st.integers(0, 9))
+def writer_arguments(draw, name: str) -> Arguments:
+    """Of write_kv (name "kv") or write_index_k ("k"), with a cache of a format or of floats."""
+    kind, tokens = draw(st.sampled_from([None, *CACHE_FORMATS[name]])), draw(st.integers(0, 9))
     pages, page_size = draw(st.integers(1, 4)), draw(st.sampled_from([8, 16]))
-    g = torch.Generator().manual_seed(draw(SEEDS))
-    fmt = formats.FORMATS[{656: "v32", 584: "v4", 132: "fp8_index"}[size]]
-    width = fmt.width
-    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    g, floats = torch.Generator().manual_seed(draw(SEEDS)), (torch.bfloat16, torch.float16, torch.float32)
+    width = CACHE_FORMATS[name][kind].width if kind else draw(st.sampled_from(PLAIN_WIDTHS[name]))
     slots = torch.randperm(pages * page_size, generator=g)[:tokens]
     slots[torch.rand(len(slots), generator=g) < 0.3] = draw(st.sampled_from([-1, pages * page_size, INT_MAX]))
+    held = torch.randn(pages, page_size, width, generator=g)
+    held = CACHE_FORMATS[name][kind].pack(held) if kind else held.to(draw(st.sampled_from(floats)))
+    rows = torch.randn(len(slots), width, generator=g).to(draw(st.sampled_from(floats)))
     arguments = {
-        name: laid_out(draw, torch.randn(len(slots), width, generator=g).to(dtype)),
+        name: laid_out(draw, rows),
         "slots": slots.to(draw(st.sampled_from([torch.int32, torch.int64]))),
-        "cache": fmt.pack(torch.randn(pages, page_size, width, generator=g)),
-        **rope_options(draw, len(slots), 32),
+        "cache": held,
+        **({} if kind == "nope" else rope_options(draw, len(slots), 32)),
     }
     if draw(st.booleans()):
-        arguments["norm_weight"] = torch.randn(512 if name == "kv" else 128, generator=g)
+        arguments["norm_weight"] = torch.randn(512 if name == "kv" else width, generator=g)
         if name == "k":
-            arguments["norm_bias"] = torch.randn(128, generator=g)
+            arguments["norm_bias"] = torch.randn(width, generator=g)
+    if name == "k":
+        arguments["hadamard"] = width & (width - 1) == 0 and draw(st.booleans())
+    elif kind:
+        arguments["cache_format"] = kind
     return arguments
 
 
@@ -387,31 +398,37 @@ def check_merge(backend: str, arguments: Arguments, result) -> None:
 
 
 def check_written(name: str) -> Callable[[str, Arguments, Any], None]:
-    """Each token's values are in its slot, to the precision of fp8; every other byte is what it was."""
+    """Each token's values are in its slot, as precise as the cache; every other byte is what it was."""
 
     def check(backend: str, arguments: Arguments, cache: torch.Tensor) -> None:
         x, before, slots = arguments[name].double(), arguments["cache"], arguments["slots"].long()
+        kind = arguments.get("cache_format", "index_k" if cache.dtype == torch.uint8 else None)
         weight, bias = arguments.get("norm_weight"), arguments.get("norm_bias")
         if weight is not None and name == "kv":
             norm = torch.nn.functional.rms_norm(x[:, :512], (512,), weight.double(), 1e-6)
             x = torch.cat([norm, x[:, 512:]], -1)
         elif weight is not None:
-            x = torch.nn.functional.layer_norm(x, (128,), weight.double(), bias.double(), 1e-6)
+            x = torch.nn.functional.layer_norm(x, x.shape[1:], weight.double(), bias.double(), 1e-6)
         if "cos" in arguments:
             turned = slice(-64, None) if name == "kv" else slice(0, 64)
             cos, sin = arguments["cos"].double(), arguments["sin"].double()
             x = x.clone()
             x[:, turned] = apply_rope(x[:, None, turned], cos, sin, arguments["pairing"])[:, 0]
-        if name == "k":
+        if arguments.get("hadamard"):
             x = hadamard_transform(x)
         exists = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
-        held, old = formats.unpack(cache).flatten(0, 1), formats.unpack(before).flatten(0, 1)
+        held, old = (unpacked(c, CACHE_FORMATS[name].get(kind)).flatten(0, 1) for c in (cache, before))
         written = torch.zeros(len(held), dtype=torch.bool)
         written[slots[exists]] = True
         assert torch.equal(held[~written], old[~written]), "another slot was written"
-        assert relative_error(held[slots[exists]], x[exists]) < E4M3_ERROR
+        error = 0.15 if kind in ("v41_fp4", "v41_fp4_by_page") else E4M3_ERROR if kind else 2.0**-8
+        assert relative_error(held[slots[exists]], x[exists]) < error
 
     return check
+
+
+def unpacked(cache: torch.Tensor, fmt: formats.Format | None) -> torch.Tensor:
+    return cache if fmt is None else formats.dequantise(*fmt.views(cache))
 
 
 def check_index_q(backend: str, arguments: Arguments, result) -> None:
@@ -514,8 +531,8 @@ SUBJECTS = {
     "sparse_mla": Subject(sparse_attn.sparse_mla, with_lse(mla_arguments()), check_attention("sparse_mla")),
     "sparse_gqa": Subject(sparse_attn.sparse_gqa, with_lse(gqa_arguments()), check_attention("sparse_gqa")),
     "merge_attention": Subject(sparse_attn.merge_attention, merge_arguments(), check_merge),
-    "write_kv": Subject(write_kv, writer_arguments("kv", (656, 584)), check_written("kv")),
-    "write_index_k": Subject(write_index_k, writer_arguments("k", (132,)), check_written("k")),
+    "write_kv": Subject(write_kv, writer_arguments("kv"), check_written("kv")),
+    "write_index_k": Subject(write_index_k, writer_arguments("k"), check_written("k")),
     "quantise_index_q": Subject(sparse_attn.quantise_index_q, index_q_arguments(), check_index_q),
     "flash_mla_sparse_fwd": Subject(flash_mla.flash_mla_sparse_fwd, prefill_arguments(), check_prefill),
     "fp8_paged_mqa_logits": Subject(deep_gemm.fp8_paged_mqa_logits, paged_arguments(), check_paged_logits),

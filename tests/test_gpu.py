@@ -9,6 +9,7 @@ interpreter, with tiny sizes, so that these tests are known to be right before a
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import sparse_attn
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, formats, ops, reference
 from sparse_attn.compat import deep_gemm, flash_mla
+from sparse_attn.formats.index_keys import INDEX_K
 from sparse_attn.ops.index import IndexLogitsOp
 from sparse_attn.ops.records import PER_QUERY
 from sparse_attn.rope import apply_rope, hadamard_transform
@@ -546,8 +548,7 @@ def test_merge_attention(dtype):
 
 
 TOKENS = sized(20_000, 9)
-WIDTH = {656: 576, 584: 512, 132: 128}
-FORMATS = {formats.FORMATS[name].bytes: formats.FORMATS[name] for name in ("v32", "v4", "fp8_index")}
+WRITTEN = {**formats.KV_FORMATS, "index_k": INDEX_K}
 MIN_SCALES = (formats.FP8_MIN_SCALE, formats.FLASH_MLA_MIN_SCALE)
 
 
@@ -559,9 +560,10 @@ def hostile_rows(tokens, width, dtype):
     return rows.to(dtype)
 
 
-def new_cache(size, pages, page_size):
+def new_cache(name, pages, page_size):
     """A cache of 0xAB; pages of 584 bytes per token are aligned."""
-    stride = formats.v4_page_bytes(page_size) if size == 584 else page_size * size
+    size = WRITTEN[name].bytes
+    stride = formats.v4_page_bytes(page_size) if name == "v4" else page_size * size
     buffer = torch.full((pages, stride), 0xAB, dtype=torch.uint8, device=DEVICE)
     return buffer[:, : page_size * size].unflatten(1, (page_size, size))
 
@@ -577,39 +579,70 @@ def rotation(tokens, columns=32):
     return {"cos": angles.cos(), "sin": angles.sin()}
 
 
-def written(size, rows, slots, pages, page_size=64, **options):
-    cache = new_cache(size, pages, page_size)
-    write = sparse_attn.write_index_k if size == 132 else sparse_attn.write_kv
-    write(rows.to(DEVICE), cache, slots.to(DEVICE), **options, **TRITON)
+def writer(name):
+    """Of a cache of that format."""
+    if name == "index_k":
+        return sparse_attn.write_index_k
+    return partial(sparse_attn.write_kv, cache_format=name)
+
+
+def written(name, rows, slots, pages, page_size=64, **options):
+    cache = new_cache(name, pages, page_size)
+    writer(name)(rows.to(DEVICE), cache, slots.to(DEVICE), **options, **TRITON)
     return cache
 
 
-@pytest.mark.parametrize("size", [656, 584, 132])
+@pytest.mark.parametrize("name", list(WRITTEN))
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_written_bytes_are_those_of_the_packers(size, dtype):
+def test_written_bytes_are_those_of_the_packers(name, dtype):
     """Without norm and rotation nothing is rounded twice, so every byte is decided."""
-    pages = -(-TOKENS // 64) + 3
+    pages, fmt = -(-TOKENS // 64) + 3, WRITTEN[name]
     slots = torch.randperm(pages * 64)[:TOKENS]
     slots[7], slots[-1] = -1, pages * 64
     real = (slots >= 0) & (slots < pages * 64)
-    rows = hostile_rows(TOKENS, WIDTH[size], dtype)
-    for power_of_two in (True,) if size == 584 else (True, False):
-        for min_scale in MIN_SCALES:
-            how = (
-                {"min_scale": min_scale}
-                if size == 584
-                else {"power_of_two": power_of_two, "min_scale": min_scale}
-            )
-            options = how | ({"hadamard": False} if size == 132 else {})
-            cache = written(size, rows, slots, pages, **options)
-            expected = formats.views(FORMATS[size].pack(rows[real][:, None], **how))
-            untouched = torch.ones(pages * 64, dtype=torch.bool)
-            untouched[slots[real]] = False
-            for part, source in zip(formats.views(cache), expected, strict=True):
-                found, source = token_bytes(part), token_bytes(source)
-                wrong = (found[slots[real]] != source).any(1).nonzero()[:, 0]
-                assert not len(wrong), f"{len(wrong)} tokens ({how}), first {wrong[:9].tolist()}"
-                assert (found[untouched] == 0xAB).all()
+    rows = hostile_rows(TOKENS, fmt.width, dtype)
+    conventions = [{"min_scale": min_scale} for min_scale in MIN_SCALES]
+    if name in ("v32", "nope", "index_k"):
+        conventions = [{**how, "power_of_two": each} for how in conventions for each in (True, False)]
+    for how in [{}] if "fp4" in name else conventions:
+        cache = written(name, rows, slots, pages, **how, **({"hadamard": False} if name == "index_k" else {}))
+        expected = fmt.views(fmt.pack(rows[real][:, None], **how))
+        untouched = torch.ones(pages * 64, dtype=torch.bool)
+        untouched[slots[real]] = False
+        for part, source in zip(fmt.views(cache), expected, strict=True):
+            found, source = token_bytes(part), token_bytes(source)
+            wrong = (found[slots[real]] != source).any(1).nonzero()[:, 0]
+            assert not len(wrong), f"{len(wrong)} tokens ({how}), first {wrong[:9].tolist()}"
+            assert (found[untouched] == 0xAB).all()
+
+
+@pytest.mark.parametrize("stored", [BF16, FP16, FP32])
+def test_written_into_caches_of_floats(stored):
+    """Each value is rounded once, and layers interleaved in one allocation stay apart."""
+    pages = -(-TOKENS // 64)
+    slots = torch.randperm(TOKENS, device=DEVICE)
+    slots[7] = -1
+    kept, turn = slots >= 0, rotation(TOKENS)
+    cos, sin = (a.double() for a in turn.values())
+    step = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 1e-6}[stored]
+    for width in (576, 512, 128):
+        every = torch.full((pages, 2, 64, width), 9.0, dtype=stored, device=DEVICE)
+        rows, weight = normal(TOKENS, width, dtype=BF16), torch.rand(min(width, 512), device=DEVICE) + 0.5
+        x, options = rows.double(), {"norm_weight": weight, **turn, "pairing": "half"}
+        if width == 128:
+            bias = normal(width)
+            sparse_attn.write_index_k(rows, every[:, 1], slots, norm_bias=bias, **options, **TRITON)
+            x = F.layer_norm(x, (width,), weight.double(), bias.double(), 1e-6)
+            x = hadamard_transform(apply_rope(x[:, None], cos, sin, "half")[:, 0])
+        else:
+            sparse_attn.write_kv(rows, every[:, 1], slots, **options, **TRITON)
+            x = torch.cat([F.rms_norm(x[:, :512], (512,), weight.double(), 1e-6), x[:, 512:]], 1)
+            x = torch.cat([x[:, :-64], apply_rope(x[:, None, -64:], cos, sin, "half")[:, 0]], 1)
+        found = every[:, 1].flatten(0, 1)
+        torch.testing.assert_close(found[slots[kept]].double(), x[kept], rtol=1.01 * step, atol=2e-6)
+        untouched = torch.ones(len(found), dtype=torch.bool, device=DEVICE)
+        untouched[slots[kept]] = False
+        assert (found[untouched] == 9).all() and (every[:, 0] == 9).all()
 
 
 def assert_quantised(actual, expected):
@@ -619,22 +652,26 @@ def assert_quantised(actual, expected):
     assert not wrong.any(), f"{int(wrong.sum())} values, first at {wrong.nonzero()[0].tolist()}"
 
 
-@pytest.mark.parametrize("size", [656, 584])
+@pytest.mark.parametrize("name", ["v32", "v4", "v41", "v41_by_page"])
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
-def test_latents_are_normalised_and_rotated(size, pairing):
-    d = WIDTH[size]
+def test_latents_are_normalised_and_rotated(name, pairing):
+    fmt = WRITTEN[name]
+    d = fmt.width
     rows = (normal(TOKENS, d) * torch.logspace(-2, 2, TOKENS, device=DEVICE)[:, None]).bfloat16()
     weight, turn = (torch.rand(512, device=DEVICE) + 0.5).bfloat16(), rotation(TOKENS)
     slots = torch.randperm(TOKENS, device=DEVICE).int()
     options = {"norm_weight": weight, "eps": 1e-5, **turn, "pairing": pairing}
-    cache = written(size, rows, slots, -(-TOKENS // 64), **options)
+    cache = written(name, rows, slots, -(-TOKENS // 64), **options)
     x = rows.double()
     x = torch.cat([F.rms_norm(x[:, :512], (512,), weight.double(), 1e-5), x[:, 512:]], 1)
     turned = apply_rope(x[:, None, -64:], *(a.double() for a in turn.values()), pairing)[:, 0]
-    values = formats.dequantise(*formats.views(cache), dtype=torch.float64).flatten(0, 1)[slots.long()]
-    torch.testing.assert_close(values[:, -64:], turned, rtol=2.0**-8, atol=1e-5)  # bf16
-    block = 128 if size == 656 else 64
-    assert_quantised(*(y[:, :-64].unflatten(1, (-1, block)) for y in (values, x)))
+    parts = fmt.views(cache)
+    values = formats.dequantise(*parts, dtype=torch.float64).flatten(0, 1)[slots.long()]
+    x = torch.cat([x[:, :-64], turned], 1)
+    if len(parts) == 3:
+        torch.testing.assert_close(values[:, -64:], turned, rtol=2.0**-8, atol=1e-5)  # bf16
+        values, x = values[:, :-64], x[:, :-64]
+    assert_quantised(*(y.unflatten(1, (parts[1].shape[2], -1)) for y in (values, x)))
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
@@ -649,7 +686,7 @@ def test_index_keys_and_queries_are_rotated(pairing):
     )
     slots, exact_turn = torch.randperm(tokens, device=DEVICE), [a.double() for a in turn.values()]
     options = {"norm_weight": norm, "norm_bias": bias, "hadamard": True, **turn, "pairing": pairing}
-    cache = written(132, k, slots, -(-tokens // 64), **options)
+    cache = written("index_k", k, slots, -(-tokens // 64), **options)
     x = F.layer_norm(k.double(), (d,), norm.double(), bias.double(), 1e-6)
     x = hadamard_transform(apply_rope(x[:, None], *exact_turn, pairing)[:, 0])
     assert_quantised(formats.unpack(cache, torch.float64).flatten(0, 1)[slots], x)
@@ -773,15 +810,15 @@ def merge_call():
     return lambda: sparse_attn.merge_attention(outs, lses, **TRITON), (outs, lses)
 
 
-def write_call(size):
+def write_call(name):
     tokens = sized(300, 5)
-    rows, cache = normal(tokens, WIDTH[size], dtype=BF16), new_cache(size, sized(9, 2), 64)
+    rows, cache = normal(tokens, WRITTEN[name].width, dtype=BF16), new_cache(name, sized(9, 2), 64)
     slots, turn = torch.randperm(tokens, device=DEVICE), rotation(tokens)
-    if size == 132:
+    if name == "index_k":
         options = {"norm_weight": normal(128), "norm_bias": normal(128)}
     else:
         options = {"norm_weight": normal(512)}
-    write = sparse_attn.write_index_k if size == 132 else sparse_attn.write_kv
+    write = writer(name)
 
     def call():
         cache.fill_(0xAB)
@@ -819,9 +856,10 @@ CALLS = {
     "top-k": lambda: select_call(sized(100, 3), sized(9000, 50)),
     "top-k in segments": lambda: select_call(2, sized(131_072, 50)),
     "merge": merge_call,
-    "write_kv 656": lambda: write_call(656),
-    "write_kv 584": lambda: write_call(584),
-    "write_index_k": lambda: write_call(132),
+    "write_kv 656": lambda: write_call("v32"),
+    "write_kv 584": lambda: write_call("v4"),
+    "write_kv 288": lambda: write_call("v41_fp4"),
+    "write_index_k": lambda: write_call("index_k"),
     "quantise_index_q": quantise_call,
     "physical_slots": slots_call,
 }

@@ -19,6 +19,7 @@ from sparse_attn import formats, ops, reference
 from sparse_attn.ops.attention import SparseMLAOp
 from sparse_attn.ops.backends import native
 from sparse_attn.ops.backends import torch as torch_backend
+from sparse_attn.ops.writers import QuantiseIndexQOp, WriteKVOp
 from sparse_attn.testing import (
     ADVERSARIAL_LOGITS,
     adversarial_logits,
@@ -59,6 +60,8 @@ def only_cpp(monkeypatch):
 
     for name in ("index_logits", "select_topk", "sparse_mla", "sparse_gqa"):
         monkeypatch.setattr(torch_backend, name, fail)
+    for name in native.WRITERS:
+        monkeypatch.setattr(reference, name, fail)
     ops.implementation.cache_clear()
     yield
     ops.implementation.cache_clear()
@@ -112,6 +115,19 @@ def test_vectors_with_gaps_stay_with_the_library(only_cpp):
     options = {"topk_length": ranges[:, 1] - 70, "attn_sink": torch.randn(4)}
     gaps = {name: x.repeat_interleave(2)[::2] for name, x in options.items()}
     assert torch.equal(*(sparse_attn.sparse_mla(q, k, indices, d_v=16, **x) for x in (options, gaps)))
+
+
+def test_writers_reach_the_library(isa, only_cpp):
+    turn = {"cos": torch.ones(3, 32), "sin": torch.zeros(3, 32), "pairing": "half"}
+    slots = torch.arange(6)[::2]  # gaps in it are closed, and nothing else is copied
+    rows, cache = torch.randn(3, 576), torch.zeros(2, 4, 576)
+    sparse_attn.write_kv(rows, cache, slots, **turn)
+    assert torch.equal(cache.flatten(0, 1)[slots], rows)
+    packed = formats.pack_index_k(torch.zeros(2, 4, 128))
+    sparse_attn.write_index_k(rows[:, :128], packed, slots, hadamard=False, **turn)
+    codes, _ = sparse_attn.quantise_index_q(rows[:, None, :128], torch.ones(3, 1), hadamard=False, **turn)
+    keys = formats.index_k_views(packed)[0].flatten(0, 1).view(torch.uint8)
+    assert torch.equal(keys[slots], codes[:, 0].view(torch.uint8)) and keys.any()
 
 
 # Accuracy at the shapes of models
@@ -390,6 +406,12 @@ def test_what_torch_must_do():
     assert native.refuses("sparse_mla", a) is None
     gaps = a._replace(kv=kv.T.contiguous().T)
     assert "kv: expected a contiguous last dimension" in native.refuses("sparse_mla", gaps)
+    written = WriteKVOp(torch.zeros(2, 576), torch.arange(2), 1e-6, True, 1e-6, torch.zeros(1, 2, 576))
+    assert native.refuses("write_kv", written) is None
+    fp64_weight = written._replace(norm_weight=torch.ones(512, dtype=torch.float64))
+    assert "torch.float64" in native.refuses("write_kv", fp64_weight)
+    wide = QuantiseIndexQOp(torch.zeros(1, 1, 2048), lse, True, True, 1e-6, lse, lse)
+    assert "at most 1024 values" in native.refuses("quantise_index_q", wide)
     fp64 = a._replace(q=q.double(), kv=kv.double())
     assert "torch.float64" in native.refuses("sparse_mla", fp64)
     with native.use(None):

@@ -40,7 +40,7 @@ def records():
             **{"block_table": table, "cu_seqlens_q": sequences, "scores": torch.zeros(3, 6)},
         ),
         "physical_slots": PhysicalSlotsOp(picked, table, 8, 9, torch.zeros_like(picked), sequences),
-        "write_kv": WriteKVOp(torch.randn(3, 576), slots, 1e-6, True, 1e-6, caches[0]),
+        "write_kv": WriteKVOp(torch.randn(3, 576), slots, 1e-6, True, 1e-6, caches[0], cache_format="v32"),
         "write_index_k": WriteIndexKOp(
             torch.randn(3, 128), slots, 1e-6, True, True, 1e-6, caches[1], **rotation
         ),

@@ -12,7 +12,7 @@ from sparse_attn.kernels.configs import TRITON
 from sparse_attn.formats import KV_FORMATS, index_k_views
 from sparse_attn.ops.attention import MergeAttentionOp, SparseGQAOp, SparseMLAOp
 from sparse_attn.ops.index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
-from sparse_attn.ops.writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
+from sparse_attn.ops.writers import FP4_SCALES, QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 
 BF16, FP16, FP32, E4M3, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8
 S_Q, S_KV, TOPK = 432, 100_000, 2048  # queries: whole waves of the 108 multiprocessors that are assumed
@@ -109,18 +109,24 @@ def slots(sequences=S_Q, page_size=64, ragged=False) -> PhysicalSlotsOp:
     return PhysicalSlotsOp(*required, int32(sequences + 1) if ragged else None)
 
 
-def written_kv(bytes_per_token, tokens=S_Q) -> WriteKVOp:
-    turn = empty(tokens, 32, dtype=FP32)
-    kv, cache = (
-        empty(tokens, 576 if bytes_per_token == 656 else 512),
-        empty(999, 64, bytes_per_token, dtype=UINT8),
-    )
-    return WriteKVOp(kv, int32(tokens), 1e-6, True, 1e-6, cache, empty(512), turn, turn, "interleaved")
+def written_kv(name, width=512, tokens=S_Q) -> WriteKVOp:
+    """Into a cache of the format ``name``, or of bf16."""
+    turn = None if name == "nope" else empty(tokens, 32, dtype=FP32)
+    cache, scales = empty(999, 64, width), (True, 1e-6)
+    if name is not None:
+        fmt = KV_FORMATS[name]
+        width, cache = fmt.width, empty(999, 64, fmt.bytes, dtype=UINT8)
+        scales = FP4_SCALES if fmt.bytes == 288 else scales
+    pairing = None if turn is None else "interleaved"
+    required = empty(tokens, width), int32(tokens), 1e-6, *scales, cache
+    return WriteKVOp(*required, empty(512), turn, turn, pairing, name)
 
 
-def written_index_k(tokens=S_Q) -> WriteIndexKOp:
-    turn, norm = empty(tokens, 32, dtype=FP32), empty(128)
-    required = empty(tokens, 128), int32(tokens), 1e-6, True, True, 1e-6, empty(999, 64, 132, dtype=UINT8)
+def written_index_k(d=None, tokens=S_Q) -> WriteIndexKOp:
+    """Into a cache of 132 bytes per key, or of ``d`` bf16."""
+    turn, norm = empty(tokens, 32, dtype=FP32), empty(d or 128)
+    cache = empty(999, 64, d) if d else empty(999, 64, 132, dtype=UINT8)
+    required = empty(tokens, d or 128), int32(tokens), 1e-6, True, True, 1e-6, cache
     return WriteIndexKOp(*required, norm, norm, turn, turn, "half")
 
 
@@ -158,9 +164,15 @@ CASES = [
     Case("lightning_topk", "64 heads, 1 query", lightning(64, s_q=1, s_kv=1 << 20)),
     Case("physical_slots", "k 2048", slots(), quick=(80,)),
     Case("physical_slots", "k 2048, ragged", slots(99, ragged=True), quick=(80,)),
-    Case("write_kv", "656 bytes", written_kv(656), quick=(80, 90)),
-    Case("write_kv", "584 bytes", written_kv(584)),
+    Case("write_kv", "656 bytes", written_kv("v32"), quick=(80, 90)),
+    Case("write_kv", "584 bytes", written_kv("v4")),
+    Case("write_kv", "528 bytes", written_kv("v41")),
+    Case("write_kv", "528 bytes, no RoPE", written_kv("nope")),
+    Case("write_kv", "288 bytes", written_kv("v41_fp4")),
+    Case("write_kv", "576 bf16", written_kv(None, 576)),
+    Case("write_kv", "512 bf16", written_kv(None)),
     Case("write_index_k", "132 bytes", written_index_k(), quick=(80, 90)),
+    Case("write_index_k", "128 bf16", written_index_k(128)),
     Case("quantise_index_q", "64 heads", quantised_index_q(64), quick=(80, 90)),
     *(
         Case("sparse_mla", f"{h} heads", mla(h), quick=ALL if h in (16, 128) else ())

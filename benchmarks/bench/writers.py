@@ -30,6 +30,14 @@ def _writers(heads: int, tokens: int, device: torch.device) -> Case:
     n = -(-tokens // PAGE_SIZE)
     caches = [torch.zeros(n, PAGE_SIZE, size, dtype=torch.uint8, device=device) for size in (656, 132)]
 
+    plain = torch.zeros(n, PAGE_SIZE, 576, dtype=torch.bfloat16, device=device)
+    fp4 = torch.zeros(n, PAGE_SIZE, 288, dtype=torch.uint8, device=device)
+
+    def others(cache: Tensor, rows: Tensor, cache_format: str | None = None) -> Tensor:
+        options = {"norm_weight": norm, **turn, "pairing": "interleaved", "cache_format": cache_format}
+        write_kv(rows, cache, slots, **options)
+        return cache
+
     def latents(backend: str = "auto") -> Tensor:
         write_kv(kv, caches[0], slots, norm_weight=norm, **turn, pairing="interleaved", backend=backend)
         return caches[0]
@@ -46,6 +54,8 @@ def _writers(heads: int, tokens: int, device: torch.device) -> Case:
 
     functions = {
         "write_kv": latents,
+        "write_kv, bf16": partial(others, plain, kv),
+        "write_kv, fp4": partial(others, fp4, kv[:, :512], "v41_fp4"),
         "write_index_k": keys,
         "quantise_index_q": lambda: quantise_index_q(q, weights, **turn, pairing="half")[0],
         "write_kv, torch": eager(partial(latents, "reference")),

@@ -119,6 +119,14 @@ Range slice(Range range, int64_t part, int64_t parts) {
   return {range.begin + n * part / parts, range.begin + n * (part + 1) / parts};
 }
 
+// f(begin, end) for each chunk of n rows. A chunk takes longer than to wake a thread.
+template <class F>
+void for_chunks(int64_t n, int threads, const F& f) {
+  constexpr int64_t kRows = 32;
+  parallel_for((n + kRows - 1) / kRows, threads,
+               [&](int64_t i) { f(i * kRows, std::min(n, (i + 1) * kRows)); });
+}
+
 }  // namespace
 
 int32_t sparse_attn_isas() { return kCount; }
@@ -140,7 +148,9 @@ int64_t sparse_attn_sizeof(const char* name) {
   } kStructures[] = {
       {"IndexArgs", sizeof(IndexArgs)},         {"Segment", sizeof(Segment)},
       {"AttentionArgs", sizeof(AttentionArgs)}, {"SelectArgs", sizeof(SelectArgs)},
-      {"SlotArgs", sizeof(SlotArgs)},
+      {"SlotArgs", sizeof(SlotArgs)},           {"Rows", sizeof(Rows)},
+      {"Quantisation", sizeof(Quantisation)},   {"WriteArgs", sizeof(WriteArgs)},
+      {"QuantiseArgs", sizeof(QuantiseArgs)},
   };
   for (const auto& structure : kStructures)
     if (!std::strcmp(structure.name, name)) return structure.bytes;
@@ -256,6 +266,17 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
     const int64_t head = first + i % blocks * block;
     attend(*args, t, head, std::min(head + block, first + range));
   });
+}
+
+void sparse_attn_write(int32_t isa, int32_t threads, const WriteArgs* args) {
+  const auto write = find(isa, [](const Kernels& k) { return k.write; });
+  for_chunks(args->rows.tokens, threads, [&](int64_t begin, int64_t end) { write(*args, begin, end); });
+}
+
+void sparse_attn_quantise(int32_t isa, int32_t threads, const QuantiseArgs* args) {
+  const auto quantise = find(isa, [](const Kernels& k) { return k.quantise; });
+  for_chunks(args->rows.tokens * args->rows.heads, threads,
+             [&](int64_t begin, int64_t end) { quantise(*args, begin, end); });
 }
 
 int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds) {

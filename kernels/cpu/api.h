@@ -24,6 +24,8 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
                                 int64_t scores_query);  // scores may be null
 void sparse_attn_physical_slots(int32_t isa, int32_t threads, const SlotArgs* args);
 void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args);
+void sparse_attn_write(int32_t isa, int32_t threads, const WriteArgs* args);
+void sparse_attn_quantise(int32_t isa, int32_t threads, const QuantiseArgs* args);
 
 // The operations of a loop in registers; see Kernels::peak.
 int64_t sparse_attn_peak(int32_t isa, int32_t kind, int64_t rounds);

@@ -102,6 +102,57 @@ inline int64_t table_row(const Args& args, int64_t t) {
   return std::upper_bound(ends, ends + args.tables, t) - ends;
 }
 
+// Rows [tokens, heads, width], and what writers do to each in fp32: a norm of its first values, RoPE of
+// 2 * pairs values from rope_start on, then the Hadamard matrix.
+struct Rows {
+  const void* x;
+  const void* norm_weight;  // [normalised], or null: no norm
+  const void* norm_bias;    // of LayerNorm; null: RMSNorm
+  const float* cos;         // [tokens, pairs], or null: no RoPE
+  const float* sin;
+  int64_t x_token, x_head, cos_token, sin_token;
+  int64_t tokens, heads, width, normalised, rope_start, pairs;
+  int32_t dtype, weight_dtype, bias_dtype;
+  int32_t interleaved;  // RoPE turns values 0 and 1, 2 and 3, ..; else 0 and pairs, 1 and pairs + 1, ..
+  float eps;
+  float hadamard;  // what the matrix of 1 and -1 is multiplied by, or 0: no matrix
+};
+
+// How writers store values.
+enum ValueKind : int32_t { kPlainValues = 0, kE4m3Values = 1, kE2m1Values = 2 };
+enum ScaleKind : int32_t { kFp32Scales = 0, kUe8m0Scales = 1, kE4m3Scales = 2 };
+
+// One scale for each `group` of `quantised` values. Both are multiples of 16.
+struct Quantisation {
+  int64_t quantised, group;
+  ValueKind values;
+  ScaleKind scales;
+  int32_t power_of_two;  // scales are rounded up to one
+  float min_scale;
+};
+
+// write_kv and write_index_k: row t [1, width] goes to slots[t] of a cache. Slot i lies in page
+// i / page_size, and its parts where sparse_attn/formats/layout.py says. Strides of the cache count bytes.
+struct WriteArgs {
+  Rows rows;
+  Quantisation how;
+  void* cache;
+  const void* slots;  // [tokens] int32 or int64; those that do not exist are skipped
+  int64_t slot_bytes, pages, page_size, page_step;
+  int64_t values_step, scales_start, scales_step, rope_start, rope_step;
+  int32_t cache_dtype;  // of plain values
+};
+
+// quantise_index_q: each row gets one scale, which its weight is multiplied by.
+struct QuantiseArgs {
+  Rows rows;
+  Quantisation how;
+  const float* weights;  // [tokens, heads]
+  uint8_t* out;          // [tokens, heads, width]
+  float* out_weights;
+  int64_t weights_token, out_token, out_head, out_weights_token;
+};
+
 // The kernels of one instruction set. Where an entry is null, the next lower set's kernel runs.
 struct Kernels {
   const char* name;
@@ -121,10 +172,14 @@ struct Kernels {
   void (*attend_few_packed[kDTypes])(const AttentionArgs&, int64_t t, int64_t head, int64_t head_end);
   // Runs multiply-adds in registers and returns the number of operations, or 0 if the set has no such loop.
   int64_t (*peak)(int32_t kind, int64_t rounds);
+  // Writes rows [begin, end); of quantise, row i is head i % heads of token i / heads.
+  void (*write)(const WriteArgs&, int64_t begin, int64_t end);
+  void (*quantise)(const QuantiseArgs&, int64_t begin, int64_t end);
 };
 enum PeakKind : int32_t { kPeakFp32 = 0, kPeakBf16 = 1 };
 
 constexpr int64_t kMaxHeads = 128;
+constexpr int64_t kMaxRow = 1024;  // values of a row that writers take
 constexpr int64_t kHeadUnit = 16;  // a range of heads is split at multiples of it
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

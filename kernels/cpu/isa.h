@@ -5,6 +5,7 @@
 #include "indexer.h"
 #include "peak.h"
 #include "topk.h"
+#include "writers.h"
 
 namespace {
 
@@ -27,6 +28,8 @@ constexpr Kernels fp32_kernels(const char* name) {
       {attend_any, attend_any, attend_any},
       {attend_few_any, attend_few_any, attend_few_any},
       [](int32_t kind, int64_t rounds) { return kind == kPeakFp32 ? run_peak<Fp32>(rounds) : 0; },
+      write_rows,
+      quantise_rows,
   };
 }
 

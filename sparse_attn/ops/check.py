@@ -28,19 +28,29 @@ def tensor(
     """The tensor itself, of the axes that ``spec`` names: a number is a size, a name stands for one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [{named(spec, dims)}], got {type(x).__name__}")
-    axes, shape = spec.split(), x.shape
+    axes, shape, known = _AXES.get(spec) or _axes(spec), x.shape, len(dims)
     fits = len(axes) == len(shape)
     for axis, n in zip(axes, shape, strict=False):  # a generator would cost more than the rest of a check
-        fits = fits and n == (int(axis) if axis.isdigit() else dims.get(axis, n))
+        if (axis if axis.__class__ is int else dims.setdefault(axis, n)) != n:
+            fits = False
     if not fits:
+        for axis in list(dims)[known:]:
+            del dims[axis]
         raise ValueError(f"{name}: expected shape [{named(spec, dims)}], got {list(shape)}")
     if x.dtype not in dtypes:
         expected = " or ".join(map(dtype_name, dtypes))
         raise TypeError(f"{name}: expected dtype {expected}, got {dtype_name(x.dtype)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
-    dims.update(zip(axes, shape, strict=True))
     return x
+
+
+_AXES: dict[str, tuple[Any, ...]] = {}  # of each spec that was seen: splitting it takes as long as the check
+
+
+def _axes(spec: str) -> tuple[Any, ...]:
+    _AXES[spec] = axes = tuple(int(axis) if axis.isdigit() else axis for axis in spec.split())
+    return axes
 
 
 def optional(name: str, x: object, *expected: Any) -> None:
@@ -105,12 +115,25 @@ def in_format(name: str, cache: Tensor, fmt: Format, width: int, width_name: str
 
 def quantised_pages(name: str, kv: Tensor, fmt: Format, device: torch.device) -> Tensor:
     """A view ``[pages, page_size, bytes]`` of a latent cache in any of its shapes."""
-    specs = {2: f"s_kv {fmt.bytes}", 3: f"pages page_size {fmt.bytes}", 4: f"pages page_size 1 {fmt.bytes}"}
-    rank = kv.dim() if kv.dim() in specs and not (fmt.by_page and kv.dim() == 2) else 3
-    tensor(name, kv, specs[rank], {}, (torch.uint8,), device)
-    if rank == 2:
-        return kv[:, None]  # pages of one token
-    return kv.squeeze(2) if rank == 4 else kv
+    return pages(name, kv, fmt.bytes, (torch.uint8,), device, by_page=fmt.by_page)
+
+
+def pages(
+    name: str,
+    cache: Tensor,
+    last: int,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    *,
+    by_page: bool = False,
+) -> Tensor:
+    """A view ``[pages, page_size, last]`` of a cache in any of its shapes."""
+    rank = cache.dim()
+    if rank == 2 and not by_page:
+        return tensor(name, cache, f"s_kv {last}", {}, dtypes, device)[:, None]  # pages of one token
+    if rank == 4:
+        return tensor(name, cache, f"pages page_size 1 {last}", {}, dtypes, device).squeeze(2)
+    return tensor(name, cache, f"pages page_size {last}", {}, dtypes, device)
 
 
 def output(name: str, out: object, dims: dict[str, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import formats
 from .. import reference as exact
+from ..formats.index_keys import INDEX_K
 from ..ops import attention, index, writers
 from . import assert_close, assert_logits_close, gqa_inputs, index_inputs, mla_inputs, to_pages
 
@@ -97,14 +98,32 @@ def _check_merge(backend: str, device: torch.device) -> None:
 SLOTS = torch.tensor([5, -1, 0, 31, 2**31 - 1])  # the second and the last do not exist
 
 
-def _check_writer(name: str, backend: str, device: torch.device) -> None:
-    pack = formats.pack_v32_kv if name == "write_kv" else formats.pack_index_k
-    rows = torch.randn(5, 576 if name == "write_kv" else 128, generator=torch.Generator().manual_seed(0))
-    cache = pack(torch.zeros(1, 32, rows.shape[1]))
-    written, options = cache.to(device, copy=True), {} if name == "write_kv" else {"hadamard": False}
-    getattr(writers, name)(rows.to(device), written, SLOTS.to(device), **options, backend=backend)
-    expected, packed = formats.views(cache), formats.views(pack(rows[None]))
-    for part, source in zip(expected, packed, strict=True):
+def _check_kv(backend: str, device: torch.device) -> None:
+    for name, fmt in formats.KV_FORMATS.items():
+        write = functools.partial(writers.write_kv, cache_format=name)
+        _check_writer(write, fmt.width, fmt, backend, device)
+    for width in (576, 512):
+        _check_writer(writers.write_kv, width, None, backend, device)
+
+
+def _check_index_k(backend: str, device: torch.device) -> None:
+    write = functools.partial(writers.write_index_k, hadamard=False)
+    for fmt in (INDEX_K, None):
+        _check_writer(write, 128, fmt, backend, device)
+
+
+def _check_writer(
+    write: Callable, width: int, fmt: formats.Format | None, backend: str, device: torch.device
+) -> None:
+    rows = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    cache = torch.zeros(1, 32, width, dtype=torch.bfloat16)
+    if fmt is not None:
+        cache = fmt.pack(cache.float())
+    written = cache.to(device, copy=True)
+    write(rows.to(device), written, SLOTS.to(device), backend=backend)
+    expected = (cache,) if fmt is None else fmt.views(cache)
+    sources = (rows[None].to(cache.dtype),) if fmt is None else fmt.views(fmt.pack(rows[None]))
+    for part, source in zip(expected, sources, strict=True):
         part[0, [5, 0, 31]] = source[0, [0, 2, 3]]
     _equal(written, cache, "a byte of the cache")
 
@@ -131,6 +150,7 @@ CHECKS: dict[str, Check] = {
     "sparse_mla": _check_mla,
     "sparse_gqa": _check_gqa,
     "merge_attention": _check_merge,
-    **{n: functools.partial(_check_writer, n) for n in ("write_kv", "write_index_k")},
+    "write_kv": _check_kv,
+    "write_index_k": _check_index_k,
     "quantise_index_q": _check_index_q,
 }

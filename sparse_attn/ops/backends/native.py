@@ -19,9 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...formats.elements import Format
+from ...formats.index_keys import INDEX_K
+from ...formats.latent import KV_FORMATS
+from ...formats.layout import Layout, layout_of
+
 if TYPE_CHECKING:
     from ..attention import SparseGQAOp, SparseMLAOp
     from ..index import IndexLogitsOp, LightningTopkOp, PhysicalSlotsOp, SelectTopkOp
+    from ..writers import QuantiseIndexQOp, WriteIndexKOp, WriteKVOp
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -35,6 +41,10 @@ INSTALL = (
     "Install a C++17 compiler and then sparse_attn again: pip install --force-reinstall --no-deps "
     "sparse_attn, or pip install -e . in a checkout."
 )
+# How writers store values and scales, by the names of formats.Layout.
+VALUE_KINDS, SCALE_KINDS = {"e4m3": 1, "e2m1": 2}, {"fp32": 0, "ue8m0": 1, "e4m3": 2}
+MAX_ROW = 1024  # values of a row that writers take
+WRITERS = ("write_kv", "write_index_k", "quantise_index_q")
 PEAK_KINDS = {"fp32": 0, "bf16": 1}
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -82,6 +92,44 @@ class _SlotArgs(ctypes.Structure):
     ]
 
 
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *_fields(_POINTER, "x norm_weight norm_bias cos sin"),
+        *_fields(_SIZE, "x_token x_head cos_token sin_token"),
+        *_fields(_SIZE, "tokens heads width normalised rope_start pairs"),
+        *_fields(_INT, "dtype weight_dtype bias_dtype interleaved"),
+        *_fields(_FLOAT, "eps hadamard"),
+    ]
+
+
+class _Quantisation(ctypes.Structure):
+    _fields_ = [
+        *_fields(_SIZE, "quantised group"),
+        *_fields(_INT, "values scales power_of_two"),
+        ("min_scale", _FLOAT),
+    ]
+
+
+class _WriteArgs(ctypes.Structure):
+    _fields_ = [
+        ("rows", _Rows),
+        ("how", _Quantisation),
+        *_fields(_POINTER, "cache slots"),
+        *_fields(_SIZE, "slot_bytes pages page_size page_step"),
+        *_fields(_SIZE, "values_step scales_start scales_step rope_start rope_step"),
+        ("cache_dtype", _INT),
+    ]
+
+
+class _QuantiseArgs(ctypes.Structure):
+    _fields_ = [
+        ("rows", _Rows),
+        ("how", _Quantisation),
+        *_fields(_POINTER, "weights out out_weights"),
+        *_fields(_SIZE, "weights_token out_token out_head out_weights_token"),
+    ]
+
+
 class _SelectArgs(ctypes.Structure):
     _fields_ = [
         *_fields(_POINTER, "logits ks ke out"),
@@ -89,7 +137,13 @@ class _SelectArgs(ctypes.Structure):
     ]
 
 
-_STRUCTURES = {s.__name__[1:]: s for s in (_IndexArgs, _Segment, _AttentionArgs, _SelectArgs, _SlotArgs)}
+_STRUCTURES = {
+    s.__name__[1:]: s
+    for s in (
+        *(_IndexArgs, _Segment, _AttentionArgs, _SelectArgs, _SlotArgs),
+        *(_Rows, _Quantisation, _WriteArgs, _QuantiseArgs),
+    )
+}
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sizeof": (_SIZE, [ctypes.c_char_p]),
     "isas": (_INT, []),
@@ -102,6 +156,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "lightning_topk": (None, [_INT, _INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE]),
     "physical_slots": (None, [_INT, _INT, _POINTER]),
     "attend": (None, [_INT, _INT, _POINTER]),
+    "write": (None, [_INT, _INT, _POINTER]),
+    "quantise": (None, [_INT, _INT, _POINTER]),
     "peak": (_SIZE, [_INT, _INT, _SIZE]),
 }
 
@@ -196,18 +252,25 @@ def peak(kind: str, rounds: int) -> int:
 
 def without_gaps(a: Any) -> Any:
     """The record with contiguous ks, ke, topk_length and attn_sink: callers cut them out of other tensors."""
+    if _all_contiguous(a):
+        return a
     vectors = {f: x for f, x in zip(a._fields, a, strict=True) if isinstance(x, Tensor) and x.dim() == 1}
-    gaps = {field: x.contiguous() for field, x in vectors.items() if not x.is_contiguous()}
-    return a._replace(**gaps) if gaps else a
+    return a._replace(**{field: x.contiguous() for field, x in vectors.items()})
+
+
+def _all_contiguous(a: Any) -> bool:
+    return False not in [x.is_contiguous() for x in a if isinstance(x, Tensor)]  # quicker than a generator
 
 
 def refuses(name: str, a: Any) -> str | None:
     """Why the library does not run op ``name`` of the record ``a``, or None."""
     if not available():
         return "the C++ kernels are not in use"
-    for field, tensor in zip(a._fields, a, strict=True):
-        if isinstance(tensor, Tensor) and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            return f"{field}: expected a contiguous last dimension, got strides {tensor.stride()}"
+    for field, x in () if _all_contiguous(a) else zip(a._fields, a, strict=True):
+        if isinstance(x, Tensor) and x.stride(-1) != 1 and x.shape[-1] > 1:
+            return f"{field}: expected a contiguous last dimension, got strides {x.stride()}"
+    if name in WRITERS:
+        return _writer_refuses(a)
     if name == "select_topk":
         return None if a.logits.dtype == torch.float32 else f"logits: expected fp32, got {a.logits.dtype}"
     if name == "physical_slots":
@@ -221,6 +284,16 @@ def refuses(name: str, a: Any) -> str | None:
     else:  # e4m3 keys are decoded a whole vector at a time
         taken |= k.dtype in INDEX_FORMATS and q.dtype != torch.float64 and k.shape[-1] % 16 == 0
     return None if taken else f"q and keys: not read as {q.dtype} and {k.dtype} of {list(k.shape)}"
+
+
+def _writer_refuses(a: Any) -> str | None:
+    x, weight, bias = a[0], getattr(a, "norm_weight", None), getattr(a, "norm_bias", None)
+    for t in (x, weight, bias):
+        if t is not None and t.dtype not in DTYPES:
+            return f"dtype: expected bf16, fp16 or fp32, got {t.dtype}"
+    if not 0 < x.shape[-1] <= MAX_ROW:
+        return f"{a._fields[0]}: expected rows of at most {MAX_ROW} values, got {x.shape[-1]}"
+    return None
 
 
 def _set_addresses(args: ctypes.Structure, a: Any, *fields: str) -> None:
@@ -334,3 +407,80 @@ def _attention_args(a: "SparseMLAOp | SparseGQAOp", h_kv: int, d_v: int) -> _Att
     args.out_query, args.out_head, _ = a.out.stride()
     args.lse_query, args.dtype = a.lse.stride(0), DTYPES[a.q.dtype]
     return args
+
+
+def write_kv(a: "WriteKVOp") -> None:
+    fmt = None if a.cache_format is None else KV_FORMATS[a.cache_format]
+    _write(a, a.kv, fmt, normalised=512, rope_start=a.kv.shape[1] - 64)
+
+
+def write_index_k(a: "WriteIndexKOp") -> None:
+    fmt = INDEX_K if a.cache.dtype == torch.uint8 else None
+    _write(a, a.k, fmt, a.norm_bias, normalised=a.k.shape[1], hadamard=a.hadamard)
+
+
+def _write(
+    a: "WriteKVOp | WriteIndexKOp",
+    x: Tensor,
+    fmt: Format | None,
+    norm_bias: Tensor | None = None,
+    **rows: Any,
+) -> None:
+    cache, slots, weight = a.cache, a.slots, a.norm_weight
+    if cache.numel() == 0:
+        return
+    args = _WriteArgs()
+    _set_rows(args.rows, a, x, **rows)
+    if weight is not None:
+        norm = args.rows
+        norm.eps, norm.norm_weight, norm.weight_dtype = a.eps, weight.data_ptr(), DTYPES[weight.dtype]
+        if norm_bias is not None:
+            norm.norm_bias, norm.bias_dtype = norm_bias.data_ptr(), DTYPES[norm_bias.dtype]
+    args.cache, args.slots = cache.data_ptr(), slots.data_ptr()
+    args.slot_bytes = slots.element_size()
+    args.pages, args.page_size, _ = cache.shape
+    args.page_step, args.values_step, _ = cache.stride()
+    if fmt is None:
+        args.cache_dtype = DTYPES[cache.dtype]
+        args.page_step *= cache.element_size()
+        args.values_step *= cache.element_size()
+    else:
+        layout = layout_of(fmt, cache)
+        _set_quantisation(args.how, a, layout)
+        args.values_step = layout.values_step
+        args.scales_start, args.scales_step = layout.scales_start, layout.scales_step
+        args.rope_start, args.rope_step = layout.rope_start, layout.rope_step
+    _run("write", args)
+
+
+def quantise_index_q(a: "QuantiseIndexQOp") -> None:
+    args, d = _QuantiseArgs(), a.q.shape[2]
+    _set_rows(args.rows, a, a.q, hadamard=a.hadamard)
+    _set_quantisation(args.how, a, Layout("e4m3", "fp32", quantised=d, group=d))
+    _set_addresses(args, a, "weights", "out", "out_weights")
+    args.out_token, args.out_head, _ = a.out.stride()
+    args.weights_token, args.out_weights_token = a.weights.stride(0), a.out_weights.stride(0)
+    _run("quantise", args)
+
+
+def _set_rows(
+    rows: _Rows, a: Any, x: Tensor, normalised: int = 0, rope_start: int = 0, hadamard: bool = False
+) -> None:
+    """Rows ``[tokens, width]`` or ``[tokens, heads, width]``, and all that is done to them but the norm."""
+    shape, strides, cos, sin = x.shape, x.stride(), a.cos, a.sin
+    rows.x, rows.dtype = x.data_ptr(), DTYPES[x.dtype]
+    rows.tokens, rows.width, rows.x_token, rows.heads = shape[0], shape[-1], strides[0], 1
+    if len(shape) == 3:
+        rows.heads, rows.x_head = shape[1], strides[1]
+    rows.normalised, rows.rope_start = normalised, rope_start
+    if hadamard:
+        rows.hadamard = shape[-1] ** -0.5
+    if cos is not None:
+        rows.cos, rows.sin, rows.interleaved = cos.data_ptr(), sin.data_ptr(), a.pairing == "interleaved"
+        (rows.cos_token, _), (rows.sin_token, _), rows.pairs = cos.stride(), sin.stride(), cos.shape[1]
+
+
+def _set_quantisation(how: _Quantisation, a: Any, layout: Layout) -> None:
+    how.values, how.scales = VALUE_KINDS[layout.values], SCALE_KINDS[layout.scales]
+    how.quantised, how.group = layout.quantised, layout.group
+    how.power_of_two, how.min_scale = a.power_of_two, a.min_scale
