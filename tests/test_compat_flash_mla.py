@@ -160,8 +160,7 @@ NAMES = [  # kv_format, use_legacy, bytes per token of both caches: what sparse_
 
 
 @pytest.mark.parametrize("kv_format, use_legacy, sizes, names", NAMES)
-def test_what_the_formats_are_called(monkeypatch, kv_format, use_legacy, sizes, names):
-    monkeypatch.setattr(flash_mla, "UNREAD", ())
+def test_what_the_formats_are_called(kv_format, use_legacy, sizes, names):
     caches = [None if size is None else zeros(3, 8, 1, size).byte() for size in sizes]
     assert flash_mla._layouts(kv_format, use_legacy, *caches) == names
 

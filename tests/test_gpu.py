@@ -409,6 +409,38 @@ def test_index_logits_of_a_long_context(form):
     check_lightning(case, topk=sized(2048, 30))
 
 
+def test_neighbours_do_not_change_a_bit_if_asked():
+    """Alone, in a small batch and in a large one: the kernels of one query, of drafts and of a prefill."""
+    pages, many = sized((64, 500), (2, 5))
+    q, kv = normal(many, 128, 576, dtype=BF16), normal(pages * 64, 576, dtype=BF16)
+    k, table = normal(pages, 64, 128, dtype=BF16), torch.arange(pages, device=DEVICE).int()[None]
+    index_q, weights = normal(many, 64, 128, dtype=BF16), normal(many, 64)
+    codes, folded = sparse_attn.quantise_index_q(index_q, weights, **TRITON)
+    packed_k, packed_kv = (
+        formats.pack_index_k(k.float()),
+        formats.pack_v32_kv(kv.float().view(pages, 64, 576)),
+    )
+    indices = selection_indices(many, pages * 64, sized(2048, 70), device=DEVICE)
+    keys, values = kv[:, None, :128], kv[:, None, 128:256]
+    asked = {"batch_invariant": True, **TRITON}
+
+    def of(t):
+        """All results for the queries of a slice."""
+        tables = {"block_table": table.expand(t.stop - t.start, -1) if t.stop - t.start < 9 else table}
+        return [
+            sparse_attn.index_logits(index_q[t], k, weights[t], **tables, **asked),
+            sparse_attn.index_logits(codes[t], packed_k, folded[t], **tables, **asked),
+            *sparse_attn.sparse_mla(q[t], kv, indices[t], return_lse=True, **asked),
+            *sparse_attn.sparse_mla(q[t, :16], kv, indices[t], return_lse=True, **asked),
+            *sparse_attn.sparse_mla(q[t], packed_kv, indices[t], return_lse=True, **asked),
+            *sparse_attn.sparse_gqa(q[t, :, :128], keys, values, indices[t], return_lse=True, **asked),
+        ]
+
+    every = of(slice(0, many))
+    for t in (slice(3, 4), slice(1, 5), slice(many // 2, many)):
+        assert_same_bits(of(t), [x[t] for x in every])
+
+
 def test_a_ragged_batch():
     """Sequences of 0 to many queries, a padded end: each as it is alone, to the last bit of the selection."""
     counts, pages = sized(([1, 300, 0, 4, 64, 2], 200), ([1, 3, 0, 4], 3))

@@ -1,7 +1,7 @@
 """A batch of sequences of very different lengths: all in one call, beside a call for each of them."""
 
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise, starmap
 
 import torch
 from torch import Tensor
@@ -24,38 +24,36 @@ def ragged(sizes: Sizes, device: torch.device) -> Cases:
 
 def _ragged(sizes: Sizes, device: torch.device, longest: int) -> Case:
     n = sizes.sequences
-    lengths = torch.logspace(0, 1, n, base=longest, dtype=torch.float64).round().int()
-    counts = torch.arange(n) % MOST_QUERIES + 1
-    pages = -(-lengths // PAGE_SIZE)
-    table = torch.full((n, int(pages.max())), -1, dtype=torch.int32)
-    free = torch.randperm(int(pages.sum())).int()
-    for row, own in zip(table, free.split(pages.tolist()), strict=True):
+    lengths = [round(longest ** (i / (n - 1))) for i in range(n)]
+    counts = [i % MOST_QUERIES + 1 for i in range(n)]
+    pages = [-(-length // PAGE_SIZE) for length in lengths]
+    ends, s_q = [0, *accumulate(counts)], sum(counts)
+    table = torch.full((n, max(pages)), -1, dtype=torch.int32, device=device)
+    for row, own in zip(table, torch.randperm(sum(pages), device=device).split(pages), strict=True):
         row[: len(own)] = own
-    ends = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
-    s_q = int(ends[-1])
-    ke = lengths.repeat_interleave(counts).to(device)
-    q, k = normal(device, s_q, sizes.index_heads, D), cache(device, len(free), PAGE_SIZE, D)
+    seen = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
+    ke, cu_seqlens_q = (torch.tensor(x, dtype=torch.int32, device=device) for x in (seen, ends))
+    q, k = normal(device, s_q, sizes.index_heads, D), cache(device, sum(pages), PAGE_SIZE, D)
     weights, ks = torch.randn(s_q, sizes.index_heads, device=device), torch.zeros_like(ke)
-    table, cu_seqlens_q = table.to(device), ends.to(device)
-    sequences = [slice(*bounds) for bounds in pairwise(ends.tolist())]
 
-    def select(t: slice, table: Tensor, **options: Tensor) -> Tensor:
+    def select(t: slice, table: Tensor, batch_invariant: bool, **sequences: Tensor) -> Tensor:
         inputs = q[t], k, weights[t], sizes.topk, ks[t], ke[t]
-        positions = lightning_topk(*inputs, block_table=table, **options)
-        return physical_slots(positions, table, PAGE_SIZE, **options)
+        options = {"block_table": table, **sequences}
+        positions = lightning_topk(*inputs, **options, batch_invariant=batch_invariant)
+        return physical_slots(positions, page_size=PAGE_SIZE, **options)
 
-    def together() -> Tensor:
-        return select(slice(s_q), table, cu_seqlens_q=cu_seqlens_q)
+    def together(batch_invariant: bool = False) -> Tensor:
+        return select(slice(s_q), table, batch_invariant, cu_seqlens_q=cu_seqlens_q)
 
-    def apart() -> list[Tensor]:
+    def apart(batch_invariant: bool = False) -> list[Tensor]:
         """A caller that knows each length on the host cuts the table to it."""
-        return [select(t, table[i : i + 1, : pages[i]]) for i, t in enumerate(sequences)]
+        tables = (table[i : i + 1, : pages[i]] for i in range(n))
+        sequences = zip(starmap(slice, pairwise(ends)), tables, strict=True)
+        return [select(t, own, batch_invariant) for t, own in sequences]
 
     def check() -> None:
-        assert torch.equal(together(), torch.cat(apart())), "a sequence depends on its neighbours"
+        same = torch.equal(together(True), torch.cat(apart(True)))
+        assert same, "a sequence depends on its neighbours"
 
-    parts = (
-        index_work(int(m), int(length), sizes.index_heads, D)
-        for m, length in zip(counts, lengths, strict=True)
-    )
+    parts = (index_work(m, length, sizes.index_heads, D) for m, length in zip(counts, lengths, strict=True))
     return Case({"one call": together, "a call per sequence": apart}, check, sum(parts, start=Work()))

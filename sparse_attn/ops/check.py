@@ -4,6 +4,7 @@
 what was expected of it. Some checks return their argument in the form that the ops take.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ def tensor(
     """The tensor itself, of the axes that ``spec`` names: a number is a size, a name stands for one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [{named(spec, dims)}], got {type(x).__name__}")
-    axes, shape, known = _AXES.get(spec) or _axes(spec), x.shape, len(dims)
+    axes, shape, known = _axes(spec), x.shape, len(dims)
     fits = len(axes) == len(shape)
     for axis, n in zip(axes, shape, strict=False):  # a generator would cost more than the rest of a check
-        if (axis if axis.__class__ is int else dims.setdefault(axis, n)) != n:
+        if (axis if isinstance(axis, int) else dims.setdefault(axis, n)) != n:
             fits = False
     if not fits:
         for axis in list(dims)[known:]:
@@ -45,12 +46,9 @@ def tensor(
     return x
 
 
-_AXES: dict[str, tuple[Any, ...]] = {}  # of each spec that was seen: splitting it takes as long as the check
-
-
-def _axes(spec: str) -> tuple[Any, ...]:
-    _AXES[spec] = axes = tuple(int(axis) if axis.isdigit() else axis for axis in spec.split())
-    return axes
+@functools.cache  # splitting takes as long as the rest of a check
+def _axes(spec: str) -> tuple[int | str, ...]:
+    return tuple(int(axis) if axis.isdigit() else axis for axis in spec.split())
 
 
 def optional(name: str, x: object, *expected: Any) -> None:

@@ -174,13 +174,23 @@ PAGE_SIZE, PAGES = 64, 5
 FORMATS = {656: "v32", 584: "v4", 528: "v41", 288: "v41_fp4"}  # what FlashMLA reads bytes per token as
 
 
-def _cache(size: int | None, pages: int = PAGES, page_size: int = PAGE_SIZE, seed: int = 0, d_qk: int = 576):
-    """A cache of ``size`` bytes per token (None: bf16) as FlashMLA takes it, and its rows in fp64."""
+def _cache(
+    size: int | None,
+    pages: int = PAGES,
+    page_size: int = PAGE_SIZE,
+    seed: int = 0,
+    d_qk: int = 576,
+    name: str | None = None,
+):
+    """A cache of ``size`` bytes per token (None: bf16) as FlashMLA takes it, and its rows in fp64.
+
+    ``name``: of its format, where that is not what FlashMLA's newest release reads the bytes as.
+    """
     if size is None:
         cache = randn(pages, page_size, d_qk, seed=seed).bfloat16()
         rows = cache.double()
     else:
-        fmt = formats.KV_FORMATS[FORMATS[size]]
+        fmt = formats.KV_FORMATS[name or FORMATS[size]]
         cache = fmt.pack(randn(pages, page_size, fmt.width, seed=seed))
         rows = formats.unpack(cache, torch.float64, fmt.name)
     return cache[:, :, None], rows.flatten(0, 1)
@@ -221,8 +231,8 @@ def _decode(module: ModuleType, device: str, rows, extra_rows=None, metadata=Non
     return out, lse
 
 
-def _plain_decode(module, device, size, batch=2, s_q=1, **changes):
-    cache, rows = _cache(size)
+def _plain_decode(module, device, size, batch=2, s_q=1, name=None, **changes):
+    cache, rows = _cache(size, name=name)
     indices = randint(0, len(rows), (batch, s_q, TOPK))
     return _decode(module, device, rows, **{"k_cache": cache, "indices": indices, **changes})
 
@@ -351,6 +361,10 @@ def decode_takes_the_format_of_a_cache(module, device):
     """``kv_format`` names it; one that has other bytes per token is refused, and so is an unknown name."""
     for size, name in ((656, "V32"), (584, "V4")):
         _plain_decode(module, device, size, kv_format=name)
+    for size, name in ((528, "v41_by_page"), (288, "v41_fp4_by_page")):
+        _plain_decode(module, device, size, name=name, kv_format="V41")
+        _plain_decode(module, device, size, name=name, use_legacy=True)
+    _plain_decode(module, device, 528, name="nope", kv_format="V32_NO_ROPE")
     for size, name in ((656, "V4"), (584, "V41"), (656, "v32")):
         try:
             _plain_decode(module, device, size, kv_format=name)

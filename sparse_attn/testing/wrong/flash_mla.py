@@ -202,6 +202,10 @@ DECODE: Mistakes = {
     },
     "decode_takes_the_format_of_a_cache": {
         "bytes per token are believed whatever kv_format says": drop("kv_format"),
+        "use_legacy does not change what 528 bytes mean": drop("use_legacy"),
+        "528 bytes without RoPE are read as V4.1": only_if(
+            "kv_format", lambda a: {"kv_format": "V41"} if a["kv_format"] == "V32_NO_ROPE" else {}
+        ),
     },
     "decode_fills_out": {
         "out of the decode is left as it is": drop("out"),
