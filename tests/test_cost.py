@@ -176,3 +176,22 @@ def test_the_workspace_bounds_what_selection_holds():
             sparse_attn.lightning_topk(*inputs, 4, *ranges, workspace_bytes=workspace)
         rows = max(1, workspace // (40 * s_kv))
         assert max(held) <= 16 * rows * s_kv, (max(held), rows)  # int64 positions and the like
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ kernels are not in use")
+def test_the_workspace_bounds_a_ragged_batch():
+    """64 sequences of 1 to 131,072 tokens: all logits of the batch would take 80 MiB."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.logspace(0, 1, 64, base=131_072, dtype=torch.float64).round().int()
+    cu_seqlens_q = torch.tensor([0, *([1, 2, 3, 4] * 16)], dtype=torch.int32).cumsum(0).int()
+    ke = lengths.repeat_interleave(cu_seqlens_q.diff().long())
+    table = torch.randint(0, 9, (64, 2048), dtype=torch.int32, generator=g)
+    q, k, weights = torch.randn(160, 2, 16), torch.randn(9, 64, 16), torch.randn(160, 2)
+    batch = {"block_table": table, "cu_seqlens_q": cu_seqlens_q, "workspace_bytes": 4 << 20}
+
+    def select():
+        return sparse_attn.lightning_topk(q, k, weights, 512, ke * 0, ke, **batch)
+
+    sparse_attn.lightning_topk(q[:4], k[0], weights[:4], 9)  # not to count the library
+    peak = peak_memory(select)
+    assert peak is None or peak < 12 << 20, f"{peak / 2**20:.1f} MiB"  # 4 MiB, and some for each thread
