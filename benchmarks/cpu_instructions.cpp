@@ -62,7 +62,8 @@ void index_logits(int isa, int calls, int64_t heads, int64_t d, int64_t keys) {
   IndexArgs args = {};
   args.q = q.data(), args.q_query = heads * d, args.q_head = d, args.k = k.data(), args.k_row = d;
   args.weights = weights.data(), args.weights_query = heads, args.ks = &ks, args.ke = &ke;
-  args.s_q = 1, args.heads = heads, args.d = d, args.pages = 1, args.page_size = args.width = keys;
+  args.s_q = 1, args.heads = heads, args.d = d, args.pages = args.tables = 1;
+  args.page_size = args.width = keys;
   args.dtype = kBFloat16;
   while (calls--) sparse_attn_index_logits(isa, 1, &args, logits.data(), keys);
 }

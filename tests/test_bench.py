@@ -313,7 +313,7 @@ def test_the_commands_explain_themselves(capsys, monkeypatch):
     assert "--part" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run.main(["nonsense"])
-    expected = "expected some of indexer, top-k, attention, gqa, merge, writers, memory, layer, got nonsense"
+    expected = f"expected some of {', '.join(operations.OPERATIONS)}, got nonsense"
     assert expected in " ".join(capsys.readouterr().err.split())
     for command in (run.main, demo.main):
         for name in ("cuda", "nonsense"):
