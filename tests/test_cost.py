@@ -150,7 +150,7 @@ def test_memory_of_a_prefill_does_not_grow_with_its_square(on_cpu):
         layer(hidden, cache=cache)  # what is allocated once is not counted
         cache.reset()
         peaks.append(peak_memory(lambda hidden=hidden, cache=cache: layer(hidden, cache=cache)))
-    assert peaks[1] - peaks[0] < 64 << 20, peaks
+    assert peaks[1] - peaks[0] < 96 << 20, peaks  # about 32 MiB, and what the allocator keeps by chance
 
 
 def test_the_workspace_bounds_what_selection_holds():
