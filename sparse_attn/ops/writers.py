@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..formats import FP8_MIN_SCALE, KV_FORMATS, format_of
 from ..formats.index_keys import INDEX_K
+from ..formats.latent import V41_FP4_MIN_SCALE
 from . import call, check, register
 from .check import WRITER_FLOATS
 from .records import Cache, Output
@@ -17,7 +18,7 @@ from .records import Cache, Output
 CACHES = (torch.uint8, *WRITER_FLOATS)
 PAIRINGS = ("half", "interleaved")
 FP4_FORMATS = ("v41_fp4", "v41_fp4_by_page")
-FP4_SCALES = False, 2.0**-9  # power_of_two and min_scale of those: their scales are e4m3
+FP4_SCALES = False, V41_FP4_MIN_SCALE  # power_of_two and min_scale of those: their scales are e4m3
 
 
 @register("write_kv")
