@@ -33,32 +33,32 @@ def _writers(heads: int, tokens: int, device: torch.device) -> Case:
     plain = torch.zeros(n, PAGE_SIZE, 576, dtype=torch.bfloat16, device=device)
     fp4 = torch.zeros(n, PAGE_SIZE, 288, dtype=torch.uint8, device=device)
 
-    def others(cache: Tensor, rows: Tensor, cache_format: str | None = None) -> Tensor:
+    def latents(cache: Tensor, rows: Tensor, cache_format: str | None, backend: str = "auto") -> Tensor:
         options = {"norm_weight": norm, **turn, "pairing": "interleaved", "cache_format": cache_format}
-        write_kv(rows, cache, slots, **options)
+        write_kv(rows, cache, slots, **options, backend=backend)
         return cache
-
-    def latents(backend: str = "auto") -> Tensor:
-        write_kv(kv, caches[0], slots, norm_weight=norm, **turn, pairing="interleaved", backend=backend)
-        return caches[0]
 
     def keys(backend: str = "auto") -> Tensor:
         layer_norm = {"norm_weight": norm[:128], "norm_bias": norm[128:256]}
         write_index_k(k, caches[1], slots, **layer_norm, **turn, pairing="half", backend=backend)
         return caches[1]
 
+    writes = {
+        "write_kv": partial(latents, caches[0], kv, None),
+        "write_kv, bf16": partial(latents, plain, kv, None),
+        "write_kv, fp4": partial(latents, fp4, kv[:, :512], "v41_fp4"),
+        "write_index_k": keys,
+    }
+
     def check() -> None:
-        for write in (latents, keys):  # another order of summation may round a few values to a neighbour
-            ours, expected = write().clone(), write("reference")
+        for write in writes.values():  # another order of summation may round a few values to a neighbour
+            ours, expected = write().clone(), write(backend="reference")
             assert (ours != expected).float().mean() < 1e-2, "the bytes differ from the reference's"
 
     functions = {
-        "write_kv": latents,
-        "write_kv, bf16": partial(others, plain, kv),
-        "write_kv, fp4": partial(others, fp4, kv[:, :512], "v41_fp4"),
-        "write_index_k": keys,
+        **writes,
         "quantise_index_q": lambda: quantise_index_q(q, weights, **turn, pairing="half")[0],
-        "write_kv, torch": eager(partial(latents, "reference")),
+        "write_kv, torch": eager(partial(writes["write_kv"], backend="reference")),
         "write_index_k, torch": eager(partial(keys, "reference")),
     }
     return Case(functions, check, Work(bytes=tokens * (2 * 576 + 656)))
