@@ -1,0 +1,182 @@
+"""The layers that vLLM's generic DeepSeek model builds, in our forms.
+
+``Indexer`` projects queries, keys and weights; what follows is one custom op, so that torch.compile and
+piecewise CUDA graphs break there: store the keys, quantise the queries, select.
+"""
+
+import torch
+from torch import Tensor
+from vllm import envs
+from vllm.config import CompilationConfig, get_current_vllm_config
+from vllm.distributed.parallel_state import get_dcp_group, get_dcp_world_size_and_rank
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
+from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
+from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache, Indexer
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
+
+import sparse_attn
+from sparse_attn.ops.index import DEFAULT_WORKSPACE_BYTES
+
+from . import BACKEND
+from .backend import SparseIndexerBackend, SparseMetadata
+from .context_parallel import best, candidates, local_length
+
+OP = "sparse_attn_select"
+# The least scales of vLLM's own kernels, so that the bytes of a cache are theirs.
+KEY_MIN_SCALE, QUERY_MIN_SCALE = 1e-4 / 448, 1e-10 / 448
+
+
+class SparseIndexerCache(DeepseekV32IndexerCache):
+    """Index keys, 132 bytes per token, and which part of them this rank stores."""
+
+    def get_attn_backend(self):
+        return SparseIndexerBackend
+
+    def place(self) -> None:
+        self.parallel_config = get_current_vllm_config().parallel_config
+        enabled = self.parallel_config.decode_context_parallel_size > 1
+        self.dcp_world_size, self.dcp_rank = get_dcp_world_size_and_rank(enabled)
+
+
+class SparseIndexer(Indexer):
+    def forward(self, hidden_states: Tensor, qr: Tensor, positions: Tensor, rotary_emb) -> Tensor:
+        """Hidden states ``[tokens, hidden_size]`` and latent queries ``[tokens, q_lora_rank]`` to a selection."""
+        q = self.wq_b(qr)[0].view(-1, self.n_head, self.head_dim)
+        k, weights = self.wk_weights_proj(hidden_states)[0].split([self.head_dim, self.n_head], -1)
+        weights = weights.float() * (self.softmax_scale * self.n_head_scale)
+        cos, sin = rotary_emb.cos_sin_cache[positions].float().chunk(2, -1)
+        torch.ops.vllm.sparse_attn_select(
+            q,
+            k,
+            weights,
+            cos,
+            sin,
+            self.k_norm.weight,
+            self.k_norm.bias,
+            self.k_norm.eps,
+            "half" if rotary_emb.is_neox_style else "interleaved",
+            self.topk_indices_buffer,
+            _encode_layer_name(self.k_cache.prefix),
+        )
+        return self.topk_indices_buffer
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    pairing: str,
+    topk_indices: Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    """Append index keys to the cache of ``layer_name`` and write each token's selection to ``topk_indices``."""
+    context, name = get_forward_context(), _resolve_layer_name(layer_name)
+    batches = context.attn_metadata
+    if isinstance(batches, list):  # the first is the model's, the others belong to its drafts
+        batches = batches[0]
+    if batches is None:  # vLLM measures the memory that a batch needs
+        torch.empty(DEFAULT_WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
+        return
+    batch: SparseMetadata = batches[name]
+    layer: SparseIndexerCache = context.no_compile_layers[name]
+    slots, tokens = batch.slot_mapping.flatten(), batch.num_actual_tokens
+    rope = {"cos": cos, "sin": sin}
+    stored = {key: value[: len(slots)] for key, value in rope.items()}
+    sparse_attn.write_index_k(
+        k[: len(slots)],
+        layer.kv_cache,
+        slots,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        pairing=pairing,
+        hadamard=False,
+        min_scale=KEY_MIN_SCALE,
+        **stored,
+    )
+    asking = {key: value[:tokens] for key, value in rope.items()}
+    q, weights = sparse_attn.quantise_index_q(
+        q[:tokens], weights[:tokens], pairing=pairing, hadamard=False, min_scale=QUERY_MIN_SCALE, **asking
+    )
+    out, visible = topk_indices[:tokens], batch.visible
+    if layer.dcp_world_size > 1:
+        interleave = layer.parallel_config.cp_kv_cache_interleave_size
+        shares = layer.dcp_rank, layer.dcp_world_size, interleave
+        visible = local_length(visible, *shares)
+    select_from = {
+        "block_table": batch.block_table,
+        "cu_seqlens_q": batch.query_start_loc,
+        "batch_invariant": envs.VLLM_BATCH_INVARIANT,
+    }
+    keys = layer.kv_cache, weights, out.shape[1], torch.zeros_like(visible), visible
+    if layer.dcp_world_size == 1:
+        sparse_attn.lightning_topk(q, *keys, out=out, **select_from)
+        return
+    local, scores = sparse_attn.lightning_topk(q, *keys, return_scores=True, **select_from)
+    gathered = get_dcp_group().all_gather(candidates(local, scores, *shares), dim=1)
+    out.copy_(best(gathered, out.shape[1]))
+
+
+def select_fake(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    pairing: str,
+    topk_indices: Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    return None
+
+
+class SparseIndexerOp(SparseAttnIndexer):
+    """Stands where vLLM's op would, whose constructor demands DeepGEMM on a GPU; SparseIndexer does its work."""
+
+    def __init__(self, *arguments, **options) -> None:
+        if _chosen():
+            CustomOp.__init__(self)
+        else:
+            super().__init__(*arguments, **options)
+
+
+class SparseLatentAttention(MultiHeadLatentAttentionWrapper):
+    def __init__(self, hidden_size, num_heads, scale, nope, rope, value, q_rank, kv_rank, mla_modules, *rest, **options):
+        indexer = mla_modules.indexer
+        if indexer is not None and _chosen():
+            indexer.__class__ = SparseIndexer
+            indexer.k_cache.__class__ = SparseIndexerCache
+            indexer.k_cache.place()
+        sizes = hidden_size, num_heads, scale, nope, rope, value, q_rank, kv_rank
+        super().__init__(*sizes, mla_modules, *rest, **options)
+
+
+def _chosen() -> bool:
+    """Whether the model that is being built attends through sparse_attn."""
+    backend = get_current_vllm_config().attention_config.backend
+    if backend is not None:
+        return backend.name == BACKEND
+    return getattr(current_platform, "prefers_sparse_attn", False)
+
+
+def register() -> None:
+    """Once per process, though vLLM may ask again."""
+    if SparseAttnIndexer.__name__ in op_registry_oot:
+        return
+    direct_register_custom_op(
+        OP, select, mutates_args=["topk_indices"], fake_impl=select_fake, dispatch_key=current_platform.dispatch_key
+    )
+    CompilationConfig._attention_ops.append(f"vllm::{OP}")  # where piecewise CUDA graphs are cut
+    CustomOp.register_oot(SparseIndexerOp, name=SparseAttnIndexer.__name__)
+    PluggableLayer.register_oot(SparseLatentAttention, name=MultiHeadLatentAttentionWrapper.__name__)
