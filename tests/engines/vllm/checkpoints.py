@@ -16,6 +16,7 @@ from transformers import DeepseekV32ForCausalLM as DeepseekV32
 from transformers import GlmMoeDsaForCausalLM as GlmMoeDsa
 
 TOPK, VOCABULARY, MAX_LENGTH = 32, 272, 2048
+EMBEDDED = 0.5
 SIZES = {
     **{"hidden_size": 256, "num_hidden_layers": 2, "first_k_dense_replace": 1, "intermediate_size": 256},
     **{"num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 128, "kv_lora_rank": 512},
@@ -55,15 +56,18 @@ def make(name: str, folder: Path) -> Path:
 
 
 def add_mtp_layer(source: Path, target: Path) -> Path:
-    """A copy of a DeepSeek-V3.2 folder with a layer that drafts tokens: its last layer and a projection."""
+    """A copy of a DeepSeek-V3.2 folder with a layer that drafts tokens.
+
+    That is the last layer once more, applied to the model's result plus EMBEDDED times the next token's
+    embedding, both normed: enough like the model that some drafts are right and some are wrong.
+    """
     layers = SIZES["num_hidden_layers"]
     weights = load_file(source / "model.safetensors")
     last, draft = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
     weights |= {k.replace(last, draft): v.clone() for k, v in weights.items() if k.startswith(last)}
     hidden = SIZES["hidden_size"]
-    torch.manual_seed(1)
     weights |= {
-        f"{draft}eh_proj.weight": torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1).bfloat16(),
+        f"{draft}eh_proj.weight": torch.cat([EMBEDDED * torch.eye(hidden), torch.eye(hidden)], 1).bfloat16(),
         f"{draft}enorm.weight": torch.ones(hidden).bfloat16(),
         f"{draft}hnorm.weight": torch.ones(hidden).bfloat16(),
         f"{draft}shared_head.norm.weight": weights["model.norm.weight"].clone(),

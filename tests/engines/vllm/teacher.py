@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import torch
+from checkpoints import EMBEDDED
 from torch import Tensor
 from transformers import DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
@@ -36,6 +37,20 @@ class Teacher:
         """``[len(ids), vocabulary]``: row t is the distribution of token t + 1."""
         logits = self.model(torch.tensor([ids]), use_cache=False).logits
         return logits[0].double().log_softmax(-1)
+
+    @torch.no_grad()
+    def drafts(self, ids: list[int]) -> list[int]:
+        """Item p is the token p + 2 that the layer of checkpoints.add_mtp_layer proposes after token p + 1."""
+        model = self.model.model
+        hidden = model(torch.tensor([ids]), use_cache=False).last_hidden_state[:, :-1]
+        embedded = model.embed_tokens(torch.tensor([ids[1:]]))
+        embedded[:, 0] = 0  # vLLM's layer sees no embedding beside the first token
+        x = EMBEDDED * _unit(embedded) + _unit(hidden)
+        positions = torch.arange(x.shape[1])[None]
+        rope = model.rotary_emb(x, position_ids=positions)
+        mask = torch.full(2 * positions.shape[1:], -torch.inf).triu(1)[None, None]
+        options = {"attention_mask": mask, "position_embeddings": rope, "position_ids": positions}
+        return self.model.lm_head(model.norm(model.layers[-1](x, **options)))[0].argmax(-1).tolist()
 
     def is_robust(self, ids: list[int], draws: int = 6) -> bool:
         """Whether noise of one rounding in the index queries and keys selects the same tokens.
@@ -74,6 +89,10 @@ class Teacher:
         if self.noise is not None:
             x = x + NOISE * x.abs().amax(-1, keepdim=True) * torch.randn(x.shape, generator=self.noise)
         return round_to_e4m3(x, eps)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def round_to_e4m3(x: Tensor, eps: float) -> Tensor:
