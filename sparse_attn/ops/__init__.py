@@ -9,6 +9,7 @@ CUDA graphs and ``torch.compile``. Implementations are imported at their first c
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,6 +25,19 @@ BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 RECORDS: dict[str, Any] = {}  # op -> its record
 COMPOSED: dict[str, Callable[..., None]] = {}  # op -> what makes it of other ops, on a given backend
 _OPS: dict[str, Callable[..., None]] = {}
+
+
+def _namespace(package: str) -> str:
+    """An identifier for a copy of this package, which torch.library and transformers have to tell apart.
+
+    Loaders give copies names of their own, identifiers or not. Two names never become the same.
+    """
+    if package.isascii() and package.isidentifier():
+        return package
+    return "_" + re.sub("[^A-Za-z0-9]", lambda sign: f"_{ord(sign[0]):x}_", package)
+
+
+NAMESPACE = _namespace(__name__.rpartition(".")[0])  # "sparse_attn", unless a loader called it otherwise
 
 
 class Refused(TypeError, ValueError):
@@ -48,13 +62,13 @@ def register(
         RECORDS[name] = record
         if composed is not None:
             COMPOSED[name] = composed
-        op = f"sparse_attn::{name}"
+        op = f"{NAMESPACE}::{name}"
         torch.library.define(op, schema(record), tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(op, lambda *args: _fake(name, record(*args)))
         for backend in DISPATCH_KEYS:
             run = functools.partial(_run_record, name, record, backend)
             torch.library.impl(op, DISPATCH_KEYS[backend], run)
-        _OPS[name] = getattr(torch.ops.sparse_attn, name).default
+        _OPS[name] = getattr(getattr(torch.ops, NAMESPACE), name).default
         return record
 
     return define
@@ -110,7 +124,7 @@ def _check_triton(name: str, a: Any) -> None:
 
 @functools.cache
 def _kernel(name: str) -> Any:
-    return importlib.import_module(f"sparse_attn.kernels.{name}")
+    return importlib.import_module(f"..kernels.{name}", __name__)
 
 
 def check_backend(backend: str, device: torch.device) -> None:

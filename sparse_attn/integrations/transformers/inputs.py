@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 from transformers.utils.import_utils import is_tracing
 
-NAME = "sparse_attn"  # of the attention and mask functions in transformers' registries
+from ...ops import NAMESPACE
+
+NAME = NAMESPACE  # of the attention and mask functions in transformers' registries, which copies share
 QUERY_BYTES = 64 << 20  # of queries at a time
 # What the layers of a family may be given beside the arguments that their own forward names.
 ACCEPTED = {
