@@ -299,6 +299,7 @@ def test_decode_of_fp8_latents(sgl, quantised):
     plan = self._compute_flashmla_metadata(lengths, 1)
     kept = plan.slice(slice(0, len(q) + 1))
     kept.copy_(plan)
+    assert kept.num_splits.shape == (len(q) + 1,)
     batch = SimpleNamespace(dsa_cache_seqlens_int32=lengths, flashmla_metadata=kept)
     out = self._forward_flashmla_kv(q, cache[:, None], 512, SCALE, layer(), batch, indices)
     assert out.shape == (len(q), 1, HEADS, 512)
@@ -347,15 +348,30 @@ def test_prefill_with_a_prefix_in_fp8(sgl):
 
 def test_deterministic_inference_is_passed_on(sgl, monkeypatch):
     from sparse_attn.compat import flash_mla
+    from sparse_attn.integrations.sglang import attention, indexer
 
     seen = []
-    decode = flash_mla.flash_mla_with_kvcache
-    keep = lambda *a, enable_batch_invariant, **k: (seen.append(enable_batch_invariant), decode(*a, **k))[1]  # noqa: E731
-    monkeypatch.setattr(flash_mla, "flash_mla_with_kvcache", keep)
+
+    def watch(module, name, argument):
+        function = getattr(module, name)
+
+        def watching(*arguments, **options):
+            seen.append((name, options[argument]))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watching)
+
+    watch(flash_mla, "flash_mla_with_kvcache", "enable_batch_invariant")
+    watch(attention, "sparse_mla", "batch_invariant")
+    watch(indexer, "lightning_topk", "batch_invariant")
     for deterministic in (True, False):
+        seen.clear()
         serve(monkeypatch, deterministic)
         test_decode_of_fp8_latents(sgl, True)
-    assert seen == [True, False]
+        test_decode_of_the_whole_backend(sgl, "fa3")
+        test_decode_selects_exactly(sgl, False)
+        names = "flash_mla_with_kvcache", "sparse_mla", "lightning_topk"
+        assert seen == [(name, deterministic) for name in names]
 
 
 def test_plans_that_the_decode_fills_itself_are_sglangs(sgl):
@@ -532,12 +548,6 @@ def test_equal_scores_go_to_the_lower_position(sgl):
     batch = Batch(sgl, [2000], [1])
     batch.q = torch.zeros_like(batch.q.float()).to(E4M3)
     assert torch.equal(batch.paged(), batch.slots(0, torch.arange(TOPK))[None])
-
-
-def test_deterministic_selection(sgl, monkeypatch):
-    serve(monkeypatch, deterministic=True)
-    batch = Batch(sgl, [500, 3, 130], [1, 1, 1])
-    assert torch.equal(batch.paged(), batch.expected())
 
 
 def test_first_and_last_tokens_that_a_model_always_selects(sgl):
