@@ -3,7 +3,7 @@
 # Plain enough for make 3.81 (macOS).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all matrix check format bench fuzz soak kernels-report gpu clean
+.PHONY: help demo test test-all test-sglang matrix check format bench fuzz soak kernels-report gpu clean
 
 PYTHON ?=
 PYTEST_ARGS ?=
@@ -22,6 +22,7 @@ help:
 	@echo "make demo     run DeepSeek Sparse Attention inside a small real model, on a GPU if there is one; ARGS='--device cpu'"
 	@echo "make test     run the tests; pick some with PYTEST_ARGS='tests/test_packaging.py -x'"
 	@echo "make test-all run these, then the slow ones"
+	@echo "make test-sglang  run the tests of the SGLang integration with SGLang; 11 GB the first time"
 	@echo "make matrix   run the tests on every stack of README's table; hours, and gigabytes; ARGS='3.12' for one"
 	@echo "make check    lint; check formatting, types and the links of the Markdown files"
 	@echo "make format   repair both where that is mechanical"
@@ -43,6 +44,17 @@ test: $(READY)
 
 test-all: test
 	$(PYTEST) -m slow
+
+# SGLang pins its own torch, so it has an environment of its own.
+SGLANG := .engines/sglang
+test-sglang: $(SGLANG)/.ready
+	$(SGLANG)/bin/pytest tests/engines/sglang $(PYTEST_ARGS)
+
+$(SGLANG)/.ready: tests/engines/sglang/requirements.txt pyproject.toml setup.py
+	test -d $(SGLANG) || $(or $(PYTHON),python3) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install -r tests/engines/sglang/requirements.txt
+	$(SGLANG)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
 
 matrix: $(READY)
 	.venv/bin/python tests/matrix.py $(ARGS)
