@@ -97,7 +97,7 @@ gpu: $(READY)
 	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis sparse-attn-demo sparse-attn-bench
+	rm -rf .venv .matrix .engines build dist *.egg-info .pytest_cache .ruff_cache .hypothesis sparse-attn-demo sparse-attn-bench
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Prints why an interpreter cannot be used, and nothing when it can.
