@@ -3,7 +3,7 @@
 # Plain enough for make 3.81 (macOS).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-sglang matrix check format bench fuzz soak kernels-report gpu clean
+.PHONY: help demo test test-all test-engines test-sglang matrix check format bench fuzz soak kernels-report gpu clean
 
 PYTHON ?=
 PYTEST_ARGS ?=
@@ -22,6 +22,8 @@ help:
 	@echo "make demo     run DeepSeek Sparse Attention inside a small real model, on a GPU if there is one; ARGS='--device cpu'"
 	@echo "make test     run the tests; pick some with PYTEST_ARGS='tests/test_packaging.py -x'"
 	@echo "make test-all run these, then the slow ones"
+	@echo "make test-engines run the tests of the vLLM integration with vLLM; 3.5 GB the first time;"
+	@echo "              PYTEST_ARGS='-m slow' for the soak of its server"
 	@echo "make test-sglang  run the tests of the SGLang integration with SGLang; 11 GB the first time"
 	@echo "make matrix   run the tests on every stack of README's table; hours, and gigabytes; ARGS='3.12' for one"
 	@echo "make check    lint; check formatting, types and the links of the Markdown files"
@@ -44,6 +46,19 @@ test: $(READY)
 
 test-all: test
 	$(PYTEST) -m slow
+
+# vLLM pins its own torch and transformers, so it has an environment of its own. What is uninstalled from it does
+# not load beside that torch, and nothing here needs it.
+VLLM := .engines/vllm
+test-engines: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest tests/engines/vllm $(PYTEST_ARGS)
+
+$(VLLM)/.ready: tests/engines/vllm/requirements.txt pyproject.toml setup.py $(wildcard kernels/cpu/*)
+	test -d $(VLLM) || $(or $(PYTHON),python3) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -r tests/engines/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
 
 # SGLang pins its own torch, so it has an environment of its own.
 SGLANG := .engines/sglang

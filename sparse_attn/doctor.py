@@ -19,6 +19,7 @@ import torch
 
 from . import ops
 from ._version import __version__
+from .integrations import vllm
 from .ops.backends import native
 from .testing.self_check import CHECKS
 
@@ -52,6 +53,7 @@ def examine(architectures: tuple[int, ...] = ()) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
+        "vllm": _vllm(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cpu_features": [name for name in CPU_FEATURES if name in flags],
@@ -100,6 +102,20 @@ def _cpuinfo(field: str) -> str:
 
 def _version(package: str) -> str | None:
     return metadata.version(package) if importlib.util.find_spec(package) else None
+
+
+def _vllm() -> str | None:
+    """The release that is installed, and whether it loads the plug-in of this package."""
+    release = vllm.installed_vllm()
+    if release is None:
+        return None
+    allowed = os.environ.get("VLLM_PLUGINS")
+    named = any(entry.name == "sparse_attn" for entry in metadata.entry_points(group=vllm.ENTRY_POINTS))
+    if not named:
+        return f"{release}, which does not find the plug-in: sparse_attn is on the path but not installed"
+    if allowed is not None and "sparse_attn" not in allowed.split(","):
+        return f"{release}, which does not load the plug-in: VLLM_PLUGINS={allowed}"
+    return vllm.refusal() or f"{release}, which finds the plug-in"
 
 
 def _compiler() -> str | None:
@@ -193,6 +209,7 @@ def show(found: dict[str, Any]) -> None:
     versions = ("sparse_attn", "python", "torch", "triton", "transformers")
     facts = {
         "versions": ", ".join(f"{name} {found[name] or 'not installed'}" for name in versions),
+        "vLLM": found["vllm"] or "not installed",
         "system": f"{found['system']}, {found['threads']} torch threads on {found['cores']} cores",
         "processor": f"{found['processor']} ({' '.join(found['cpu_features']) or 'no feature of use'})",
         "CPU kernels": f"{found['instruction_set'] or 'not in use'} "

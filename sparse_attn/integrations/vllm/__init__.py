@@ -10,6 +10,7 @@ import logging
 from importlib import metadata
 
 TESTED = ("0.32",)  # releases of vLLM that the tests have passed with
+ENTRY_POINTS = "vllm.general_plugins"
 BACKEND = "SPARSE_ATTN"  # the name for --attention-backend
 CLASS = f"{__name__}.backend.SparseAttnBackend"
 GENERIC_MODEL = "vllm.model_executor.models.deepseek_v2:"
@@ -22,7 +23,7 @@ GENERIC_MODELS = {
 
 
 def platform() -> str | None:
-    """Entry point ``vllm.platform_plugins``: the platform that allows sparse attention, where vLLM's own does not."""
+    """Entry point ``vllm.platform_plugins``: a platform with sparse attention, where vLLM's own has none."""
     if refusal() is not None:
         return None
     from vllm.platforms import builtin_platform_plugins
@@ -66,8 +67,8 @@ def refusal() -> str | None:
         return None
     tested = ", ".join(f"{release}.x" for release in TESTED)
     return (
-        f"vllm: sparse_attn {metadata.version('sparse_attn')} was tested with {tested}, got {release}; its backend "
-        f"{BACKEND} is not registered, as vLLM's internals change between releases"
+        f"vllm: sparse_attn was tested with {tested}, got {release}; {BACKEND} is not registered, since "
+        "vLLM's internals change between releases"
     )
 
 

@@ -170,6 +170,7 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
                 raise ValueError(f"{name}: expected None with {BACKEND}, got {value!r}")
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.kv_cache_dtype, self.kv_lora_rank = float(scale), kv_cache_dtype, kv_lora_rank
+        self.batch_invariant = envs.VLLM_BATCH_INVARIANT
         self.parallel_config = get_current_vllm_config().parallel_config
         self.init_topk_indices_buffer(indexer, topk_indices_buffer)
 
@@ -185,7 +186,7 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
         kv_cache_dtype: str,
         k_scale: Tensor,
     ) -> None:
-        """Store latents ``[tokens, 512]`` and RoPE dimensions ``[tokens, 1, 64]``; 656 bytes hold their scales."""
+        """Store latents ``[tokens, 512]`` and RoPE dimensions ``[tokens, 1, 64]``."""
         if kv_cache.numel() == 0:
             return
         slots = slot_mapping.flatten()
@@ -220,7 +221,7 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
             slots,
             d_v=self.kv_lora_rank,
             softmax_scale=self.scale,
-            batch_invariant=envs.VLLM_BATCH_INVARIANT,
+            batch_invariant=self.batch_invariant,
             return_lse=self.need_to_return_lse_for_decode,
         )
         return attended if self.need_to_return_lse_for_decode else (attended, None)

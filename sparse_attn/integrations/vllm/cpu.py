@@ -24,7 +24,10 @@ class SparseCpuPlatform(CpuPlatform):
     def check_and_update_config(cls, vllm_config) -> None:
         scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
         kept = scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens
-        kept += cache.enable_prefix_caching, cache.block_size if cache.user_specified_block_size else PAGE_SIZE
+        kept += (
+            cache.enable_prefix_caching,
+            cache.block_size if cache.user_specified_block_size else PAGE_SIZE,
+        )
         super().check_and_update_config(vllm_config)
         if not serves(vllm_config.model_config):
             return

@@ -11,11 +11,16 @@ from vllm.config import CompilationConfig, get_current_vllm_config
 from vllm.distributed.parallel_state import get_dcp_group, get_dcp_world_size_and_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
-from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
+from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
 from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache, Indexer
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 
 import sparse_attn
 from sparse_attn.ops.index import DEFAULT_WORKSPACE_BYTES
@@ -36,6 +41,8 @@ class SparseIndexerCache(DeepseekV32IndexerCache):
         return SparseIndexerBackend
 
     def place(self) -> None:
+        """What __init__ would do, in an object whose class was changed."""
+        self.batch_invariant = envs.VLLM_BATCH_INVARIANT
         self.parallel_config = get_current_vllm_config().parallel_config
         enabled = self.parallel_config.decode_context_parallel_size > 1
         self.dcp_world_size, self.dcp_rank = get_dcp_world_size_and_rank(enabled)
@@ -43,7 +50,7 @@ class SparseIndexerCache(DeepseekV32IndexerCache):
 
 class SparseIndexer(Indexer):
     def forward(self, hidden_states: Tensor, qr: Tensor, positions: Tensor, rotary_emb) -> Tensor:
-        """Hidden states ``[tokens, hidden_size]`` and latent queries ``[tokens, q_lora_rank]`` to a selection."""
+        """From hidden states ``[tokens, hidden_size]`` and latent queries ``[tokens, q_lora_rank]``."""
         q = self.wq_b(qr)[0].view(-1, self.n_head, self.head_dim)
         k, weights = self.wk_weights_proj(hidden_states)[0].split([self.head_dim, self.n_head], -1)
         weights = weights.float() * (self.softmax_scale * self.n_head_scale)
@@ -77,7 +84,7 @@ def select(
     topk_indices: Tensor,
     layer_name: LayerNameType,
 ) -> None:
-    """Append index keys to the cache of ``layer_name`` and write each token's selection to ``topk_indices``."""
+    """Append index keys to the cache of ``layer_name``; write each token's selection to ``topk_indices``."""
     context, name = get_forward_context(), _resolve_layer_name(layer_name)
     batches = context.attn_metadata
     if isinstance(batches, list):  # the first is the model's, the others belong to its drafts
@@ -87,42 +94,26 @@ def select(
         return
     batch: SparseMetadata = batches[name]
     layer: SparseIndexerCache = context.no_compile_layers[name]
-    slots, tokens = batch.slot_mapping.flatten(), batch.num_actual_tokens
-    rope = {"cos": cos, "sin": sin}
-    stored = {key: value[: len(slots)] for key, value in rope.items()}
-    sparse_attn.write_index_k(
-        k[: len(slots)],
-        layer.kv_cache,
-        slots,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        eps=eps,
-        pairing=pairing,
-        hadamard=False,
-        min_scale=KEY_MIN_SCALE,
-        **stored,
-    )
-    asking = {key: value[:tokens] for key, value in rope.items()}
-    q, weights = sparse_attn.quantise_index_q(
-        q[:tokens], weights[:tokens], pairing=pairing, hadamard=False, min_scale=QUERY_MIN_SCALE, **asking
-    )
-    out, visible = topk_indices[:tokens], batch.visible
-    if layer.dcp_world_size > 1:
-        interleave = layer.parallel_config.cp_kv_cache_interleave_size
-        shares = layer.dcp_rank, layer.dcp_world_size, interleave
-        visible = local_length(visible, *shares)
-    select_from = {
-        "block_table": batch.block_table,
-        "cu_seqlens_q": batch.query_start_loc,
-        "batch_invariant": envs.VLLM_BATCH_INVARIANT,
-    }
-    keys = layer.kv_cache, weights, out.shape[1], torch.zeros_like(visible), visible
+    tokens, slots = batch.num_actual_tokens, batch.slot_mapping.flatten()
+    if {len(q), len(slots)} != {tokens}:  # padded
+        q, k, weights, cos, sin, slots = (x[:tokens] for x in (q, k, weights, cos, sin, slots))
+    turn = {"cos": cos, "sin": sin, "pairing": pairing, "hadamard": False}
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    sparse_attn.write_index_k(k, layer.kv_cache, slots, min_scale=KEY_MIN_SCALE, **norm, **turn)
+    q, weights = sparse_attn.quantise_index_q(q, weights, min_scale=QUERY_MIN_SCALE, **turn)
+    out, visible, topk = topk_indices[:tokens], batch.visible, topk_indices.shape[1]
+    where = {"block_table": batch.block_table, "cu_seqlens_q": batch.query_start_loc}
+    where["batch_invariant"] = layer.batch_invariant
     if layer.dcp_world_size == 1:
-        sparse_attn.lightning_topk(q, *keys, out=out, **select_from)
+        sparse_attn.lightning_topk(q, layer.kv_cache, weights, topk, ke=visible, out=out, **where)
         return
-    local, scores = sparse_attn.lightning_topk(q, *keys, return_scores=True, **select_from)
+    shares = layer.dcp_rank, layer.dcp_world_size, layer.parallel_config.cp_kv_cache_interleave_size
+    own = local_length(visible, *shares)
+    local, scores = sparse_attn.lightning_topk(
+        q, layer.kv_cache, weights, topk, ke=own, return_scores=True, **where
+    )
     gathered = get_dcp_group().all_gather(candidates(local, scores, *shares), dim=1)
-    out.copy_(best(gathered, out.shape[1]))
+    out.copy_(best(gathered, topk))
 
 
 def select_fake(
@@ -142,7 +133,7 @@ def select_fake(
 
 
 class SparseIndexerOp(SparseAttnIndexer):
-    """Stands where vLLM's op would, whose constructor demands DeepGEMM on a GPU; SparseIndexer does its work."""
+    """In the place of vLLM's op, whose constructor demands DeepGEMM on a GPU; SparseIndexer does its work."""
 
     def __init__(self, *arguments, **options) -> None:
         if _chosen():
@@ -152,14 +143,15 @@ class SparseIndexerOp(SparseAttnIndexer):
 
 
 class SparseLatentAttention(MultiHeadLatentAttentionWrapper):
-    def __init__(self, hidden_size, num_heads, scale, nope, rope, value, q_rank, kv_rank, mla_modules, *rest, **options):
-        indexer = mla_modules.indexer
-        if indexer is not None and _chosen():
-            indexer.__class__ = SparseIndexer
-            indexer.k_cache.__class__ = SparseIndexerCache
-            indexer.k_cache.place()
-        sizes = hidden_size, num_heads, scale, nope, rope, value, q_rank, kv_rank
-        super().__init__(*sizes, mla_modules, *rest, **options)
+    """Built with the projections and the indexer of a layer, before vLLM asks what caches it needs."""
+
+    def __init__(self, *arguments, **options) -> None:
+        modules = next(x for x in (*arguments, *options.values()) if isinstance(x, MLAModules))
+        if modules.indexer is not None and _chosen():
+            modules.indexer.__class__ = SparseIndexer
+            modules.indexer.k_cache.__class__ = SparseIndexerCache
+            modules.indexer.k_cache.place()
+        super().__init__(*arguments, **options)
 
 
 def _chosen() -> bool:
@@ -175,7 +167,11 @@ def register() -> None:
     if SparseAttnIndexer.__name__ in op_registry_oot:
         return
     direct_register_custom_op(
-        OP, select, mutates_args=["topk_indices"], fake_impl=select_fake, dispatch_key=current_platform.dispatch_key
+        OP,
+        select,
+        mutates_args=["topk_indices"],
+        fake_impl=select_fake,
+        dispatch_key=current_platform.dispatch_key,
     )
     CompilationConfig._attention_ops.append(f"vllm::{OP}")  # where piecewise CUDA graphs are cut
     CustomOp.register_oot(SparseIndexerOp, name=SparseAttnIndexer.__name__)

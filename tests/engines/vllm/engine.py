@@ -1,6 +1,6 @@
 """vLLM as the tests run it: an engine in this process, or in a process of its own with workers.
 
-    python engine.py < request.json > answers.json
+python engine.py < request.json > answers.json
 """
 
 import contextlib
@@ -89,7 +89,9 @@ def run_apart(folder: Path, prompts: list[list[int]], **options) -> Run:
 def _answer(result) -> Answer:
     completion = result.outputs[0]
     prompt, tokens = list(result.prompt_token_ids), list(completion.token_ids)
-    of_prompt = [] if result.prompt_logprobs is None else zip(result.prompt_logprobs[1:], prompt[1:], strict=True)
+    of_prompt = (
+        [] if result.prompt_logprobs is None else zip(result.prompt_logprobs[1:], prompt[1:], strict=True)
+    )
     of_tokens = zip(completion.logprobs, tokens, strict=True)
     log_probs = [found[token].logprob for found, token in (*of_prompt, *of_tokens)]
     return Answer(prompt, tokens, log_probs, result.num_cached_tokens or 0)

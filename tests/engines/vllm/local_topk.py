@@ -1,4 +1,4 @@
-"""The mutation local_topk for an engine's workers: a worker imports the class that is named as its extension."""
+"""The mutation local_topk for the workers of an engine, which import the class named as their extension."""
 
 import mutations
 import pytest

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     **{"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1"},
     **{"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
 }
+LIBC = ctypes.CDLL(None)
 IDLE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
 
 
@@ -120,15 +121,14 @@ def serve(model: Path, folder: Path, *options: str) -> Iterator[Server]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
-    environment = {
-        k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"
-    } | ENVIRONMENT  # vLLM divides by it
+    # vLLM divides by a rate that is zero under TQDM_DISABLE.
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=folder,  # -m puts it on the path, and in a checkout kernels/ would pass for another package
-            env=environment,
+            env=environment | ENVIRONMENT,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a process group of its own
@@ -147,6 +147,6 @@ def serve(model: Path, folder: Path, *options: str) -> Iterator[Server]:
         process.wait()
 
 
-def _end_with_parent(prctl=ctypes.CDLL(None).prctl) -> None:
-    """Linux ends the server where pytest is killed and cannot."""
-    prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _end_with_parent() -> None:
+    """Linux ends the server where pytest itself is killed."""
+    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

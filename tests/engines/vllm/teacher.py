@@ -1,4 +1,4 @@
-"""What decides whether an engine was right: transformers' own eager model, in fp32, with full attention masks.
+"""What decides whether an engine was right: transformers' own eager model, in fp32, with full masks.
 
 vLLM keeps index keys in fp8, which transformers does not. So the indexer's forward is written down once more
 here, with the same rounding, in plain torch and without sparse_attn; the rest is transformers' code.
@@ -40,7 +40,7 @@ class Teacher:
 
     @torch.no_grad()
     def drafts(self, ids: list[int]) -> list[int]:
-        """Item p is the token p + 2 that the layer of checkpoints.add_mtp_layer proposes after token p + 1."""
+        """Item p is the token p + 2 that the layer of checkpoints.add_mtp_layer proposes."""
         model = self.model.model
         hidden = model(torch.tensor([ids]), use_cache=False).last_hidden_state[:, :-1]
         embedded = model.embed_tokens(torch.tensor([ids[1:]]))
@@ -81,11 +81,12 @@ class Teacher:
         q = self._rounded(torch.cat([q_rope, q[..., rope:]], -1), QUERY_EPS)
         k = self._rounded(torch.cat([k_rope, k[..., rope:]], -1), KEY_EPS)
         heads = torch.einsum("bqhd,bkd->bqhk", q, k.squeeze(2)).relu()
-        weights = indexer.weights_proj(hidden_states) * (indexer.n_heads * indexer.head_dim) ** -0.5
+        weights = indexer.weights_proj(hidden_states).float() * (indexer.n_heads * indexer.head_dim) ** -0.5
         scores = torch.einsum("bqhk,bqh->bqk", heads, weights) + attention_mask
         return scores.topk(min(indexer.index_topk, scores.shape[-1])).indices.int()
 
     def _rounded(self, x: Tensor, eps: float) -> Tensor:
+        x = x.float()
         if self.noise is not None:
             x = x + NOISE * x.abs().amax(-1, keepdim=True) * torch.randn(x.shape, generator=self.noise)
         return round_to_e4m3(x, eps)
@@ -105,7 +106,7 @@ def _expand_rounded(expand_kv):
     """Latents as 656 bytes hold them: tiles of 128 values in e4m3, the RoPE dimensions in bf16."""
 
     def expand(latent: Tensor, rope: Tensor):
-        tiles = round_to_e4m3(latent.unflatten(-1, (-1, 128)), 1e-4)
-        return expand_kv(tiles.flatten(-2), rope.bfloat16().float())
+        tiles = round_to_e4m3(latent.float().unflatten(-1, (-1, 128)), 1e-4)
+        return expand_kv(tiles.flatten(-2).to(latent.dtype), rope.bfloat16().to(rope.dtype))
 
     return expand
