@@ -13,12 +13,10 @@ TESTED = ("0.32",)  # releases of vLLM that the tests have passed with
 ENTRY_POINTS = "vllm.general_plugins"
 BACKEND = "SPARSE_ATTN"  # the name for --attention-backend
 CLASS = f"{__name__}.backend.SparseAttnBackend"
-GENERIC_MODEL = "vllm.model_executor.models.deepseek_v2:"
 # vLLM's own models for NVIDIA fuse casts to e4m3, which GPUs older than sm_89 lack, and call DeepGEMM.
-GENERIC_MODELS = {
-    "DeepseekV32ForCausalLM": f"{GENERIC_MODEL}DeepseekV3ForCausalLM",
-    "GlmMoeDsaForCausalLM": f"{GENERIC_MODEL}GlmMoeDsaForCausalLM",
-    "DeepseekV32MTPModel": "vllm.model_executor.models.deepseek_mtp:DeepSeekMTP",
+MODELS = {
+    name: f"{__name__}.models:{name}"
+    for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "DeepseekV32MTPModel")
 }
 
 
@@ -39,23 +37,22 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Entry point ``vllm.general_plugins``: the backend, its layers, and models for GPUs older than sm_90."""
+    """Entry point ``vllm.general_plugins``: the backend by name, and models where it needs no name.
+
+    Both as paths: vLLM reads some settings when its layers are imported, and has not made them yet.
+    """
     why = refusal()
     if why is not None:
         logging.getLogger(__name__).warning(why)
         return
+    from vllm import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from . import layers
-
     if BACKEND not in AttentionBackendEnum.__members__:
         register_backend(BACKEND, CLASS)
-    layers.register()
-    if current_platform.is_cuda() and not current_platform.has_device_capability(90):
-        from vllm import ModelRegistry
-
-        for architecture, model in GENERIC_MODELS.items():
+    if getattr(current_platform, "prefers_sparse_attn", False):
+        for architecture, model in MODELS.items():
             ModelRegistry.register_model(architecture, model)
 
 

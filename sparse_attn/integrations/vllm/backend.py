@@ -4,6 +4,7 @@ Every token takes one way, which vLLM calls decode: prompts, chunks of prompts, 
 alike. Tokens of a batch are packed; ``query_start_loc`` says which are whose. Nothing is read on the host.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from vllm.v1.attention.backend import (
 
 import sparse_attn
 
-from . import BACKEND
+from . import BACKEND, MODELS
 from .context_parallel import to_local
 
 FP8 = "fp8_ds_mla"  # vLLM's name of the format with 656 bytes per token
@@ -168,6 +169,13 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None with {BACKEND}, got {value!r}")
+        from .layers import SparseIndexer  # which is made of this module
+
+        if indexer is not None and not isinstance(indexer, SparseIndexer):
+            raise ValueError(
+                f"--attention-backend {BACKEND}: expected the models of sparse_attn, got an indexer of "
+                f"{type(indexer).__module__}; add --model-class-overrides '{json.dumps(MODELS)}'"
+            )
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.kv_cache_dtype, self.kv_lora_rank = float(scale), kv_cache_dtype, kv_lora_rank
         self.batch_invariant = envs.VLLM_BATCH_INVARIANT

@@ -7,10 +7,11 @@ piecewise CUDA graphs break there: store the keys, quantise the queries, select.
 import torch
 from torch import Tensor
 from vllm import envs
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import CompilationConfig, get_current_vllm_config
 from vllm.distributed.parallel_state import get_dcp_group, get_dcp_world_size_and_rank
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
+from vllm.model_executor.custom_op import CustomOp, PluggableLayer
 from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
 from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache, Indexer
@@ -71,6 +72,7 @@ class SparseIndexer(Indexer):
         return self.topk_indices_buffer
 
 
+@eager_break_during_capture  # vLLM's default for these models: graphs of what lies between such ops
 def select(
     q: Tensor,
     k: Tensor,
@@ -163,9 +165,7 @@ def _chosen() -> bool:
 
 
 def register() -> None:
-    """Once per process, though vLLM may ask again."""
-    if SparseAttnIndexer.__name__ in op_registry_oot:
-        return
+    """Make vLLM build these layers, where our backend is chosen; once, when the models are imported."""
     direct_register_custom_op(
         OP,
         select,

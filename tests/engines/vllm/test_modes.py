@@ -15,6 +15,7 @@ from checkpoints import TOPK, add_mtp_layer, make
 from engine import NEW_TOKENS, run, run_apart
 from mutations import IN_PROCESS
 from teacher import Teacher
+from torch._dynamo.utils import counters
 
 BAR = 1e-5  # of log-probabilities in fp32
 LENGTHS = 1, 7, 31, 64, 90, 100, 130, 160, 200
@@ -70,6 +71,7 @@ class Task:
         return deviations(self.teacher, answers).max().item(), others
 
     def check(self, found) -> None:
+        """That these are the answers to all prompts, with the teacher's tokens and log-probabilities."""
         assert [answer.prompt for answer in found.answers] == self.prompts
         assert all(len(answer.tokens) == NEW_TOKENS for answer in found.answers)
         worst, others = self.errors(found.answers)
@@ -149,7 +151,11 @@ def test_half_precision(v32, dtype, latents):
 
 def test_inductor(v32, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "0")  # with it vLLM traces the model and does not compile it
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")  # its default, which leaves out torch.compile
+    counters.clear()
     v32.check(run(v32.folder, v32.prompts, enforce_eager=False))
+    assert counters["stats"]["calls_captured"] > 100  # of the whole model, in one graph
+    assert not counters["graph_break"]
 
 
 def draft(tokens):

@@ -1,19 +1,17 @@
 """How vLLM finds the plug-in, on which devices, and what it answers to what it does not serve."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
 pytest.importorskip("vllm", reason="make test-engines runs these in an environment with vLLM")
-
-# vLLM's CUDA platform loads this library, which a build for the CPU lacks, and calls nothing of it here.
-sys.modules.setdefault("vllm._C_stable_libtorch", ModuleType("vllm._C_stable_libtorch"))
 
 import torch
 from checkpoints import make
@@ -50,6 +48,27 @@ def test_vllm_takes_our_platform_and_knows_the_backend():
     plugin.register()
     plugin.register()
     assert AttentionBackendEnum[plugin.BACKEND].get_class() is backend.SparseAttnBackend
+
+
+def test_finding_the_plugin_imports_no_layer():
+    """vLLM decides later, from its arguments, in which form its layers are imported."""
+    code = """
+import sys
+from vllm import ModelRegistry
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+assert {"sparse_attn.integrations.vllm.cpu"} <= {*sys.modules}
+ours = "backend", "layers", "models"
+late = {f"sparse_attn.integrations.vllm.{name}" for name in ours}
+print(late & {*sys.modules}, "vllm.model_executor.layers.attention.mla_attention" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set() False"
+
+
+def test_importing_the_models_makes_the_layers_ours():
+    importlib.import_module(f"{plugin.__name__}.models")
     assert op_registry_oot["SparseAttnIndexer"] is layers.SparseIndexerOp
     assert CompilationConfig._attention_ops.count(f"vllm::{layers.OP}") == 1
 
@@ -58,7 +77,7 @@ def test_vllm_takes_our_platform_and_knows_the_backend():
 def test_another_release_is_left_alone_and_a_warning_names_those_that_were_tested(release, caplog):
     with mock.patch.object(plugin, "installed_vllm", return_value=release):
         assert plugin.platform() is None
-        with mock.patch.object(layers, "register") as register:
+        with mock.patch("vllm.ModelRegistry.register_model") as register:
             plugin.register()
     assert not register.called
     (said,) = (record.getMessage() for record in caplog.records)
@@ -73,12 +92,12 @@ def test_gpus_before_sm_90_get_our_platform_and_the_generic_models(capability):
     with mock.patch.object(platforms, "builtin_platform_plugins", builtin), has:
         expected = f"{plugin.__name__}.cuda.SparseCudaPlatform" if old else None
         assert plugin.platform() == expected
-    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda c: capability >= c)
+    gpu = cuda.SparseCudaPlatform if old else cuda.CudaPlatform
     models = mock.patch("vllm.ModelRegistry.register_model")
     with mock.patch.object(platforms, "_current_platform", gpu), models as register:
         plugin.register()
     registered = {call.args[0]: call.args[1] for call in register.call_args_list}
-    assert registered == (plugin.GENERIC_MODELS if old else {})
+    assert registered == (plugin.MODELS if old else {})
 
 
 def test_a_gpu_before_sm_90_attends_through_sparse_attn():
@@ -123,6 +142,16 @@ def test_another_backend_for_a_sparse_model_is_refused():
     dense = selector(use_sparse=False)
     path = SparseCpuPlatform.get_attn_backend_cls(AttentionBackendEnum.CPU_MLA, dense)
     assert path.endswith("CPUMLABackend")
+
+
+def test_our_backend_under_a_model_of_vllm_names_the_flag():
+    sizes = {"num_heads": 8, "head_size": 576, "scale": 1.0, "num_kv_heads": 1, "kv_lora_rank": 512}
+    sizes |= dict.fromkeys(("alibi_slopes", "sliding_window", "logits_soft_cap"))
+    sizes |= {"kv_cache_dtype": "auto", "attn_type": "decoder", "kv_sharing_target_layer_name": None}
+    with pytest.raises(ValueError, match=r"--model-class-overrides .*DeepseekV32ForCausalLM"):
+        backend.SparseAttnImpl(**sizes, indexer=object())
+    with pytest.raises(ValueError, match="logits_soft_cap: expected None with SPARSE_ATTN, got 30"):
+        backend.SparseAttnImpl(**sizes | {"logits_soft_cap": 30.0})
 
 
 def test_the_backend_by_its_name(tmp_path):
