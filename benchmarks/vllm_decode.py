@@ -48,7 +48,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 import sparse_attn
 from bench.command import parser
 from bench.timing import Timing, append_json, describe
-from sparse_attn.integrations.vllm import layers
+from sparse_attn.integrations.vllm import layers, models  # noqa: F401  (which registers the layers)
 from sparse_attn.integrations.vllm.backend import SparseAttnImpl
 
 SIZES = {
