@@ -48,7 +48,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 import sparse_attn
 from bench.command import parser
 from bench.timing import Timing, append_json, describe
-from sparse_attn.integrations.vllm import layers, models  # noqa: F401  (which registers the layers)
+from sparse_attn.integrations.vllm import backend, layers, models  # noqa: F401  (which registers the layers)
 from sparse_attn.integrations.vllm.backend import SparseAttnImpl
 
 SIZES = {
@@ -72,7 +72,10 @@ HOOKS = {
     "write": (SparseAttnImpl, "do_kv_cache_update"),
     "attend": (SparseAttnImpl, "forward_mqa"),
 }
-FUNCTIONS = "write_index_k", "quantise_index_q", "lightning_topk", "write_kv", "physical_slots", "sparse_mla"
+FUNCTIONS = {
+    **dict.fromkeys(("write_index_k", "quantise_index_q", "lightning_topk"), layers),
+    **dict.fromkeys(("write_kv", "physical_slots", "sparse_mla"), backend),
+}
 SHORT, NEW = (300, 77), 8  # tokens of the prompts of the check, and new ones
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}  # of log-probabilities
 GAIN = 2.0  # of the weights: attention is then far from uniform, and an error shows
@@ -129,7 +132,7 @@ class RandomWeights(BaseModelLoader):
 def install() -> None:
     """Clocks around vLLM's hooks and the library's functions, and a way to leave the model out."""
     load_general_plugins()
-    clocked = {**HOOKS, **{name: (sparse_attn, name) for name in FUNCTIONS}}
+    clocked = {**HOOKS, **{name: (owner, name) for name, owner in FUNCTIONS.items()}}
     for label, (owner, name) in clocked.items():
         setattr(owner, name, timed(getattr(owner, name), label))
     layers.SparseIndexer.forward = timed(layers.SparseIndexer.forward, "indexer")

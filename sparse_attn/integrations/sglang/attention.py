@@ -4,8 +4,8 @@ import torch
 from sglang.srt import runtime_context
 from torch import Tensor
 
-from sparse_attn import sparse_mla
-from sparse_attn.compat import flash_mla
+from ... import sparse_mla
+from ...compat import flash_mla
 
 PLAN = 1, 8  # the shape of FlashMLA's plan on one multiprocessor
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparse_attn import formats
+from ... import formats
 
 VALUES_AND_SCALES = 528  # bytes of 512 values and 4 scales; the RoPE dimensions lie behind them
 # SGLang has no least scale, and makes NaN of a block of zeros. This one changes no other scale.

@@ -12,9 +12,8 @@ from sglang.srt.layers.attention.kv_shard_hooks import get_kv_shard_pool
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from torch import Tensor
 
-from sparse_attn import lightning_topk, physical_slots, quantise_index_q, select_topk, write_index_k
-from sparse_attn.compat import deep_gemm
-
+from ... import lightning_topk, physical_slots, quantise_index_q, select_topk, write_index_k
+from ...compat import deep_gemm
 from .attention import batch_invariant
 
 KEY_BYTES = 132

@@ -23,8 +23,7 @@ from vllm.v1.attention.backend import (
     MLAAttentionImpl,
 )
 
-import sparse_attn
-
+from ... import physical_slots, sparse_mla, write_kv
 from . import BACKEND, MODELS
 from .context_parallel import to_local
 
@@ -199,7 +198,7 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
             return
         slots = slot_mapping.flatten()
         new = torch.cat([kv_c_normed[: len(slots)], k_pe[: len(slots)].flatten(1)], -1)
-        sparse_attn.write_kv(new, kv_cache, slots)
+        write_kv(new, kv_cache, slots)
 
     def forward_mqa(
         self,
@@ -217,13 +216,13 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
             interleave = self.parallel_config.cp_kv_cache_interleave_size
             selected = to_local(selected, self.dcp_rank, self.dcp_world_size, interleave)
         cache = kv_c_and_k_pe_cache  # [pages, page_size, 576 values or 656 bytes]
-        slots = sparse_attn.physical_slots(
+        slots = physical_slots(
             selected,
             attn_metadata.block_table,
             cache.shape[1],
             cu_seqlens_q=attn_metadata.query_start_loc,
         )
-        attended = sparse_attn.sparse_mla(
+        attended = sparse_mla(
             q,
             cache,
             slots,

@@ -23,9 +23,8 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-import sparse_attn
-from sparse_attn.ops.index import DEFAULT_WORKSPACE_BYTES
-
+from ... import lightning_topk, quantise_index_q, write_index_k
+from ...ops.index import DEFAULT_WORKSPACE_BYTES
 from . import BACKEND
 from .backend import SparseIndexerBackend, SparseMetadata
 from .context_parallel import best, candidates, local_length
@@ -101,19 +100,17 @@ def select(
         q, k, weights, cos, sin, slots = (x[:tokens] for x in (q, k, weights, cos, sin, slots))
     turn = {"cos": cos, "sin": sin, "pairing": pairing, "hadamard": False}
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
-    sparse_attn.write_index_k(k, layer.kv_cache, slots, min_scale=KEY_MIN_SCALE, **norm, **turn)
-    q, weights = sparse_attn.quantise_index_q(q, weights, min_scale=QUERY_MIN_SCALE, **turn)
+    write_index_k(k, layer.kv_cache, slots, min_scale=KEY_MIN_SCALE, **norm, **turn)
+    q, weights = quantise_index_q(q, weights, min_scale=QUERY_MIN_SCALE, **turn)
     out, visible, topk = topk_indices[:tokens], batch.visible, topk_indices.shape[1]
     where = {"block_table": batch.block_table, "cu_seqlens_q": batch.query_start_loc}
     where["batch_invariant"] = layer.batch_invariant
     if layer.dcp_world_size == 1:
-        sparse_attn.lightning_topk(q, layer.kv_cache, weights, topk, ke=visible, out=out, **where)
+        lightning_topk(q, layer.kv_cache, weights, topk, ke=visible, out=out, **where)
         return
     shares = layer.dcp_rank, layer.dcp_world_size, layer.parallel_config.cp_kv_cache_interleave_size
     own = local_length(visible, *shares)
-    local, scores = sparse_attn.lightning_topk(
-        q, layer.kv_cache, weights, topk, ke=own, return_scores=True, **where
-    )
+    local, scores = lightning_topk(q, layer.kv_cache, weights, topk, ke=own, return_scores=True, **where)
     gathered = get_dcp_group().all_gather(candidates(local, scores, *shares), dim=1)
     out.copy_(best(gathered, topk))
 

@@ -2,7 +2,6 @@
 
 import torch
 
-import sparse_attn
 from sparse_attn.integrations.vllm import backend, layers
 
 
@@ -49,24 +48,24 @@ def shifted_position(monkeypatch) -> None:
 
 def stale_page(monkeypatch) -> None:
     """The second page of a sequence is read where its first one lies."""
-    original = sparse_attn.physical_slots
+    original = backend.physical_slots
 
     def physical_slots(indices, block_table, *rest, **options):
         block_table = block_table.clone()
         block_table[:, 1] = block_table[:, 0]
         return original(indices, block_table, *rest, **options)
 
-    monkeypatch.setattr(sparse_attn, "physical_slots", physical_slots)
+    monkeypatch.setattr(backend, "physical_slots", physical_slots)
 
 
 def rotated_keys(monkeypatch) -> None:
     """Index keys are turned by the position before theirs."""
-    original = sparse_attn.write_index_k
+    original = layers.write_index_k
 
     def write_index_k(k, cache, slots, *, cos, sin, **options):
         original(k, cache, slots, cos=cos.roll(1, 0), sin=sin.roll(1, 0), **options)
 
-    monkeypatch.setattr(sparse_attn, "write_index_k", write_index_k)
+    monkeypatch.setattr(layers, "write_index_k", write_index_k)
 
 
 IN_PROCESS = (dense_attention, shifted_position, stale_page, rotated_keys)
