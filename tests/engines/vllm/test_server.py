@@ -15,7 +15,7 @@ import torch
 from server import Answer, Request, Server, serve
 from teacher import Teacher
 
-TOLERANCE = 2e-5  # of a log-probability
+TOLERANCE = 1e-5  # of a log-probability
 BATCH = 64  # tokens
 OPTIONS = {
     **{"max-model-len": 512, "max-num-seqs": 8, "block-size": 16, "max-num-batched-tokens": BATCH},
