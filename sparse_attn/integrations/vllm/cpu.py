@@ -6,7 +6,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 
 from .context_parallel import to_local
-from .selection import check_backend, kv_cache_dtype, serves
+from .selection import check_backend, is_ours, kv_cache_dtype, serves
 
 PAGE_SIZE = 64
 
@@ -16,7 +16,7 @@ class SparseCpuPlatform(CpuPlatform):
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
-        if attn_selector_config.use_sparse:
+        if is_ours(attn_selector_config):
             return check_backend(selected_backend, attn_selector_config, DeviceCapability(0, 0))
         return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
 

@@ -2,7 +2,7 @@
 
 from vllm.platforms.cuda import CudaPlatform
 
-from .selection import check_backend, kv_cache_dtype, serves
+from .selection import check_backend, is_ours, kv_cache_dtype, serves
 
 
 class SparseCudaPlatform(CudaPlatform):
@@ -10,7 +10,7 @@ class SparseCudaPlatform(CudaPlatform):
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
-        if attn_selector_config.use_sparse:
+        if is_ours(attn_selector_config):
             return check_backend(selected_backend, attn_selector_config, cls.get_device_capability())
         return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
 

@@ -2,11 +2,19 @@
 
 from . import BACKEND, CLASS
 
-MODELS = ("deepseek_v32", "glm_moe_dsa")  # the model_type of those that the tests serve
+MODELS = ("deepseek_v32", "glm_moe_dsa", "deepseek_mtp")  # model_type of what the tests serve, and its drafts
 
 
 def serves(model_config) -> bool:
     return model_config is not None and model_config.hf_text_config.model_type in MODELS
+
+
+def is_ours(attn_selector_config) -> bool:
+    """Whether the layer that is being built is a sparse one of such a model."""
+    from vllm.config import get_current_vllm_config_or_none  # imports the platforms
+
+    config = get_current_vllm_config_or_none()
+    return attn_selector_config.use_sparse and (config is None or serves(config.model_config))
 
 
 def kv_cache_dtype(asked: str) -> str:

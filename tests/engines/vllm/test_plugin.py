@@ -136,6 +136,17 @@ def test_what_the_backend_does_not_do_is_refused_by_name(changes, reason):
         SparseCpuPlatform.get_attn_backend_cls(None, selector(**changes))
 
 
+def test_other_models_with_sparse_attention_are_left_to_vllm():
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(model_type="dots3_note"))
+    )
+    with (
+        mock.patch("vllm.config.get_current_vllm_config_or_none", return_value=config),
+        pytest.raises(NotImplementedError, match="Sparse Attention is not supported on CPU"),
+    ):
+        SparseCpuPlatform.get_attn_backend_cls(None, selector())
+
+
 def test_another_backend_for_a_sparse_model_is_refused():
     with pytest.raises(ValueError, match=r"attention_backend: expected SPARSE_ATTN or none .* got CPU_MLA"):
         SparseCpuPlatform.get_attn_backend_cls(AttentionBackendEnum.CPU_MLA, selector())
