@@ -24,14 +24,14 @@ from vllm.utils.torch_utils import (
 )
 
 from ... import lightning_topk, quantise_index_q, write_index_k
+from ...formats.elements import FP8_MAX
 from ...ops.index import DEFAULT_WORKSPACE_BYTES
 from . import BACKEND
 from .backend import SparseIndexerBackend, SparseMetadata
 from .context_parallel import best, candidates, local_length
 
 OP = "sparse_attn_select"
-# The least scales of vLLM's own kernels, so that the bytes of a cache are theirs.
-KEY_MIN_SCALE, QUERY_MIN_SCALE = 1e-4 / 448, 1e-10 / 448
+QUERY_MIN_SCALE = 1e-10 / FP8_MAX  # that of vLLM's kernel for queries; of keys our default is the same
 
 
 class SparseIndexerCache(DeepseekV32IndexerCache):
@@ -100,7 +100,7 @@ def select(
         q, k, weights, cos, sin, slots = (x[:tokens] for x in (q, k, weights, cos, sin, slots))
     turn = {"cos": cos, "sin": sin, "pairing": pairing, "hadamard": False}
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
-    write_index_k(k, layer.kv_cache, slots, min_scale=KEY_MIN_SCALE, **norm, **turn)
+    write_index_k(k, layer.kv_cache, slots, **norm, **turn)
     q, weights = quantise_index_q(q, weights, min_scale=QUERY_MIN_SCALE, **turn)
     out, visible, topk = topk_indices[:tokens], batch.visible, topk_indices.shape[1]
     where = {"block_table": batch.block_table, "cu_seqlens_q": batch.query_start_loc}
