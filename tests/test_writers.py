@@ -320,13 +320,10 @@ def test_slots_that_do_not_exist_are_skipped(backend, device, name, dtype):
 
 @pytest.mark.parametrize("name", ["v32", "index_k"])
 def test_strided_rows_and_shapes_of_a_cache(backend, device, name):
-    d = FORMATS[name].width
-    spread = torch.randn(5, d, 2)
-    cos, sin = rotation(5, 32)
-    weight = torch.randn(512 if name == "v32" else d)
-    options = {"cos": cos, "sin": sin, "pairing": "half", "norm_weight": weight}
-    if name == "index_k":
-        options["norm_bias"] = torch.randn(d)
+    """Rows with gaps are torch's work on a CPU, so that only exact arithmetic gives the same bytes: no norm."""
+    spread = torch.randn(5, FORMATS[name].width, 2)
+    cos, sin = rotation(5, 32, exact=True)
+    options = {"cos": cos, "sin": sin, "pairing": "half"}
     slots = torch.tensor([7, 0, 3, 4, 1])
     cache, _ = new_cache(name, 2, 4)
     write(name, spread[..., 0].contiguous(), cache, slots, device, backend, **options)
