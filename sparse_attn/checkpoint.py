@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,15 @@ INDEXER = "indexer."
 SCALE = "_scale_inv"  # what the name of an fp8 weight's block scales adds to the weight's
 BLOCK_FIELD = "quantization_config.weight_block_size"
 BLOCK = (128, 128)  # of DeepSeek's checkpoints, for configs without that field
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``of`` equal parts of a tensor along ``dim``."""
+
+    dim: int
+    index: int
+    of: int
 
 
 class Safetensors(Mapping[str, Tensor]):
@@ -55,6 +65,17 @@ class Safetensors(Mapping[str, Tensor]):
         with _open(self._files[name]) as file:
             return file.get_tensor(name)
 
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor, which is not read."""
+        with _open(self._files[name]) as file:
+            return file.get_slice(name).get_shape()
+
+    def part(self, name: str, part: Part) -> Tensor:
+        """A part of a tensor, the rest of which is not read."""
+        with _open(self._files[name]) as file:
+            stored = file.get_slice(name)
+            return _cut(stored, stored.get_shape(), part)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -68,11 +89,33 @@ def _open(file: Path):
     return safe_open(file, framework="pt")
 
 
+def _cut(stored, shape: Sequence[int], part: Part) -> Tensor:
+    size = shape[part.dim] // part.of
+    cut = slice(part.index * size, (part.index + 1) * size)
+    # A copy, as a view would keep the memory or the file of the whole.
+    return stored[(slice(None),) * part.dim + (cut,)].clone(memory_format=torch.contiguous_format)
+
+
+def shape_of(state_dict: Mapping[str, Tensor], name: str) -> list[int]:
+    """The shape of a tensor, which is not read from a file of :class:`Safetensors`."""
+    return state_dict.shape(name) if isinstance(state_dict, Safetensors) else list(state_dict[name].shape)
+
+
+def part_of(state_dict: Mapping[str, Tensor], name: str, part: Part | None) -> Tensor:
+    """A part of a tensor, contiguous and in memory of its own; without ``part`` the tensor as it is held."""
+    if part is None:
+        return state_dict[name]
+    if isinstance(state_dict, Safetensors):
+        return state_dict.part(name, part)
+    return _cut(state_dict[name], state_dict[name].shape, part)
+
+
 def from_hf(
     state_dict: Mapping[str, Tensor],
     layer: int,
     shapes: Mapping[str, Sequence[int]],
     block_size: Sequence[int] | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> dict[str, Tensor]:
     """The weights of one attention layer under DeepSeek's names, fp8 blocks dequantised.
 
@@ -83,6 +126,8 @@ def from_hf(
         shapes: the names that are expected and their shapes. Without an indexer's, those of the layer are
             left alone.
         block_size: rows and columns that share a scale in fp8 weights; None if the config does not say it.
+        parts: for some of the names, which part of the stored tensor is read, where ``shapes`` has the
+            part's shape. Block scales are read whole.
 
     Returns:
         A tensor for each of ``shapes``, in the dtype in which it is stored; fp8 becomes bf16.
@@ -107,25 +152,32 @@ def from_hf(
         raise ValueError(f"{BLOCK_FIELD}: expected two sizes of at least 1, got {block_size}")
     weights = {}
     for name in [name for name in theirs if name in stored]:
-        tensor, shape, scaled = state_dict[prefix + name], list(shapes[theirs[name]]), name + SCALE in stored
-        if list(tensor.shape) != shape:
-            wrong.append(f"{prefix}{name} of shape {list(tensor.shape)} where {shape} is expected")
-        elif scaled and tensor.dtype == torch.float8_e4m3fn:
+        key, shape, scaled = prefix + name, list(shapes[theirs[name]]), name + SCALE in stored
+        part, start = (parts or {}).get(theirs[name]), [0] * len(shape)
+        if part:
+            start[part.dim] = part.index * shape[part.dim]
+            shape[part.dim] *= part.of
+        found = shape_of(state_dict, key)
+        if found != shape:
+            wrong.append(f"{key} of shape {found} where {shape} is expected")
+            continue
+        tensor = part_of(state_dict, key, part)
+        if scaled and tensor.dtype == torch.float8_e4m3fn:
             stored.remove(name + SCALE)
-            scale, blocks = state_dict[prefix + name + SCALE], _blocks(shape, block)
+            scale, blocks = state_dict[key + SCALE], _blocks(shape, block)
             if list(scale.shape) == blocks:
-                weights[theirs[name]] = dequantize_blocks(tensor, scale, block).bfloat16()
+                weights[theirs[name]] = _dequantize(tensor, scale, block, start).bfloat16()
             else:
                 source = "" if block_size else " (not in the config, assumed)"
                 wrong.append(
-                    f"{prefix}{name}{SCALE} of shape {list(scale.shape)} where {blocks} is expected, one "
+                    f"{key}{SCALE} of shape {list(scale.shape)} where {blocks} is expected, one "
                     f"scale per block of {BLOCK_FIELD}={list(block)}{source} in {shape}"
                 )
         elif tensor.is_floating_point() and tensor.element_size() > 1:
             weights[theirs[name]] = tensor
         else:
             wrong.append(
-                f"{prefix}{name} of dtype {tensor.dtype} with{'' if scaled else 'out'} {name}{SCALE}, where "
+                f"{key} of dtype {tensor.dtype} with{'' if scaled else 'out'} {name}{SCALE}, where "
                 f"a floating-point dtype, or float8_e4m3fn with {name}{SCALE}, is expected"
             )
     wrong += [f"unexpected {prefix}{name}" for name in sorted(stored - theirs.keys())]
@@ -179,7 +231,13 @@ def dequantize_blocks(weight: Tensor, scale_inv: Tensor, block_size: Sequence[in
             f"scale_inv: expected shape {blocks} for a weight {list(weight.shape)} in blocks of "
             f"{list(block_size)}, got {list(scale_inv.shape)}"
         )
+    return _dequantize(weight, scale_inv, block_size, (0, 0))
+
+
+def _dequantize(weight: Tensor, scale_inv: Tensor, block_size: Sequence[int], start: Sequence[int]) -> Tensor:
+    """The same for a part that begins at ``start`` in the weight whose scales are given."""
     scale = scale_inv.float()
-    for dim, (size, block) in enumerate(zip(weight.shape, block_size, strict=True)):
-        scale = scale.repeat_interleave(block, dim).narrow(dim, 0, size)
+    for dim, (first, size, block) in enumerate(zip(start, weight.shape, block_size, strict=True)):
+        blocks = torch.arange(first, first + size, device=scale.device) // block
+        scale = scale.index_select(dim, blocks)
     return weight.float() * scale

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_attn import DSACache, DSAConfig, SparseMLA
-from sparse_attn.checkpoint import Safetensors, dequantize_blocks
+from sparse_attn.checkpoint import Part, Safetensors, dequantize_blocks, from_hf
 from sparse_attn.testing import relative_error
 
 SIZES = {
@@ -234,6 +234,80 @@ def test_files_are_read_a_tensor_at_a_time(tmp_path, monkeypatch):
         assert torch.equal(Safetensors(path)[names[0]], state[names[0]])
     with pytest.raises(FileNotFoundError, match=r"path: expected a .safetensors file, or a folder"):
         Safetensors(tmp_path / "nowhere")
+
+
+def save(state, folder, files):
+    """A checkpoint in so many files; one has no index."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    folder.mkdir()
+    names = list(state)
+    held = {f"{i}.safetensors" if files > 1 else "model.safetensors": names[i::files] for i in range(files)}
+    for file, inside in held.items():
+        save_file({name: state[name] for name in inside}, folder / file)
+    if files > 1:
+        weight_map = {name: file for file, inside in held.items() for name in inside}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return Safetensors(folder)
+
+
+ROWS, COLUMNS = "wq_b.weight", "wo.weight"  # what is divided along dim 0 and dim 1
+THEIRS = {ROWS: PREFIX + "q_b_proj.weight", COLUMNS: PREFIX + "o_proj.weight"}
+
+
+def local_shapes(whole, parts):
+    shapes = {name: list(tensor.shape) for name, tensor in whole.items()}
+    for name, part in parts.items():
+        shapes[name][part.dim] //= part.of
+    return shapes
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, (128, 128), (100, 36), (7, 5)], ids=str)
+def test_a_part_is_that_of_the_whole(kind, tmp_path, monkeypatch):
+    """Bit for bit; from files, the rest of the weight is not read."""
+    pytest.importorskip("safetensors")
+    weights = {ROWS: torch.randn(24 * 15, 150), COLUMNS: torch.randn(150, 24 * 15)}
+    state = {PREFIX + "q_a_layernorm.weight": torch.randn(150)}
+    for name, theirs in THEIRS.items():
+        if isinstance(kind, tuple):
+            state[theirs], state[theirs + "_scale_inv"] = quantize(weights[name], kind)
+        else:
+            state[theirs] = weights[name].to(kind)
+    block = kind if isinstance(kind, tuple) else None
+    whole = from_hf(state, 3, {**local_shapes(weights, {}), "q_norm.weight": [150]}, block)
+    sources = [state, save(state, tmp_path / "one", 1), save(state, tmp_path / "several", 3)]
+    read = []
+    get = Safetensors.__getitem__
+    monkeypatch.setattr(
+        Safetensors, "__getitem__", lambda self, name: (read.append(name), get(self, name))[1]
+    )
+    for of in (1, 2, 3, 4):
+        for index in range(of):
+            parts = {ROWS: Part(0, index, of), COLUMNS: Part(1, index, of)}
+            for source in sources:
+                loaded = from_hf(source, 3, local_shapes(whole, parts), block, parts)
+                assert torch.equal(loaded["q_norm.weight"], whole["q_norm.weight"])
+                for name, part in parts.items():
+                    tensor = loaded[name]
+                    assert tensor.dtype == whole[name].dtype and tensor.is_contiguous()
+                    assert torch.equal(tensor, whole[name].chunk(of, part.dim)[index])
+                    assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert set(read) == state.keys() - THEIRS.values()
+
+
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_the_whole_shape_is_expected_of_a_divided_weight(files, tmp_path):
+    state = {THEIRS[ROWS]: torch.zeros(30, 8), THEIRS[COLUMNS]: torch.zeros(8, 24).to(torch.float8_e4m3fn)}
+    state[THEIRS[COLUMNS] + "_scale_inv"] = torch.ones(2, 2)
+    source = save(state, tmp_path / "model", files) if files else state
+    parts = {ROWS: Part(0, 1, 4), COLUMNS: Part(1, 3, 4)}
+    with pytest.raises(ValueError) as error:
+        from_hf(source, 3, {ROWS: [8, 8], COLUMNS: [8, 6]}, (4, 5), parts)
+    assert f"{THEIRS[ROWS]} of shape [30, 8] where [32, 8] is expected" in str(error.value)
+    expected = (
+        f"{THEIRS[COLUMNS]}_scale_inv of shape [2, 2] where [2, 5] is expected, one scale per block of "
+    )
+    assert expected + "quantization_config.weight_block_size=[4, 5]" in str(error.value)
+    assert "in [8, 24]" in str(error.value)
 
 
 def test_every_mismatch_is_named():
