@@ -6,8 +6,11 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .config import DSAConfig
+from .distributed.division import Division
+from .distributed.shards import Shards
 from .formats import INDEX_K_FORMATS, KV_FORMATS, index_k_views
 from .ops import check
 from .ops.attention import QUANTISED_D_V
@@ -39,6 +42,21 @@ class Placement:
     first_rows: Tensor
     longest: int
 
+    def seen(self, positions: Tensor) -> Tensor:
+        """Those ``positions`` ``[tokens, topk]`` int32 that each query sees, -1 in place of the others."""
+        positions = positions.contiguous()  # other strides may take another kernel, whose last bits differ
+        seen = (positions >= 0) & (positions <= self.positions[:, None])
+        return torch.where(seen, positions, -1)
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """The rows of ``positions`` that are seen: ``[tokens, topk]`` int32, -1 where there is none."""
+        return torch.where(positions >= 0, positions + self.first_rows[:, None].int(), -1)
+
+    def all_seen(self) -> Tensor:
+        """Every position that each query sees, ``[tokens, longest]`` int32, -1 after them."""
+        position = torch.arange(self.longest, dtype=torch.int32, device=self.positions.device)
+        return torch.where(position <= self.positions[:, None], position, -1)
+
     @classmethod
     def of(
         cls,
@@ -68,7 +86,8 @@ class DSACache:
     """Keys, values and index keys of one attention layer for ``batch_size`` sequences.
 
     Everything is allocated once. Sequence b's token at position p lies in row
-    ``b * max_tokens + p``. Unused rows are never read, whatever they hold.
+    ``b * max_tokens + p``, over several ranks in row ``b * capacity + shards.to_local(p)`` of one.
+    Unused rows are never read, whatever they hold.
 
     Args:
         config: decides what is stored: for MLA the latent ``kv`` ``[batch_size, max_tokens,
@@ -82,6 +101,10 @@ class DSACache:
             ``[..., 656]`` and ``index_k`` ``[..., 132]``, 56 % of bf16 (:mod:`sparse_attn.formats`; all keys
             of a sequence are one page, which a GPU reads fastest where max_tokens is a multiple of 4). Tokens
             are rounded once, when they are written.
+        mesh, interleave: the layer's DeviceMesh, if it has one. Along its dimension "cp" each rank stores a
+            part of every sequence, ``interleave`` consecutive positions in turn, ``capacity`` rows of it at
+            most; without that dimension each stores all. max_tokens and lengths are those of whole sequences,
+            and the same on all ranks.
         device: of all tensors.
         capturable: a step of a layer neither reads on the host nor copies from it, so that a CUDA graph can
             hold it (not with ``backend="reference"``). Lengths are kept on the device, and ``cu_seqlens_q``
@@ -102,6 +125,8 @@ class DSACache:
         device: torch.device | str | None = None,
         capturable: bool = False,
         shares_selection: bool = False,
+        mesh: DeviceMesh | None = None,
+        interleave: int = 1,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
             check.integer(name, value)
@@ -114,9 +139,14 @@ class DSACache:
             raise TypeError(
                 f"dtype: expected bfloat16, float16, float32, float64 or float8_e4m3fn, got {dtype}"
             )
+        division = Division(
+            mesh, config.num_attention_heads, 1 if config.is_mla else config.num_key_value_heads
+        )
         self.config = config
         self.max_tokens = max_tokens
         self.batch_size = batch_size
+        self.shards = Shards(division.cp, interleave)
+        self.capacity = self.shards.rows(max_tokens) if self.shards.size > 1 else max_tokens
         self.capturable = capturable
         self.shares_selection = shares_selection
         if dtype == torch.float8_e4m3fn:
@@ -129,27 +159,31 @@ class DSACache:
             latent = (config.kv_lora_rank + config.qk_rope_head_dim,)
             rows = {"kv": latent, "index_k": (config.index_head_dim,)}
         else:
-            heads = (config.num_key_value_heads, config.head_dim)
+            heads = (division.kv_heads, config.head_dim)
             rows = {"k": heads, "v": heads, "index_k": (config.index_head_dim,)}
         if shares_selection:
             del rows["index_k"]
+        # Tokens of other ranks are written to a spare row at the end.
+        n, spare = batch_size * self.capacity, 1 if self.shards.size > 1 else 0
         self._tensors = {
-            name: huge_pages(torch.empty(batch_size, max_tokens, *row, dtype=dtype, device=device))
+            name: huge_pages(torch.empty(n + spare, *row, dtype=dtype, device=device))
             for name, row in rows.items()
         }
         where = self.device if capturable else "cpu"
         with torch.inference_mode(False):  # in-place changes must be allowed inside of it and outside
             self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=where)
-        self._starts = torch.arange(batch_size, device=where) * max_tokens
+        self._starts = torch.arange(batch_size, device=where) * self.capacity
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor ``name`` ("kv", "k", "v" or "index_k"), ``[batch_size, max_tokens, ...]``."""
-        return self._tensors[name]
+        """The tensor ``name`` ("kv", "k", "v" or "index_k"), ``[batch_size, capacity, ...]``."""
+        return self._tensors[name][: self.batch_size * self.capacity].unflatten(0, (self.batch_size, -1))
 
     def index_keys(self, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Keys of the first ``tokens`` positions, ``[batch_size, tokens, index_head_dim]``, and the scales of
-        fp8 keys ``[batch_size, tokens]``: views, whose pages are the sequences.
+        """This rank's keys among the first ``tokens`` positions, ``[batch_size, rows, index_head_dim]``, and
+        the scales of fp8 keys ``[batch_size, rows]``: views, whose pages are the sequences.
         """
+        if self.shards.size > 1:
+            tokens = self.shards.rows(tokens)
         if self.dtype != torch.float8_e4m3fn:
             return self["index_k"][:, :tokens], None
         k, scales = index_k_views(self["index_k"])
@@ -211,13 +245,16 @@ class DSACache:
         The tokens count from :meth:`commit` on: a call that fails in between leaves the cache as it was.
         """
         slots = placement.first_rows + placement.positions
+        if self.shards.size > 1:
+            local = self.shards.to_local(placement.positions)
+            slots = torch.where(local >= 0, placement.first_rows + local, self.batch_size * self.capacity)
         if self.dtype == torch.float8_e4m3fn:
             write_kv(rows["kv"], self["kv"], slots, backend=backend)
             if not self.shares_selection:
                 write_index_k(rows["index_k"], self["index_k"], slots, hadamard=False, backend=backend)
             return
         for name, tensor in self._tensors.items():
-            tensor.flatten(0, 1)[slots] = rows[name]
+            tensor[slots] = rows[name]
 
     def commit(self, placement: Placement) -> None:
         """Count the new tokens of each sequence as held."""

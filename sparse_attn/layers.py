@@ -4,16 +4,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import checkpoint
 from .cache import DSACache, Placement
+from .checkpoint import Part
 from .config import DSAConfig
+from .distributed.division import Attention, Division
 from .indexer import LightningIndexer
 from .ops import check
 from .ops.attention import sparse_gqa, sparse_mla
-from .ops.index import lightning_topk
 from .rope import apply_rope, rope_cos_sin
 
 
@@ -23,14 +26,21 @@ class _SparseAttention(nn.Module):
     indexer: LightningIndexer  # None if the layer shares a selection
     # Queries, the rows to store by their name in the cache, and the input of the indexer's queries.
     _project: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor], Tensor]]
-    # From queries, rows and which of them each query selects to ``[tokens, hidden_size]``.
-    _attend: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor]
+    # Attention over selected rows, and the last projection of its result, of this rank's heads.
+    _attention: Attention
+    _output: Callable[[Tensor], Tensor]
+    _parts: dict[str, Part]  # of the weights that are divided over a mesh, this rank's
+    _d_v: int  # columns of what _attention returns
 
-    def __init__(self, config: DSAConfig, shares_selection: bool, backend: str, dtype, device) -> None:
+    def __init__(
+        self, config: DSAConfig, shares_selection: bool, backend: str, mesh: DeviceMesh | None, dtype, device
+    ) -> None:
         super().__init__()
         self.config = config
         self.shares_selection = shares_selection
         self.backend = backend
+        kv_heads = 1 if config.is_mla else config.num_key_value_heads
+        self.division = Division(mesh, config.num_attention_heads, kv_heads)
         indexer = None if shares_selection else LightningIndexer(config, dtype=dtype, device=device)
         self.register_module("indexer", indexer)
 
@@ -71,6 +81,10 @@ class _SparseAttention(nn.Module):
                 the device, see :class:`DSACache`. After these and any other exception, such as a lack of
                 memory or an interrupt, the cache holds what it held before, and the call may be made again.
         """
+        with self.division.together():
+            return self._forward(hidden_states, cache, cu_seqlens_q, indices, return_indices)
+
+    def _forward(self, hidden_states, cache, cu_seqlens_q, indices, return_indices):
         self._check_inputs(hidden_states, cache, indices)
         tokens, device = hidden_states.shape[0], hidden_states.device
         boundaries = _boundaries(tokens, cache, cu_seqlens_q)
@@ -85,36 +99,24 @@ class _SparseAttention(nn.Module):
             stored["index_k"] = self.indexer.keys(hidden_states, placement.positions)
         if cache is not None:
             cache.write(placement, **stored, backend=self.backend)
-            rows = {name: cache[name].flatten(0, 1) for name in rows}
+            rows = {name: cache[name] for name in rows}
         if indices is not None:
-            selected = _rows(indices, placement)
+            positions = placement.seen(indices)
         elif placement.longest <= self.config.index_topk:
-            selected = _all_visible(placement)
+            positions = placement.all_seen()
         else:
             index_q, weights = self.indexer.queries(hidden_states, q_lora, placement.positions)
-            selected = self._select(index_q, stored["index_k"], weights, placement, cache)
-        out = self._attend(q, rows, selected)
-        result = (out, _positions(selected, placement)) if return_indices else out
+            inputs = index_q, stored["index_k"], weights, self.config.index_topk
+            positions = self.division.select(*inputs, placement, cache, self.backend)
+        out = self.division.attend(self._attention, q, rows, positions, placement, cache, self._d_v)
+        out = self._output(out)
         if cache is not None:
             cache.commit(placement)
-        return result
+        return (out, positions) if return_indices else out
 
-    def _select(
-        self, q: Tensor, k: Tensor, weights: Tensor, placement: Placement, cache: DSACache | None
-    ) -> Tensor:
-        """Rows of the keys that each query attends to, ``[tokens, index_topk]`` int32, -1 padded."""
-        topk, first = self.config.index_topk, placement.first_rows
-        visible = placement.positions + 1
-        if cache is None:
-            ks, ke = first.int(), (first + visible).int()
-            return lightning_topk(q, k, weights, topk, ks, ke, backend=self.backend)
-        # A page is a sequence, cut to the longest one: unused rows are not scored.
-        pages, scales = cache.index_keys(placement.longest)
-        table = torch.arange(cache.batch_size, dtype=torch.int32, device=first.device)[:, None]
-        ranges = torch.zeros_like(visible, dtype=torch.int32), visible.int()
-        options = {"block_table": table, "cu_seqlens_q": placement.cu_seqlens_q, "backend": self.backend}
-        positions = lightning_topk(q, pages, weights, topk, *ranges, k_scale=scales, **options)
-        return torch.where(positions >= 0, positions + first[:, None], -1).int()
+    def part_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of the weights of a layer that is not divided, for ``load_state_dict``."""
+        return {name: checkpoint.part_of(weights, name, self._parts.get(name)) for name in weights}
 
     def _check_inputs(self, hidden_states: Tensor, cache: DSACache | None, indices: Tensor | None) -> None:
         weight = next(self.parameters())  # of a projection; those that may stay in fp32 come later
@@ -143,6 +145,8 @@ class _SparseAttention(nn.Module):
                 f"cache: expected one made with the layer's shares_selection={self.shares_selection}, "
                 f"got {cache.shares_selection}"
             )
+        if cache.shards.size > 1 and cache.shards.ranks.group is not self.division.cp.group:
+            raise ValueError("cache: expected one made with the layer's mesh, got another mesh")
         if cache.dtype == torch.float8_e4m3fn and dtype not in check.WRITER_FLOATS:
             raise TypeError(f"cache: float8_e4m3fn expects a layer of at most 32 bits, got {dtype}")
         if cache.dtype not in (dtype, torch.float8_e4m3fn) or cache.device != device:
@@ -160,6 +164,10 @@ class SparseMLA(_SparseAttention):
         config: a :class:`DSAConfig` with ``kv_lora_rank``.
         shares_selection: the layer has no indexer; every call takes the ``indices`` of an earlier layer.
         backend: of the sparse operations: "auto", "cpu", "triton" or "reference".
+        mesh: a DeviceMesh of torch.distributed whose dimensions are called "tp", "cp" or both. All its ranks
+            make the layer together: each holds ``num_attention_heads / ranks`` of the heads, takes all hidden
+            states and returns the whole output. A cache made with the mesh is divided along "cp". If a call
+            fails on one rank it fails on all, with its message.
         dtype, device: of the weights.
     """
 
@@ -169,15 +177,16 @@ class SparseMLA(_SparseAttention):
         *,
         shares_selection: bool = False,
         backend: str = "auto",
+        mesh: DeviceMesh | None = None,
         dtype: torch.dtype | None = None,
         device=None,
     ) -> None:
         if not config.is_mla:
             raise ValueError("config: SparseMLA expects a config with kv_lora_rank, got None (use SparseGQA)")
-        super().__init__(config, shares_selection, backend, dtype, device)
+        super().__init__(config, shares_selection, backend, mesh, dtype, device)
         factory = {"dtype": dtype, "device": device}
         linear = {"bias": False, **factory}
-        heads, hidden = config.num_attention_heads, config.hidden_size
+        heads, hidden = self.division.heads, config.hidden_size
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.wq_a = nn.Linear(hidden, config.q_lora_rank, **linear)
         self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps, **factory)
@@ -186,6 +195,8 @@ class SparseMLA(_SparseAttention):
         self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, **factory)
         self.wkv_b = nn.Linear(config.kv_lora_rank, heads * (nope + config.v_head_dim), **linear)
         self.wo = nn.Linear(heads * config.v_head_dim, hidden, **linear)
+        self._parts = self.division.parts({"wq_b.weight": 0, "wkv_b.weight": 0, "wo.weight": 1})
+        self._d_v = config.kv_lora_rank
 
     @classmethod
     def from_hf(
@@ -195,6 +206,7 @@ class SparseMLA(_SparseAttention):
         layer: int,
         *,
         backend: str = "auto",
+        mesh: DeviceMesh | None = None,
         dtype: torch.dtype | None = None,
         device=None,
     ) -> "SparseMLA":
@@ -211,7 +223,8 @@ class SparseMLA(_SparseAttention):
             config: the dict of the checkpoint's ``config.json``, or a :class:`DSAConfig`.
             layer: which layer. If the config says that it shares a selection it becomes one with
                 shares_selection, and weights of an indexer that the checkpoint may hold for it are not read.
-            backend, device: as for the class.
+            backend, mesh, device: as for the class. Of weights that are divided over the mesh only this
+                rank's part is read.
             dtype: of the weights; by default that of the checkpoint, bf16 for fp8. The weights of the
                 indexer's norm and head weights stay in fp32 if they are stored so. Weights that need no
                 conversion share their memory with ``state_dict``.
@@ -224,9 +237,9 @@ class SparseMLA(_SparseAttention):
             block_size = (config.get("quantization_config") or {}).get("weight_block_size")
             config = DSAConfig.from_dict(config)
         shares = config.shares_selection(layer)
-        module = cls(config, shares_selection=shares, backend=backend, device="meta")
+        module = cls(config, shares_selection=shares, backend=backend, mesh=mesh, device="meta")
         shapes = {name: weight.shape for name, weight in module.state_dict().items()}
-        weights = checkpoint.from_hf(state_dict, layer, shapes, block_size)
+        weights = checkpoint.from_hf(state_dict, layer, shapes, block_size, module._parts)
         dtype = dtype or weights["wkv_b.weight"].dtype
         for name, weight in weights.items():
             keep = name in checkpoint.FP32 and weight.dtype == torch.float32
@@ -243,7 +256,7 @@ class SparseMLA(_SparseAttention):
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         cos, sin = rope_cos_sin(positions, rope, config)
         q_lora = self.q_norm(self.wq_a(hidden_states))
-        q = rearrange(self.wq_b(q_lora), "t (h d) -> t h d", h=config.num_attention_heads)
+        q = rearrange(self.wq_b(q_lora), "t (h d) -> t h d", h=self.division.heads)
         q_nope, q_rope = q.split([nope, rope], -1)
         # Absorb the key part of wkv_b into the query: scores are then taken with the latent itself.
         q_latent = einsum(q_nope, self._wkv_b()[:, :nope], "t h d, h d c -> t h c")
@@ -252,16 +265,18 @@ class SparseMLA(_SparseAttention):
         k_rope = apply_rope(k_rope[:, None], cos, sin, "interleaved")[:, 0]
         return q, {"kv": torch.cat([self.kv_norm(latent), k_rope], -1)}, q_lora
 
-    def _attend(self, q, rows, indices):
-        scale, d_v = self.config.softmax_scale, self.config.kv_lora_rank
-        out = sparse_mla(q, rows["kv"], indices, d_v=d_v, softmax_scale=scale, backend=self.backend)
+    def _attention(self, q, rows, indices, *, return_lse=False):
+        options = {"d_v": self._d_v, "softmax_scale": self.config.softmax_scale, "backend": self.backend}
+        return sparse_mla(q, rows["kv"], indices, return_lse=return_lse, **options)
+
+    def _output(self, out):
         values = value_part(self._wkv_b(), self.config.qk_nope_head_dim)
         out = einsum(out, values, "t h c, h d c -> t h d")
-        return self.wo(rearrange(out, "t h d -> t (h d)"))
+        return self.division.sum(self.wo(rearrange(out, "t h d -> t (h d)")))
 
     def _wkv_b(self) -> Tensor:
         """``[heads, qk_nope_head_dim + v_head_dim, kv_lora_rank]``."""
-        return rearrange(self.wkv_b.weight, "(h d) c -> h d c", h=self.config.num_attention_heads)
+        return rearrange(self.wkv_b.weight, "(h d) c -> h d c", h=self.division.heads)
 
 
 class SparseGQA(_SparseAttention):
@@ -272,7 +287,8 @@ class SparseGQA(_SparseAttention):
 
     Args:
         config: a :class:`DSAConfig` without ``kv_lora_rank``.
-        shares_selection, backend, dtype, device: as for :class:`SparseMLA`.
+        shares_selection, backend, mesh, dtype, device: as for :class:`SparseMLA`. The ranks along "tp" divide
+            the kv heads too.
     """
 
     def __init__(
@@ -281,21 +297,25 @@ class SparseGQA(_SparseAttention):
         *,
         shares_selection: bool = False,
         backend: str = "auto",
+        mesh: DeviceMesh | None = None,
         dtype: torch.dtype | None = None,
         device=None,
     ) -> None:
         if config.is_mla:
             raise ValueError("config: SparseGQA expects a config without kv_lora_rank (use SparseMLA)")
-        super().__init__(config, shares_selection, backend, dtype, device)
+        super().__init__(config, shares_selection, backend, mesh, dtype, device)
         linear = {"bias": bool(config.attention_bias), "dtype": dtype, "device": device}
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
+        q_size = self.division.heads * config.head_dim
+        kv_size = self.division.kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, **linear)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, **linear)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, **linear)
         self.o_proj = nn.Linear(
             q_size, config.hidden_size, **{**linear, "bias": config.attention_bias is True}
         )
+        of_keys = {f"{x}_proj.{name}": 0 for x in "kv" for name in ("weight", "bias")}
+        self._parts = self.division.parts({"q_proj.weight": 0, "q_proj.bias": 0, "o_proj.weight": 1}, of_keys)
+        self._d_v = config.head_dim
 
     def _project(self, hidden_states, positions):
         d = self.config.head_dim
@@ -307,10 +327,16 @@ class SparseGQA(_SparseAttention):
         rows = {"k": apply_rope(k, cos, sin, "half"), "v": v}
         return apply_rope(q, cos, sin, "half"), rows, hidden_states
 
-    def _attend(self, q, rows, indices):
-        scale = self.config.softmax_scale
-        out = sparse_gqa(q, rows["k"], rows["v"], indices, softmax_scale=scale, backend=self.backend)
-        return self.o_proj(rearrange(out, "t h d -> t (h d)"))
+    def _attention(self, q, rows, indices, *, return_lse=False):
+        options = {"softmax_scale": self.config.softmax_scale, "backend": self.backend}
+        return sparse_gqa(q, rows["k"], rows["v"], indices, return_lse=return_lse, **options)
+
+    def _output(self, out):
+        out = rearrange(out, "t h d -> t (h d)")
+        if self.division.size == 1:
+            return self.o_proj(out)
+        summed = self.division.sum(F.linear(out, self.o_proj.weight))
+        return summed if self.o_proj.bias is None else summed + self.o_proj.bias
 
 
 def value_part(kv_b: Tensor, qk_nope_head_dim: int) -> Tensor:
@@ -318,25 +344,6 @@ def value_part(kv_b: Tensor, qk_nope_head_dim: int) -> Tensor:
     values = kv_b[:, qk_nope_head_dim:]
     # If it were not contiguous, torch's bf16 product on a CPU would transpose it at every call.
     return values.contiguous() if values.device.type == "cpu" and values.dtype == torch.bfloat16 else values
-
-
-def _rows(positions: Tensor, placement: Placement) -> Tensor:
-    """The rows of those positions that each query sees: ``[tokens, topk]`` int32, -1 for the others."""
-    positions = positions.contiguous()  # other strides may take another kernel, whose last bits differ
-    seen = (positions >= 0) & (positions <= placement.positions[:, None])
-    return torch.where(seen, positions + placement.first_rows[:, None].int(), -1)
-
-
-def _positions(rows: Tensor, placement: Placement) -> Tensor:
-    """The way back from :func:`_rows`."""
-    return torch.where(rows >= 0, rows - placement.first_rows[:, None].int(), -1)
-
-
-def _all_visible(placement: Placement) -> Tensor:
-    """Every row that each query sees, when there are no more than topk: ``[tokens, longest]`` int32."""
-    position = torch.arange(placement.longest, device=placement.positions.device)
-    rows = placement.first_rows[:, None] + position
-    return torch.where(position <= placement.positions[:, None], rows, -1).int()
 
 
 def _boundaries(tokens: int, cache: DSACache | None, cu_seqlens_q: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, formats, layers
+from sparse_attn import DSACache, DSAConfig, LightningIndexer, SparseGQA, SparseMLA, formats
+from sparse_attn.distributed import shards
 from sparse_attn.reference import index_logits, select_topk
 from sparse_attn.rope import apply_rope, rope_cos_sin
 from sparse_attn.testing import INT_MAX, INT_MIN, relative_error
@@ -64,8 +65,8 @@ def selections(monkeypatch):
         made.append(indices)
         return indices
 
-    lightning_topk = layers.lightning_topk
-    monkeypatch.setattr(layers, "lightning_topk", recording)
+    lightning_topk = shards.lightning_topk
+    monkeypatch.setattr(shards, "lightning_topk", recording)
     return made
 
 
@@ -383,7 +384,7 @@ def test_a_replay_gives_the_same_bits(config, dtype, cache_dtype, capturable, st
         assert indices.shape == (sum(counts), min(12, longest)) and indices.dtype == torch.int32
         assert torch.equal(layer(**step, cache=plain), out)
         with monkeypatch.context() as patch:
-            patch.delattr(layers, "lightning_topk")
+            patch.delattr(shards, "lightning_topk")
             patch.delattr(LightningIndexer, "queries")
             again, read = layer(**step, cache=replayed, indices=indices.T.contiguous().T, return_indices=True)
         assert torch.equal(again, out) and torch.equal(read, indices)

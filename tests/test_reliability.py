@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, layers
+from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA
 from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs
 
 MLA = DSAConfig.deepseek_v32(
@@ -67,7 +67,7 @@ def test_the_soak_sees_a_leak_and_a_wrong_result(monkeypatch):
 
 @LAYERS
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize("fails", ["_project", "_select", "_attend", "_positions"])
+@pytest.mark.parametrize("fails", ["_project", "division.select", "_attention", "_output"])
 def test_a_call_that_fails_leaves_the_cache_as_it_was(layer, config, error, fails, monkeypatch):
     layer, cache = layer(config), DSACache(config, 64, batch_size=2)
     hidden, boundaries = torch.randn(50, 64), torch.tensor([0, 30, 50])
@@ -79,7 +79,8 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(layer, config, error, fail
         raise error("on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers if fails == "_positions" else layer, fails, fail)
+        *owner, name = fails.split(".")
+        patch.setattr(layer.division if owner else layer, name, fail)
         with pytest.raises(error, match="on purpose"):
             layer(new, cache=cache, cu_seqlens_q=boundaries, return_indices=True)
     assert cache.lengths == (30, 20)

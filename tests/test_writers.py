@@ -320,7 +320,7 @@ def test_slots_that_do_not_exist_are_skipped(backend, device, name, dtype):
 
 @pytest.mark.parametrize("name", ["v32", "index_k"])
 def test_strided_rows_and_shapes_of_a_cache(backend, device, name):
-    """Rows with gaps are torch's work on a CPU, so that only exact arithmetic gives the same bytes: no norm."""
+    """Rows with gaps are torch's work on a CPU: only exact arithmetic gives the same bytes, so no norm."""
     spread = torch.randn(5, FORMATS[name].width, 2)
     cos, sin = rotation(5, 32, exact=True)
     options = {"cos": cos, "sin": sin, "pairing": "half"}

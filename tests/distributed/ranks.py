@@ -1,0 +1,238 @@
+"""What each rank does and compares with one process: every check of exactness, and of bytes.
+
+python tests/distributed/ranks.py WORLD
+"""
+
+import contextlib
+import itertools
+import sys
+
+import forks
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import sparse_attn
+from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, lightning_topk, sparse_mla
+from sparse_attn.distributed import Shards, division, global_merge, global_topk, traffic
+from sparse_attn.distributed.ranks import Ranks
+from sparse_attn.formats import pack_index_k
+
+INTERLEAVES = (1, 64, 128)
+SIZES = {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 24, "indexer_rope": "half"}
+MLA = DSAConfig(hidden_size=64, num_attention_heads=24, q_lora_rank=32, kv_lora_rank=48, qk_nope_head_dim=16,
+                qk_rope_head_dim=8, v_head_dim=16, **SIZES)  # fmt: skip
+GQA = DSAConfig(hidden_size=64, num_attention_heads=16, num_key_value_heads=8, head_dim=16, **SIZES)
+GQA_OF_THREE = DSAConfig(hidden_size=64, num_attention_heads=12, num_key_value_heads=6, head_dim=16, **SIZES)
+# The sizes that fp8 caches have.
+FP8 = DSAConfig.deepseek_v32(hidden_size=64, num_attention_heads=8, q_lora_rank=32, index_topk=24)
+
+
+def mesh_of(**dims):
+    return init_device_mesh("cpu", tuple(dims.values()), mesh_dim_names=tuple(dims))
+
+
+def meshes():
+    """Every way to divide a layer over the ranks that there are."""
+    world = dist.get_world_size()
+    for tp in [n for n in range(1, world + 1) if world % n == 0]:
+        dims = {"tp": tp, "cp": world // tp}
+        yield mesh_of(**{name: n for name, n in dims.items() if n > 1 or world == 1})
+
+
+# The functions
+
+
+def index_inputs(s_q, s_kv, dtype, plateau):
+    q, k, weights = torch.randn(s_q, 8, 32), torch.randn(s_kv, 32), torch.randn(s_q, 8)
+    if plateau:  # small integers: ties everywhere
+        q, k, weights = (q > 0).float(), (k > 1).float(), torch.ones(s_q, 8)
+    return q.to(dtype), k.to(dtype), weights
+
+
+def mine(shards, x):
+    """The rows that this rank stores, of ``[s_kv, ...]``."""
+    return x[shards.to_local(torch.arange(len(x))) >= 0]
+
+
+def selections_over_one_sequence():
+    mesh = mesh_of(cp=dist.get_world_size())
+    for dtype, interleave, plateau in itertools.product(
+        (torch.float32, torch.bfloat16), INTERLEAVES, (False, True)
+    ):
+        shards = Shards(mesh, interleave)
+        for s_q, s_kv, topk in ((1, 5, 16), (3, 700, 33), (9, 1500, 64), (0, 40, 8), (17, 130, 128)):
+            q, k, weights = index_inputs(s_q, s_kv, dtype, plateau)
+            ke = torch.randint(0, s_kv + 1, (s_q,), dtype=torch.int32)
+            ke[-1:] = s_kv
+            ks = ke // 3
+            expected = lightning_topk(q, k, weights, topk, ks, ke)
+            for max_length in (None, s_kv):
+                got = global_topk(
+                    q, mine(shards, k), weights, topk, ks, ke, shards=shards, max_length=max_length
+                )
+                assert torch.equal(got, expected), (dtype, interleave, plateau, s_q, s_kv)
+
+
+def selections_over_a_ragged_batch():
+    """Paged keys, in bf16 and in fp8, of sequences of which some have no query and some ranks no key."""
+    mesh, page = mesh_of(cp=dist.get_world_size()), 16
+    lengths, counts = [300, 3, 90, 41], [5, 1, 0, 7]
+    cu = torch.tensor([0, *counts]).cumsum(0).int()
+    ke = torch.cat([torch.arange(n - c, n) + 1 for n, c in zip(lengths, counts, strict=True)]).int()
+    q, _, weights = index_inputs(sum(counts), 1, torch.bfloat16, False)
+    keys = [torch.randn(n, 32).bfloat16() for n in lengths]
+    for interleave in INTERLEAVES:
+        shards = Shards(mesh, interleave)
+        pages, table = paged(keys, page)
+        own_pages, own_table = paged([mine(shards, k) for k in keys], page)
+        expected = lightning_topk(q, pages, weights, 24, ke=ke, block_table=table, cu_seqlens_q=cu)
+        options = {"ke": ke, "cu_seqlens_q": cu, "shards": shards, "max_length": 300}
+        assert torch.equal(global_topk(q, own_pages, weights, 24, block_table=own_table, **options), expected)
+    q, _, weights = (x.repeat(1, 1, 4) if x.dim() == 3 else x for x in (q, 0 * ke, weights))
+    wide = [k.repeat(1, 4) for k in keys]
+    whole, table = packed(wide, page)
+    expected = lightning_topk(q, whole, weights, 24, ke=ke, block_table=table, cu_seqlens_q=cu)
+    own, own_table = packed([mine(shards, k) for k in wide], page)
+    assert torch.equal(global_topk(q, own, weights, 24, block_table=own_table, **options), expected)
+
+
+def paged(keys, page_size):
+    """Pages of all sequences, and their table; unused slots hold NaN."""
+    most = max(1, *(-(-len(k) // page_size) for k in keys))
+    pages = torch.full((len(keys) * most, page_size, keys[0].shape[1]), float("nan"), dtype=keys[0].dtype)
+    table = torch.arange(len(keys) * most, dtype=torch.int32).view(len(keys), most)
+    for row, k in zip(table.tolist(), keys, strict=True):
+        pages[row] = torch.nn.functional.pad(k, (0, 0, 0, most * page_size - len(k))).view(
+            most, page_size, -1
+        )
+    return pages, table
+
+
+def packed(keys, page_size):
+    pages, table = paged(keys, page_size)
+    return pack_index_k(pages), table
+
+
+def outputs():
+    world = dist.get_world_size()
+    mesh = mesh_of(cp=world)
+    for dtype, interleave in itertools.product((torch.float32, torch.bfloat16), INTERLEAVES):
+        shards, topk = Shards(mesh, interleave), 40
+        q, kv = torch.randn(5, 24, 96, dtype=dtype), torch.randn(500, 96, dtype=dtype)
+        indices = torch.stack([torch.randperm(500)[:topk] for _ in range(5)]).int()
+        indices[0, 7:] = -1
+        indices[1] = -1
+        options = {"d_v": 64, "softmax_scale": 0.1, "return_lse": True}
+        expected, expected_lse = sparse_mla(q, kv, indices, **options)
+        part = sparse_mla(q, mine(shards, kv), shards.to_local(indices).int(), **options)
+        out, lse = global_merge(*part, shards)
+        close(out, expected)
+        close(lse, expected_lse)
+        if 24 % world == 0:
+            own, own_lse = global_merge(*part, shards, own_heads=True)
+            close(own, expected.chunk(world, 1)[dist.get_rank()])
+            close(own_lse, expected_lse.chunk(world, 1)[dist.get_rank()])
+
+
+def close(out, expected):
+    nothing = expected.isinf()  # lse of a query that reads nothing
+    assert torch.equal(out.isinf(), nothing)
+    out, expected = out.masked_fill(nothing, 0), expected.masked_fill(nothing, 0)
+    bound = 1e-6 if out.dtype == torch.float32 else 2e-2
+    error = (out.double() - expected.double()).abs().max() if out.numel() else torch.tensor(0.0)
+    assert error <= bound * max(1.0, float(expected.abs().max())), (
+        f"{error:.1e} beside {expected.abs().max()}"
+    )
+
+
+# The layers
+
+
+def divided(cls, config, mesh, dtype=torch.float32):
+    """A layer, and the same divided over the mesh."""
+    torch.manual_seed(1)
+    whole = cls(config).to(dtype)
+    layer = cls(config, mesh=mesh, dtype=dtype)
+    layer.load_state_dict(layer.part_of(whole.state_dict()))
+    return whole, layer
+
+
+STEPS = [  # new tokens of each of three sequences
+    [70, 0, 3],  # prefill, a sequence without a token
+    [1, 400, 1],
+    [130, 1, 0],  # a chunk
+    [1, 1, 1],  # decode
+    [4, 1, 2],  # drafts
+    [1, 0, 0],
+]
+
+
+def same_steps(cls, config, mesh, interleave=1, dtype=torch.float32, cache_dtype=None, capturable=False):
+    whole, layer = divided(cls, config, mesh, dtype)
+    options = {"max_tokens": 450, "batch_size": 3, "dtype": cache_dtype or dtype, "capturable": capturable}
+    cache = DSACache(config, **options)
+    shared = DSACache(config, **options, mesh=mesh, interleave=interleave)
+    for step, counts in enumerate(STEPS):
+        hidden = torch.randn(sum(counts), config.hidden_size, dtype=dtype)
+        cu = torch.tensor([0, *counts]).cumsum(0)
+        expected, chosen = whole(hidden, cache=cache, cu_seqlens_q=cu, return_indices=True)
+        again = chosen if step % 2 else None
+        out, positions = layer(hidden, cache=shared, cu_seqlens_q=cu, return_indices=True)
+        assert torch.equal(positions, chosen), (mesh, interleave, counts)
+        close(out, expected)
+        assert shared.lengths == cache.lengths
+        if counts == [4, 1, 2]:  # two drafts are rejected, and read again as others
+            for c in (cache, shared):
+                c.truncate(c.lengths[0] - 2)
+        if again is not None:  # a selection made elsewhere, with positions that are not seen
+            for c in (cache, shared):
+                for b, n in enumerate(counts):
+                    c.truncate(c.lengths[b] - n, b)
+            given = torch.cat([again, torch.full_like(again[:, :1], 449), again[:, :1] * 0 - 3], 1)
+            expected = whole(hidden, cache=cache, cu_seqlens_q=cu, indices=given)
+            close(layer(hidden, cache=shared, cu_seqlens_q=cu, indices=given), expected)
+    tokens = torch.randn(60, config.hidden_size, dtype=dtype)
+    expected, chosen = whole(tokens, return_indices=True)
+    out, positions = layer(tokens, return_indices=True)
+    assert torch.equal(positions, chosen)
+    close(out, expected)
+
+
+def layers():
+    for mesh in meshes():
+        for interleave in INTERLEAVES:
+            same_steps(SparseMLA, MLA, mesh, interleave)
+        same_steps(SparseMLA, MLA, mesh, dtype=torch.bfloat16)
+        same_steps(SparseMLA, MLA, mesh, capturable=True)
+        same_steps(SparseGQA, GQA_OF_THREE if mesh.size() == 3 else GQA, mesh, 64)
+        if mesh.size() != 3:
+            same_steps(SparseMLA, FP8, mesh, cache_dtype=torch.float8_e4m3fn)
+
+
+@contextlib.contextmanager
+def little_workspace():
+    before = division.DEFAULT_WORKSPACE_BYTES
+    division.DEFAULT_WORKSPACE_BYTES = 1 << 14
+    yield
+    division.DEFAULT_WORKSPACE_BYTES = before
+
+
+def layers_in_a_little_workspace():
+    """Keys are gathered in many parts, queries attend in many."""
+    with little_workspace():
+        for mesh in meshes():
+            same_steps(SparseMLA, MLA, mesh, 4)
+            same_steps(SparseGQA, GQA_OF_THREE if mesh.size() == 3 else GQA, mesh)
+
+
+CASES = [
+    selections_over_one_sequence,
+    selections_over_a_ragged_batch,
+    outputs,
+    layers,
+    layers_in_a_little_workspace,
+]
+
+if __name__ == "__main__":
+    sys.exit(not forks.run(int(sys.argv[1]), *CASES))
