@@ -265,9 +265,9 @@ class SparseMLA(_SparseAttention):
         k_rope = apply_rope(k_rope[:, None], cos, sin, "interleaved")[:, 0]
         return q, {"kv": torch.cat([self.kv_norm(latent), k_rope], -1)}, q_lora
 
-    def _attention(self, q, rows, indices, *, return_lse=False):
-        options = {"d_v": self._d_v, "softmax_scale": self.config.softmax_scale, "backend": self.backend}
-        return sparse_mla(q, rows["kv"], indices, return_lse=return_lse, **options)
+    def _attention(self, q, rows, indices, **options):
+        options |= {"d_v": self._d_v, "softmax_scale": self.config.softmax_scale, "backend": self.backend}
+        return sparse_mla(q, rows["kv"], indices, **options)
 
     def _output(self, out):
         values = value_part(self._wkv_b(), self.config.qk_nope_head_dim)
@@ -327,9 +327,9 @@ class SparseGQA(_SparseAttention):
         rows = {"k": apply_rope(k, cos, sin, "half"), "v": v}
         return apply_rope(q, cos, sin, "half"), rows, hidden_states
 
-    def _attention(self, q, rows, indices, *, return_lse=False):
-        options = {"softmax_scale": self.config.softmax_scale, "backend": self.backend}
-        return sparse_gqa(q, rows["k"], rows["v"], indices, return_lse=return_lse, **options)
+    def _attention(self, q, rows, indices, **options):
+        options |= {"softmax_scale": self.config.softmax_scale, "backend": self.backend}
+        return sparse_gqa(q, rows["k"], rows["v"], indices, **options)
 
     def _output(self, out):
         out = rearrange(out, "t h d -> t (h d)")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TENSOR, CONTEXT = "tp", "cp"  # names of the mesh's dimensions
 Rows: TypeAlias = dict[str, Tensor]
-# (q, rows, indices, return_lse=False) -> out, or out and lse; rows are [n, ...] by their names in the cache.
+# (q, rows, indices, **options of sparse_mla) -> out, or out and lse; rows are [n, ...] by names of the cache.
 Attention: TypeAlias = Callable[..., Any]
 NOTHING: Mapping[str, int] = MappingProxyType({})
 HERE = Shards(Ranks())  # all keys are in this process
@@ -181,11 +181,9 @@ class Division:
         for begin in range(0, max(1, len(q)), step):
             part = slice(begin, begin + step)
             every = self.cp.gather(q[part]).movedim(0, 1).flatten(1, 2)
-            local = shards.to_local(positions[part])
+            local, length = shards.own(positions[part])
             mine = torch.where(local >= 0, local + placement.first_rows[part, None], -1).int()
-            # Those of other ranks go to the end, so that no kernel steps over them.
-            mine = mine.sort(1, descending=True).values
-            out, lse = attention(every, rows, mine, return_lse=True)
+            out, lse = attention(every, rows, mine, topk_length=length, return_lse=True)
             results.append(global_merge(out, lse, shards, own_heads=True)[0])
         return torch.cat(results) if len(results) > 1 else results[0]
 

@@ -71,6 +71,13 @@ class Shards:
         local = position // self._round * self.interleave + position % self.interleave
         return torch.where(mine, local, -1)
 
+    def own(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What this rank reads of selections ``[s_q, topk]``: the numbers of its keys, with -1 after them,
+        and how many they are, ``[s_q]`` int32: the ``topk_length`` that saves a GPU's kernels the rest.
+        """
+        local = self.to_local(positions).sort(1, descending=True).values
+        return local, (local >= 0).sum(1, dtype=torch.int32)
+
     def gather(self, x: Tensor) -> Tensor:
         """``[n, size * rows, ...]`` in the order of positions, from every rank's ``[n, rows, ...]``.
 

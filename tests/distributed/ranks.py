@@ -8,11 +8,11 @@ import itertools
 import sys
 
 import forks
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-import sparse_attn
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, lightning_topk, sparse_mla
 from sparse_attn.distributed import Shards, division, global_merge, global_topk, traffic
 from sparse_attn.distributed.ranks import Ranks
@@ -200,8 +200,9 @@ def same_steps(cls, config, mesh, interleave=1, dtype=torch.float32, cache_dtype
 
 
 def layers():
-    for mesh in meshes():
-        for interleave in INTERLEAVES:
+    for number, mesh in enumerate(meshes()):
+        only_context = mesh.mesh_dim_names == ("cp",)
+        for interleave in INTERLEAVES if only_context else (INTERLEAVES[number % 3],):
             same_steps(SparseMLA, MLA, mesh, interleave)
         same_steps(SparseMLA, MLA, mesh, dtype=torch.bfloat16)
         same_steps(SparseMLA, MLA, mesh, capturable=True)
@@ -221,9 +222,74 @@ def little_workspace():
 def layers_in_a_little_workspace():
     """Keys are gathered in many parts, queries attend in many."""
     with little_workspace():
-        for mesh in meshes():
+        for mesh in [mesh for mesh in meshes() if "cp" in mesh.mesh_dim_names]:
             same_steps(SparseMLA, MLA, mesh, 4)
             same_steps(SparseGQA, GQA_OF_THREE if mesh.size() == 3 else GQA, mesh)
+
+
+# What is said of bytes
+
+
+def received(monkeypatch):
+    """Bytes that this rank receives from others by gathering and exchanging, and by sums."""
+    counted = {"moved": 0, "summed": 0}
+    run = Ranks._run
+
+    def counting(self, collective, *tensors):
+        size, result = self.size, tensors[0]
+        if len(tensors) == 1:  # summed in place
+            counted["summed"] += result.nbytes
+        else:
+            counted["moved"] += result.nbytes // size * (size - 1)
+        return run(self, collective, *tensors)
+
+    monkeypatch.setattr(Ranks, "_run", counting)
+    return counted
+
+
+def bytes_are_those_of_the_formulas():
+    monkeypatch = pytest.MonkeyPatch()
+    counted = received(monkeypatch)
+    heads, topk, d, element = 24, MLA.index_topk, MLA.kv_lora_rank, 4
+    d_qk, key_bytes = d + MLA.qk_rope_head_dim, 4 * MLA.index_head_dim
+    for mesh, dtype in itertools.product(meshes(), (torch.float32, torch.bfloat16)):
+        element = dtype.itemsize
+        layer = SparseMLA(MLA, mesh=mesh, dtype=dtype)
+        cache = DSACache(MLA, 4000, 2, dtype=dtype, mesh=mesh)
+        tp, cp = layer.division.tp.size, layer.division.cp.size
+        own = heads // (tp * cp)
+        for counts in ([0, 1000], [60, 2900], [1, 1], [20, 1], [0, 1]):
+            cu, tokens = torch.tensor([0, *counts]).cumsum(0), sum(counts)
+            counted |= {"moved": 0, "summed": 0}
+            layer(torch.randn(tokens, 64, dtype=dtype), cache=cache, cu_seqlens_q=cu)
+            rows = 2 * cache.shards.rows(max(cache.lengths))
+            part = traffic.share(tokens, tp)
+            together = traffic.selected(tokens, topk, tp)
+            with_keys = traffic.keys(rows, key_bytes * element // 4, cp) + traffic.selected(part, topk, cp)
+            select = min(with_keys, traffic.candidates(part, min(topk, rows // 2), topk, cp)) + together
+            if cp == 1:
+                select = together
+            with_latents = traffic.keys(rows, d_qk * element, cp)
+            attend = min(with_latents, traffic.partial_outputs(tokens, own, d_qk, d, element, cp))
+            assert counted["moved"] == select + attend, (mesh, counts)
+            sums = (tp > 1) + (cp > 1)
+            assert counted["summed"] == sums * tokens * 64 * element
+            # Decode moves candidates, queries and outputs; a long prefill keys.
+            if cp > 1 and counts == [1, 1]:
+                assert attend < with_latents and select < with_keys
+            if counts == [60, 2900]:
+                assert attend == with_latents
+    monkeypatch.undo()
+
+
+def keys_take_their_part_of_memory():
+    world = dist.get_world_size()
+    for interleave, tokens in itertools.product(INTERLEAVES, (1, 1000, 4096)):
+        whole, mesh = DSACache(MLA, tokens, 3), mesh_of(cp=world)
+        cache = DSACache(MLA, tokens, 3, mesh=mesh, interleave=interleave)
+        row = whole.nbytes / (3 * tokens)
+        # A rank's part of each sequence, up to a whole number of interleaved blocks, and a spare row.
+        assert cache.nbytes <= whole.nbytes / world + (3 * interleave + 1) * row
 
 
 CASES = [
@@ -232,7 +298,10 @@ CASES = [
     outputs,
     layers,
     layers_in_a_little_workspace,
+    bytes_are_those_of_the_formulas,
+    keys_take_their_part_of_memory,
 ]
 
 if __name__ == "__main__":
-    sys.exit(not forks.run(int(sys.argv[1]), *CASES))
+    chosen = [case for case in CASES if case.__name__ in sys.argv[2:]] or CASES
+    sys.exit(not forks.run(int(sys.argv[1]), *chosen))

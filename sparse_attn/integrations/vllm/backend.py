@@ -24,8 +24,9 @@ from vllm.v1.attention.backend import (
 )
 
 from ... import physical_slots, sparse_mla, write_kv
+from ...distributed.ranks import Ranks
+from ...distributed.shards import Shards
 from . import BACKEND, MODELS
-from .context_parallel import to_local
 
 FP8 = "fp8_ds_mla"  # vLLM's name of the format with 656 bytes per token
 
@@ -211,10 +212,11 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
         if isinstance(q, tuple):
             q = torch.cat(q, -1)
         assert self.topk_indices_buffer is not None
-        selected = self.topk_indices_buffer[: q.shape[0]]
+        selected, own_length = self.topk_indices_buffer[: q.shape[0]], None
         if self.dcp_world_size > 1:
-            interleave = self.parallel_config.cp_kv_cache_interleave_size
-            selected = to_local(selected, self.dcp_rank, self.dcp_world_size, interleave)
+            ranks = Ranks(self.dcp_rank, self.dcp_world_size)
+            shards = Shards(ranks, self.parallel_config.cp_kv_cache_interleave_size)
+            selected, own_length = shards.own(selected)
         cache = kv_c_and_k_pe_cache  # [pages, page_size, 576 values or 656 bytes]
         slots = physical_slots(
             selected,
@@ -226,6 +228,7 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
             q,
             cache,
             slots,
+            topk_length=own_length,
             d_v=self.kv_lora_rank,
             softmax_scale=self.scale,
             batch_invariant=self.batch_invariant,

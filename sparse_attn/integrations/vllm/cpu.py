@@ -5,7 +5,8 @@ from torch import Tensor
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 
-from .context_parallel import to_local
+from ...distributed.ranks import Ranks
+from ...distributed.shards import Shards
 from .selection import check_backend, is_ours, kv_cache_dtype, serves
 
 PAGE_SIZE = 64
@@ -82,7 +83,7 @@ def slot_mapping(
     position = positions[: len(request)].long()
     offset = position % page
     table = block_table.view(-1, block_table_stride)
-    local = to_local(offset, TOTAL_CP_RANK, TOTAL_CP_WORLD_SIZE, CP_KV_CACHE_INTERLEAVE_SIZE)
+    local = Shards(Ranks(TOTAL_CP_RANK, TOTAL_CP_WORLD_SIZE), CP_KV_CACHE_INTERLEAVE_SIZE).to_local(offset)
     slot = table[request, position // page].long() * KV_CACHE_BLOCK_SIZE + local
     slot_mapping[: len(request)] = torch.where(local >= 0, slot, PAD_ID)
     slot_mapping[len(request) : max_num_tokens] = PAD_ID

@@ -24,11 +24,12 @@ from vllm.utils.torch_utils import (
 )
 
 from ... import lightning_topk, quantise_index_q, write_index_k
+from ...distributed.ranks import Ranks
+from ...distributed.shards import Shards, best, candidates
 from ...formats.elements import FP8_MAX
 from ...ops.index import DEFAULT_WORKSPACE_BYTES
 from . import BACKEND
 from .backend import SparseIndexerBackend, SparseMetadata
-from .context_parallel import best, candidates, local_length
 
 OP = "sparse_attn_select"
 QUERY_MIN_SCALE = 1e-10 / FP8_MAX  # that of vLLM's kernel for queries; of keys our default is the same
@@ -108,10 +109,11 @@ def select(
     if layer.dcp_world_size == 1:
         lightning_topk(q, layer.kv_cache, weights, topk, ke=visible, out=out, **where)
         return
-    shares = layer.dcp_rank, layer.dcp_world_size, layer.parallel_config.cp_kv_cache_interleave_size
-    own = local_length(visible, *shares)
+    ranks = Ranks(layer.dcp_rank, layer.dcp_world_size)
+    shards = Shards(ranks, layer.parallel_config.cp_kv_cache_interleave_size)
+    own = shards.local_length(visible)
     local, scores = lightning_topk(q, layer.kv_cache, weights, topk, ke=own, return_scores=True, **where)
-    gathered = get_dcp_group().all_gather(candidates(local, scores, *shares), dim=1)
+    gathered = get_dcp_group().all_gather(candidates(shards.to_global(local), scores), dim=1)
     out.copy_(best(gathered, topk))
 
 

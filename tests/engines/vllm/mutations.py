@@ -8,8 +8,8 @@ from sparse_attn.integrations.vllm import backend, layers
 def local_topk(monkeypatch) -> None:
     """Each rank attends to its own best keys, as if they were the best of all."""
 
-    def candidates(local, scores, rank, world, interleave):
-        seen.append(original(local, scores, rank, world, interleave))
+    def candidates(position, scores):
+        seen.append(original(position, scores))
         return seen[-1]
 
     seen: list[torch.Tensor] = []

@@ -1,16 +1,11 @@
-"""The exact selection over keys that ranks share out, without an engine: every rank in this process."""
+"""Who stores which position, and the exact selection over all of them: every rank in this process."""
 
 import pytest
 import torch
 
 from sparse_attn import reference, select_topk
-from sparse_attn.integrations.vllm.context_parallel import (
-    best,
-    candidates,
-    local_length,
-    to_global,
-    to_local,
-)
+from sparse_attn.distributed.ranks import Ranks
+from sparse_attn.distributed.shards import Shards, best, candidates, joined, parts
 
 SHARES = [(world, interleave) for world in (1, 2, 3, 4) for interleave in (1, 3, 64)]
 
@@ -18,14 +13,16 @@ SHARES = [(world, interleave) for world in (1, 2, 3, 4) for interleave in (1, 3,
 @pytest.mark.parametrize("world, interleave", SHARES)
 def test_ranks_share_out_every_position_once(world, interleave):
     position = torch.arange(-1, 700)
-    held = [to_local(position, rank, world, interleave) for rank in range(world)]
+    every = [Shards(Ranks(rank, world), interleave) for rank in range(world)]
+    held = [shards.to_local(position) for shards in every]
     assert torch.equal(sum((local >= 0).int() for local in held), (position >= 0).int())
-    for rank, local in enumerate(held):
+    for shards, local in zip(every, held, strict=True):
         mine = local >= 0
         assert torch.equal(local[mine], torch.arange(int(mine.sum())))
-        assert torch.equal(to_global(local[mine], rank, world, interleave), position[mine])
+        assert torch.equal(shards.to_global(local), torch.where(mine, position, -1))
         counted = torch.cat([torch.zeros(1), (local[1:] >= 0).cumsum(0)])
-        assert torch.equal(local_length(torch.arange(701), rank, world, interleave), counted.long())
+        assert torch.equal(shards.local_length(torch.arange(701)), counted.long())
+        assert all(shards.rows(n) >= int(counted[n]) for n in range(701))
 
 
 @pytest.mark.parametrize("world, interleave", SHARES)
@@ -48,11 +45,21 @@ def test_selections_are_those_of_one_process(world, interleave, kind):
     visible[:4] = torch.tensor([0, 1, topk, s_kv])
     gathered = []
     for rank in range(world):
+        shards = Shards(Ranks(rank, world), interleave)
         mine = [p for p in range(s_kv) if p // interleave % world == rank]
         own = logits[:, mine] if mine else torch.zeros(s_q, 1)
-        ke = local_length(visible, rank, world, interleave).int()
+        ke = shards.local_length(visible).int()
         local = select_topk(own, topk, torch.zeros_like(ke), ke)
         scores = reference.scores_of(own, local)
-        gathered.append(candidates(local, scores, rank, world, interleave))
+        gathered.append(candidates(shards.to_global(local), scores))
     expected = select_topk(logits, topk, torch.zeros_like(visible), visible)
     assert torch.equal(best(torch.cat(gathered, 1), topk), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("queries", [8, 9, 15, 16, 61])
+def test_ranks_divide_queries_into_parts_of_one_size(size, queries):
+    rows = torch.arange(queries * 3).view(queries, 3)
+    divided = parts(queries, size)
+    assert len({end - begin for begin, end in divided}) == 1
+    assert torch.equal(joined(torch.stack([rows[begin:end] for begin, end in divided]), queries), rows)
