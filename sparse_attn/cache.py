@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import DSAConfig
-from .distributed.division import Division
+from .distributed.division import CONTEXT, Division
 from .distributed.shards import Shards
 from .formats import INDEX_K_FORMATS, KV_FORMATS, index_k_views
 from .ops import check
@@ -139,9 +139,11 @@ class DSACache:
             raise TypeError(
                 f"dtype: expected bfloat16, float16, float32, float64 or float8_e4m3fn, got {dtype}"
             )
-        division = Division(
-            mesh, config.num_attention_heads, 1 if config.is_mla else config.num_key_value_heads
-        )
+        if interleave != 1 and (mesh is None or CONTEXT not in (mesh.mesh_dim_names or ())):
+            raise ValueError(
+                f"interleave: expected 1 without a mesh that has a dimension {CONTEXT!r}, got {interleave}"
+            )
+        division = Division(mesh, config)
         self.config = config
         self.max_tokens = max_tokens
         self.batch_size = batch_size

@@ -39,8 +39,7 @@ class _SparseAttention(nn.Module):
         self.config = config
         self.shares_selection = shares_selection
         self.backend = backend
-        kv_heads = 1 if config.is_mla else config.num_key_value_heads
-        self.division = Division(mesh, config.num_attention_heads, kv_heads)
+        self.division = Division(mesh, config)
         indexer = None if shares_selection else LightningIndexer(config, dtype=dtype, device=device)
         self.register_module("indexer", indexer)
 
@@ -167,7 +166,8 @@ class SparseMLA(_SparseAttention):
         mesh: a DeviceMesh of torch.distributed whose dimensions are called "tp", "cp" or both. All its ranks
             make the layer together: each holds ``num_attention_heads / ranks`` of the heads, takes all hidden
             states and returns the whole output. A cache made with the mesh is divided along "cp". If a call
-            fails on one rank it fails on all, with its message.
+            fails on one rank it fails on all, with its message. Weights come from :meth:`from_hf`, or through
+            :meth:`part_of`; drawn ones would differ between ranks that are not seeded alike.
         dtype, device: of the weights.
     """
 
@@ -249,6 +249,10 @@ class SparseMLA(_SparseAttention):
 
     def to_hf(self, layer: int) -> dict[str, Tensor]:
         """The weights under a Hugging Face model's names, ``model.layers.{layer}.self_attn.*``."""
+        if self._parts:
+            raise ValueError(
+                "mesh: expected a layer that is not divided, as each rank has a part of the weights"
+            )
         return checkpoint.to_hf(self.state_dict(), layer)
 
     def _project(self, hidden_states, positions):

@@ -24,6 +24,7 @@ from .shards import Shards, best, candidates, global_merge, global_topk, joined,
 
 if TYPE_CHECKING:
     from ..cache import DSACache, Placement
+    from ..config import DSAConfig
 
 TENSOR, CONTEXT = "tp", "cp"  # names of the mesh's dimensions
 Rows: TypeAlias = dict[str, Tensor]
@@ -38,11 +39,10 @@ class Division:
 
     Args:
         mesh: a DeviceMesh with a dimension "tp", "cp" or both.
-        heads: of the layer's queries.
-        kv_heads: of its keys; 1 where all heads read one latent.
+        config: of the layer.
     """
 
-    def __init__(self, mesh: DeviceMesh | None, heads: int, kv_heads: int = 1) -> None:
+    def __init__(self, mesh: DeviceMesh | None, config: "DSAConfig") -> None:
         self.tp = self.cp = Ranks()
         self.calls = None
         if mesh is not None:
@@ -51,21 +51,25 @@ class Division:
             names = mesh.mesh_dim_names or ()
             if not names or set(names) - {TENSOR, CONTEXT}:
                 raise ValueError(
-                    f"mesh: expected dimensions named {TENSOR!r}, {CONTEXT!r} or both, got {names or None}"
+                    f"mesh: expected dimensions named {TENSOR!r}, {CONTEXT!r} or both, such as "
+                    f"mesh[{TENSOR!r}, {CONTEXT!r}] of a larger one, got {names or None}"
                 )
             self.tp, self.cp = (Ranks.of(mesh, n) if n in names else Ranks() for n in (TENSOR, CONTEXT))
             self.calls = calls_of(mesh)
         self.size = self.tp.size * self.cp.size
         self.rank = self.tp.rank * self.cp.size + self.cp.rank
+        heads = config.num_attention_heads
         if heads % self.size:
             raise ValueError(
                 f"mesh: expected a number of ranks that divides num_attention_heads={heads}, got {self.size}"
             )
         self.heads = heads // self.size
-        if kv_heads == 1:
-            self.kv_heads, self._own_kv = 1, slice(None)
-            return
-        shared = heads // kv_heads  # query heads of a kv head
+        self.kv_heads, self._own_kv = 1, slice(None)
+        if not config.is_mla:
+            self._divide_kv_heads(config.num_key_value_heads, heads // config.num_key_value_heads)
+
+    def _divide_kv_heads(self, kv_heads: int, shared: int) -> None:
+        """Along "tp"; along "cp" ranks take whole kv heads of these, or part of the query heads of one."""
         if kv_heads % self.tp.size or (self.heads % shared and shared % self.heads):
             raise ValueError(
                 f"mesh: expected ranks that share out num_key_value_heads={kv_heads} of {shared} query heads "

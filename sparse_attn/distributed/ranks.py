@@ -31,6 +31,7 @@ class Calls:
         self.processes = processes
         self.store = store
         self.number = 0
+        self.running = False
         self.exchanged = False  # whether the present call has reached a collective
         self.ended = ""  # why no call is possible any more
 
@@ -44,18 +45,20 @@ class Calls:
         if self.ended:
             raise EndedError(self.ended)
         self.number += 1
-        self.exchanged = False
+        self.running, self.exchanged = True, False
         try:
             yield
         except BaseException as error:
             self._report(error)
             raise
+        finally:
+            self.running = False
 
     def reported(self) -> str:
-        """What another process reported of the present call; empty if nothing."""
+        """What another process reported of the call that runs; empty if nothing."""
         try:
             key = self._key("message")
-            return self.store.get(key).decode() if self.store.check([key]) else ""
+            return self.store.get(key).decode() if self.running and self.store.check([key]) else ""
         except RuntimeError:  # the store was lost with the process that kept it
             return ""
 

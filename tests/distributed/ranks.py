@@ -23,7 +23,9 @@ INTERLEAVES, E4M3 = (1, 64, 128), torch.float8_e4m3fn
 SIZES = {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 24, "indexer_rope": "half"}
 MLA = DSAConfig(hidden_size=64, num_attention_heads=24, q_lora_rank=32, kv_lora_rank=48, qk_nope_head_dim=16,
                 qk_rope_head_dim=8, v_head_dim=16, **SIZES)  # fmt: skip
-GQA = DSAConfig(hidden_size=64, num_attention_heads=16, num_key_value_heads=8, head_dim=16, **SIZES)
+GQA = DSAConfig(
+    hidden_size=64, num_attention_heads=16, num_key_value_heads=8, head_dim=16, attention_bias=True, **SIZES
+)
 GQA_OF_THREE = DSAConfig(hidden_size=64, num_attention_heads=12, num_key_value_heads=6, head_dim=16, **SIZES)
 # The sizes that fp8 caches have.
 FP8 = DSAConfig.deepseek_v32(hidden_size=64, num_attention_heads=8, q_lora_rank=32, index_topk=24)
@@ -174,7 +176,10 @@ def same_steps(cls, config, mesh, interleave=1, dtype=torch.float32, cache_dtype
     whole, layer = divided(cls, config, mesh, dtype)
     options = {"max_tokens": 450, "batch_size": 3, "dtype": cache_dtype or dtype, "capturable": capturable}
     cache = DSACache(config, **options)
-    shared = DSACache(config, **options, mesh=mesh, interleave=interleave)
+    options["mesh"] = mesh
+    if "cp" in mesh.mesh_dim_names:
+        options["interleave"] = interleave
+    shared = DSACache(config, **options)
     for step, counts in enumerate(STEPS):
         hidden = torch.randn(sum(counts), config.hidden_size, dtype=dtype)
         cu = torch.tensor([0, *counts]).cumsum(0)
@@ -223,6 +228,28 @@ def layers():
             chosen = interleaved if number == 0 else [kinds[number % 3]]
         for same in (lambda mesh: same_steps(SparseMLA, MLA, mesh), *chosen):
             same(mesh)
+
+
+def weights_come_from_a_checkpoint():
+    """In fp8, whose blocks of scales the parts of ranks cut; and the norms and the indexer whole."""
+    whole = SparseMLA(MLA)
+    stored = {name: x.clone() for name, x in whole.to_hf(3).items()}
+    name = "model.layers.3.self_attn.q_b_proj.weight"
+    rows, columns = stored[name].shape
+    stored[name] = stored[name].to(torch.float8_e4m3fn)
+    stored[name + "_scale_inv"] = torch.rand(-(-rows // 11), -(-columns // 8)) + 0.5
+    dictionary = {**vars(MLA), "quantization_config": {"weight_block_size": [11, 8]}}
+    dictionary = {name: value for name, value in dictionary.items() if value is not None}
+    expected = SparseMLA.from_hf(stored, dictionary, 3, dtype=torch.float32)
+    for mesh in meshes():
+        layer = SparseMLA.from_hf(stored, dictionary, 3, mesh=mesh, dtype=torch.float32)
+        parts = layer.part_of(expected.state_dict())
+        assert all(torch.equal(x, parts[name]) for name, x in layer.state_dict().items())
+        hidden = torch.randn(30, MLA.hidden_size)
+        close(layer(hidden), expected(hidden))
+        if mesh.size() > 1:
+            with pytest.raises(ValueError, match="mesh: expected a layer that is not divided"):
+                layer.to_hf(3)
 
 
 @contextlib.contextmanager
@@ -313,14 +340,54 @@ def keys_take_their_part_of_memory():
         assert cache.nbytes <= whole.nbytes / world + (3 * interleave + 1) * row
 
 
+def wrong_arguments_are_refused():
+    world = dist.get_world_size()
+    cp, both, tp, dp = (mesh_of(**dims) for dims in
+                        ({"cp": world}, {"tp": 1, "cp": world}, {"tp": world}, {"dp": world}))  # fmt: skip
+    shards, (q, k, weights) = Shards(cp), index_inputs(2, 9, torch.float32, False)
+    out, lse = torch.zeros(2, 7 * world + 1, 8), torch.zeros(2, 7 * world + 1)
+    shared = {"shards": shards}
+
+    def refused(error, message, function, *args, **kwargs):
+        with pytest.raises(error, match=message):
+            function(*args, **kwargs)
+
+    refused(TypeError, "ranks: expected a DeviceMesh, got str", Shards, "cp")
+    refused(ValueError, "ranks: expected a mesh of one dimension, such as .* got 2", Shards, both)
+    refused(ValueError, "interleave: expected", Shards, cp, 0)
+    refused(TypeError, "shards: expected Shards, got Device", global_topk, q, k, weights, 4, shards=cp)
+    refused(TypeError, "shards: expected Shards, got DeviceMesh", global_merge, out, lse, cp)
+    refused(ValueError, "lse: expected shape", global_merge, out, lse[:1], shards)
+    refused(TypeError, "mesh: expected a DeviceMesh, got Shards", SparseMLA, MLA, mesh=shards)
+    refused(ValueError, "mesh: expected dimensions named 'tp', 'cp'", SparseMLA, MLA, mesh=dp)
+    refused(ValueError, "interleave: expected 1", DSACache, MLA, 9, mesh=tp, interleave=2)
+    refused(ValueError, "interleave: expected 1 without a mesh", DSACache, MLA, 9, interleave=2)
+    if world == 1:
+        return
+    double = q.double(), k.double(), weights.double(), 4
+    refused(TypeError, "q: .*at most 32 bits.*float64", global_topk, *double, **shared)
+    refused(ValueError, "topk: expected", global_topk, q, k, weights, 0, **shared)
+    refused(ValueError, "out: expected heads that", global_merge, out, lse, shards, own_heads=True)
+    sizes = {"hidden_size": 64, "head_dim": 16, **SIZES}
+    odd = DSAConfig(num_attention_heads=4 * world + 1, num_key_value_heads=1, **sizes)
+    refused(ValueError, f"mesh: .*num_attention_heads={4 * world + 1}, got", SparseGQA, odd, mesh=cp)
+    if world == 8:
+        few = DSAConfig(num_attention_heads=24, num_key_value_heads=6, **sizes)
+        refused(ValueError, "mesh: .*num_key_value_heads=6 of 4 query", SparseGQA, few, mesh=cp)
+        layer, cache = SparseMLA(MLA, mesh=cp), DSACache(MLA, 9, mesh=mesh_of(tp=2, cp=4))
+        refused(ValueError, "cache: expected one made with the", layer, torch.zeros(1, 64), cache=cache)
+
+
 CASES = [
     selections_over_one_sequence,
     selections_over_a_ragged_batch,
     outputs,
     layers,
+    weights_come_from_a_checkpoint,
     layers_in_a_little_workspace,
     bytes_are_those_of_the_formulas,
     keys_take_their_part_of_memory,
+    wrong_arguments_are_refused,
 ]
 
 if __name__ == "__main__":
