@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 LOOK = timedelta(seconds=1)  # how long to wait for the others between two looks at what they reported
-PATIENCE = 5.0  # seconds; for others to report that the same call failed on them too
+PATIENCE = 10.0  # seconds; for others to report that the same call failed on them too
 MESSAGE_BYTES = 2000
 
 

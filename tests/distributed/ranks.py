@@ -230,6 +230,17 @@ def layers():
             same(mesh)
 
 
+def a_layer_that_shares_a_selection():
+    for mesh in meshes():
+        whole, layer = divided(functools.partial(SparseMLA, shares_selection=True), MLA, mesh)
+        caches = [DSACache(MLA, 80, mesh=m, shares_selection=True) for m in (None, mesh)]
+        for tokens in (70, 1):
+            hidden = torch.randn(tokens, MLA.hidden_size)
+            indices = torch.randint(-1, 71, (tokens, 30), dtype=torch.int32)
+            expected = whole(hidden, cache=caches[0], indices=indices)
+            close(layer(hidden, cache=caches[1], indices=indices), expected)
+
+
 def weights_come_from_a_checkpoint():
     """In fp8, whose blocks of scales the parts of ranks cut; and the norms and the indexer whole."""
     whole = SparseMLA(MLA)
@@ -383,6 +394,7 @@ CASES = [
     selections_over_a_ragged_batch,
     outputs,
     layers,
+    a_layer_that_shares_a_selection,
     weights_come_from_a_checkpoint,
     layers_in_a_little_workspace,
     bytes_are_those_of_the_formulas,
