@@ -7,6 +7,7 @@ Both give the selection of one process.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -118,26 +119,28 @@ class Division:
 
         The index keys are those of the cache; without one k ``[tokens, d]``.
         """
-        tokens = q.shape[0]
-        if cache is None:
+        if cache is not None:
+            return self._select_in_cache(q, weights, topk, placement, cache, backend)
 
-            def select(begin: int, end: int) -> Tensor:
-                ks = placement.first_rows[begin:end].int()
-                ke = ks + placement.positions[begin:end].int() + 1
-                inputs = q[begin:end], k, weights[begin:end], topk, ks, ke
-                rows = global_topk(*inputs, shards=HERE, backend=backend)
-                return torch.where(rows >= 0, rows - ks[:, None], -1)
+        def select(begin: int, end: int) -> Tensor:
+            ks = placement.first_rows[begin:end].int()
+            ke = ks + placement.positions[begin:end].int() + 1
+            inputs = q[begin:end], k, weights[begin:end], topk, ks, ke
+            rows = global_topk(*inputs, shards=HERE, backend=backend)
+            return torch.where(rows >= 0, rows - ks[:, None], -1)
 
-            return self.spread(select, tokens, self.tp, self.cp)
+        return self.spread(select, q.shape[0], self.tp, self.cp)
 
-        shards = cache.shards
+    def _select_in_cache(self, q, weights, topk, placement, cache, backend) -> Tensor:
+        shards, tokens = cache.shards, q.shape[0]
         stored = [x for x in cache.index_keys(placement.longest) if x is not None]
         table = torch.arange(cache.batch_size, dtype=torch.int32, device=q.device)[:, None]
         own, columns = traffic.share(tokens, self.tp.size), min(topk, stored[0].shape[1])
         with_keys = _bytes(stored, shards.size) + traffic.selected(own, topk, shards.size)
         keys_travel = with_keys < traffic.candidates(own, columns, topk, shards.size)
 
-        def select_in_cache(begin: int, end: int) -> Tensor:
+        def select(begin: int, end: int) -> Tensor:
+            queries = q[begin:end], weights[begin:end]
             options = {
                 "ke": (placement.positions[begin:end] + 1).int(),
                 "cu_seqlens_q": placement.cu_seqlens_q.clamp(begin, end) - begin,
@@ -145,12 +148,13 @@ class Division:
                 "backend": backend,
             }
             if keys_travel:
-                return _topk_of_gathered(q[begin:end], weights[begin:end], topk, stored, shards, **options)
-            options |= {"k_scale": stored[1] if len(stored) > 1 else None, "max_length": placement.longest}
-            return global_topk(q[begin:end], stored[0], weights[begin:end], topk, shards=shards, **options)
+                return _topk_of_gathered(*queries, topk, stored, shards, **options)
+            k, k_scale = stored[0], stored[1] if len(stored) > 1 else None
+            options |= {"k_scale": k_scale, "shards": shards, "max_length": placement.longest}
+            return global_topk(queries[0], k, queries[1], topk, **options)
 
         over = (self.tp,) if shards.size > 1 and not keys_travel else (self.tp, self.cp)
-        return self.spread(select_in_cache, tokens, *over)
+        return self.spread(select, tokens, *over)
 
     def attend(
         self,
@@ -212,16 +216,20 @@ class Division:
 
 
 def _bytes(tensors: list[Tensor], size: int) -> int:
-    """That each rank receives if all get these ``[n, rows, ...]`` of each."""
-    return sum(traffic.keys(x.shape[0] * x.shape[1], x[0, 0].nbytes, size) for x in tensors)
+    """What each rank receives if all get these tensors ``[n, rows, ...]`` of all."""
+    return sum(traffic.keys(x.shape[0] * x.shape[1], _row_bytes(x), size) for x in tensors)
+
+
+def _row_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[2:]) * x.element_size()
 
 
 def _gathered(tensors: list[Tensor], shards: Shards) -> Iterator[tuple[int, list[Tensor]]]:
     """``(first position, [n, positions, ...] of each tensor)``, of all ranks' ``[n, rows, ...]`` in parts."""
     n, rows = tensors[0].shape[:2]
     # As they arrive, and in order.
-    row_bytes = 2 * shards.size * n * sum(x[0, 0].nbytes for x in tensors)
-    step = max(1, DEFAULT_WORKSPACE_BYTES // row_bytes // shards.interleave) * shards.interleave
+    held = 2 * shards.size * n * sum(map(_row_bytes, tensors))
+    step = max(1, DEFAULT_WORKSPACE_BYTES // held // shards.interleave) * shards.interleave
     for begin in range(0, rows, step):
         yield begin * shards.size, [shards.gather(x[:, begin : begin + step]) for x in tensors]
 
