@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -361,9 +362,11 @@ def indexer_on_a_rank(
             part = slice(begin, end)
             return lightning_topk(q[part], k, weights[part], topk, ks[part], ke[part])
 
-        def by_heads(q=q, k=k, weights=weights, ks=ks, ke=ke) -> torch.Tensor:
-            logits = index_logits(q[:, own].contiguous(), k, weights[:, own].contiguous(), ks, ke)
-            return select_topk(ranks.sum(logits), topk, ks, ke)
+        def summed(q=q, k=k, weights=weights, ks=ks, ke=ke) -> torch.Tensor:
+            return ranks.sum(index_logits(q[:, own].contiguous(), k, weights[:, own].contiguous(), ks, ke))
+
+        def by_heads(summed=summed, ks=ks, ke=ke) -> torch.Tensor:
+            return select_topk(summed(), topk, ks, ke)
 
         ways = {
             "all ranks select for all": lambda some=some, n=queries: some(0, n),
@@ -372,7 +375,10 @@ def indexer_on_a_rank(
         }
         for way, select in ways.items():
             differ = (select() != expected[-queries:]).any(1).sum().item()
-            found[queries, way] = {"rows_that_differ": differ, "samples": []}
+            found[queries, way] = {"rows_that_differ": differ, "logits_that_differ": 0.0, "samples": []}
+        whole = index_logits(q, k, weights, ks, ke)
+        differ = (summed() != whole).sum() / whole.isfinite().sum()
+        found[queries, "heads divided, logits summed"]["logits_that_differ"] = differ.item()
         for _ in range(options.rounds):
             for way, select in ways.items():
                 dist.barrier()
@@ -398,6 +404,7 @@ def indexer_rows(world: int, of_ranks: tuple[dict, ...]) -> list[dict]:
                 for part, join in (("step", max), ("collectives", min), ("cpu", max))
             },
             "received_bytes": first["received"],
+            "logits_that_differ": first["logits_that_differ"],
             "rows_that_differ": max(rank[queries, way]["rows_that_differ"] for rank in of_ranks),
         }
         for (queries, way), first in of_ranks[0].items()
@@ -468,9 +475,9 @@ def show_layer(console: Console, rows: list[dict]) -> None:
     )
     console.print(table(headings, cells, words=2))
     console.print(
-        "/ one: of the time of one process; CPU: of its CPU time, which each rank takes. select, attend, output: "
-        "MB received per rank, counted at the collectives and equal to the formulas of traffic.py (the output's "
-        "sum: to a ring's). keys: share of the cache on a rank. Every position is that of one process."
+        "/ one: of the time of one process; CPU: of its CPU time, which each rank takes. select, attend, "
+        "output: MB received per rank, counted at the collectives and equal to the formulas of traffic.py "
+        "(output, a sum: to a ring's). keys: share of the cache on a rank. Positions are one process's."
     )
 
 
@@ -486,9 +493,20 @@ def show_indexer(console: Console, rows: list[dict]) -> None:
             f"{1e3 * seconds['step']['median']:,.1f}",
             *(f"{seconds[name]['median'] / first[name]['median']:.2f}" for name in ("step", "cpu")),
             f"{row['received_bytes'] / 1e6:,.3f}",
+            f"{row['logits_that_differ']:.0%}",
             str(row["rows_that_differ"]),
         ])  # fmt: skip
-    headings = "", "way", "ranks", "ms", "/ first", "CPU / first", "MB received", "rows that differ"
+    headings = (
+        "",
+        "way",
+        "ranks",
+        "ms",
+        "/ first",
+        "CPU / first",
+        "MB received",
+        "logits differ",
+        "rows differ",
+    )
     console.print(table(headings, cells, words=2))
 
 
@@ -521,7 +539,7 @@ def device_of(lines: dict[str, list[dict]]) -> cluster.Device:
         memory_bytes=0.0,
         project=rates["projections"],
         index=rates["selection"],
-        topk=cluster.TopK(0.0, float("inf"), float("inf")),  # within the selection's seconds
+        topk=cluster.TopK(0.0, 0.0, float("inf"), float("inf")),  # within the selection's seconds
         attend=rates["attention"],
         merge=cluster.Rate(0.0, machine["bytes_per_second"]),
         candidates=cluster.Rate(0.0, 8 / machine["seconds_per_candidate"]),
@@ -599,6 +617,7 @@ def check(record: Path) -> None:
 
 
 CONTEXTS = {"128k": 1 << 17, "512k": 1 << 19, "1M": 1 << 20, "4M": 4 << 20, "10M": 10 << 20}
+OF_64 = cluster.Split(1, 64), cluster.Split(8, 8), cluster.Split(64, 1)
 CARDS = (1, 2, 4, 8, 16, 32, 64)
 WORK = {"decode, 1 sequence": (1, 1), "decode, 32 sequences": (32, 1), "prefill of 8,192": (1, 8192)}
 Best = tuple[cluster.Division, dict[str, float]] | None
@@ -635,15 +654,34 @@ def plan(write: bool) -> None:
         PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
 def markdown(config: DSAConfig, made: dict[str, dict[str, list[Best]]]) -> str:
     """What `plan --write` puts between the marks of docs/distributed.md."""
-    blocks = []
+    blocks = [wrapped(introduction())]
     for work, by_context in made.items():
         head = [f"{work}, {unit_of(work)}", *(f"{n} card{'s' * (n > 1)}" for n in CARDS)]
         rows = [[name, *(cell(found, unit_of(work)) for found in line)] for name, line in by_context.items()]
         blocks.append(lines_of([head, *rows]))
     blocks += [memory_table(config), parts_table(config)]
     return "\n\n".join(blocks)
+
+
+def introduction() -> str:
+    card, links = cluster.H200, cluster.NODES_OF_8
+    within, across = (
+        f"{link.bytes_per_second / 1e9:.0f} GB/s and {link.latency * 1e6:.0f} us per collective"
+        for link in (links.within, links.across)
+    )
+    return (
+        "Computed by `python benchmarks/distributed.py plan`; no cluster ran it. Per attention layer of "
+        f"DeepSeek-V3.2, bf16: kernels as one {card.name} measured them, links **assumed** ({within} within "
+        f"{links.cards_of_a_node} cards, {across} beyond them). In a cell: the fastest division whose bf16 "
+        f"keys of {cluster.LAYERS} layers fit {card.memory_bytes / 1e9:.0f} GB beside nothing else. Experts and "
+        "all else that is not attention are left out, and weights of the memory. A dash: no division fits."
+    )
 
 
 def unit_of(work: str) -> str:
@@ -675,11 +713,11 @@ def memory_table(config: DSAConfig) -> str:
 
 
 def parts_table(config: DSAConfig) -> str:
-    """Every division of 8 cards, and of 64, at a million tokens."""
+    """Divisions of 8 and of 64 cards at a million tokens."""
     rows = [["1M tokens", "cards", *cluster.PARTS, "all", "MB received"]]
     for work, (sequences, tokens) in WORK.items():
         unit, scale, digits = ("ms", 1e3, 1) if unit_of(work) == "ms" else ("us", 1e6, 0)
-        for split in cluster.splits(1) + cluster.splits(8) + cluster.splits(64):
+        for split in (*cluster.splits(1), *cluster.splits(8), *OF_64):
             division = cluster.Division(config, cluster.Step(sequences, tokens, CONTEXTS["1M"]), split)
             seconds = division.seconds(cluster.H200, cluster.NODES_OF_8)
             parts = [f"{seconds[part] * scale:.{digits}f}" for part in cluster.PARTS]

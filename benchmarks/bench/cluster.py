@@ -36,16 +36,18 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Of ``select_topk``: few long rows are cut into segments, 256 programs at most."""
+    """Of ``select_topk``: few long rows are cut into segments, see kernels/select_topk.py."""
 
     floor: float
+    cut: float  # seconds more where rows are cut: two more launches
     scores_per_second: float
     scores_per_second_of_a_program: float
 
-    def seconds(self, rows: float, columns: float) -> float:
-        segments = min(max(1.0, 256 / rows), max(1.0, columns / 4096), 64.0)
+    def seconds(self, rows: float, columns: int) -> float:
+        segments = min(int(256 / rows), columns // 4096, 64)
+        segments = 1 << segments.bit_length() - 1 if segments >= 4 else 1
         rate = min(self.scores_per_second, rows * segments * self.scores_per_second_of_a_program)
-        return self.floor + rows * columns / rate
+        return self.floor + (self.cut if segments > 1 else 0.0) + rows * columns / rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ H200 = Device(
     memory_bytes=141e9,
     project=Rate(5e-6, 4.28e12, 791e12),
     index=Rate(8e-6, 4.15e12, 670e12),
-    topk=TopK(21e-6, 364e9, 1.0e9),
+    topk=TopK(15e-6, 6e-6, 300e9, 1.15e9),
     attend=Rate(17.5e-6, 4.6e12, 566e12),
     merge=Rate(7.5e-6, 4.28e12),
     candidates=Rate(112e-6, 0.3e12),

@@ -88,11 +88,13 @@ def plan_plot(made: dict[str, dict[str, list]], cards: Sequence[int], path: Path
                     _line(axis, points[:1], "x", color=colour, markersize=10)
         _log_axes(axis, "cards", "ms per layer", work)
         axis.set_xticks(cards, [str(n) for n in cards])
-        axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8, loc="best")
+        if work.startswith("decode"):  # less than a decade
+            axis.set_yscale("linear")
+            axis.set_ylim(0)
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
     about = (
         "DeepSeek-V3.2's attention layer, the best division of the cards whose bf16 keys fit (cross: fewer "
-        "cards do not\nhold them), computed from kernels measured on one H200 and from assumed links; nothing ran"
+        "cards do not\nhold them), computed from kernels measured on one H200 and assumed links; nothing ran"
     )
     _save(figure, path, about)
 
