@@ -524,16 +524,19 @@ def read(record: Path) -> dict[str, list[dict]]:
 
 
 def device_of(lines: dict[str, list[dict]]) -> cluster.Device:
-    """This machine, from one rank's seconds: bytes per second from a token, operations from a chunk."""
+    """This machine, from the CPU seconds of one rank: of a chunk, and of one token."""
     one = {row["case"].split()[0]: row for row in lines["layer"] if row["ranks"] == row["sequences"] == 1}
-    rates = {}
-    for part in ("selection", "attention", "projections"):
-        work = {kind: work_of(one[kind], part) for kind in ("decode", "chunk")}
-        seconds = {kind: seconds_of(one[kind])[part] for kind in work}
-        rates[part] = cluster.Rate(
-            0.0, work["decode"].bytes / seconds["decode"], work["chunk"].operations / seconds["chunk"]
-        )
     machine = lines["machine"][0]
+    bandwidth, rates = machine["bytes_per_second"], {}
+    for part in ("projections", "selection", "attention"):
+        chunk, token = (work_of(one[kind], part) for kind in ("chunk", "decode"))
+        chunk_seconds, token_seconds = (seconds_of(one[kind])[part] for kind in ("chunk", "decode"))
+        peak = chunk.operations / chunk_seconds
+        if part == "projections":  # one token's are weights that are read
+            rates[part] = cluster.Rate(0.0, token.bytes / token_seconds, peak)
+        else:
+            rate = cluster.Rate(0.0, bandwidth, peak)
+            rates[part] = dataclasses.replace(rate, floor=max(0.0, token_seconds - rate.seconds(token)))
     return cluster.Device(
         name=machine["machine"]["processor"],
         memory_bytes=0.0,
@@ -541,7 +544,7 @@ def device_of(lines: dict[str, list[dict]]) -> cluster.Device:
         index=rates["selection"],
         topk=cluster.TopK(0.0, 0.0, float("inf"), float("inf")),  # within the selection's seconds
         attend=rates["attention"],
-        merge=cluster.Rate(0.0, machine["bytes_per_second"]),
+        merge=cluster.Rate(0.0, bandwidth),
         candidates=cluster.Rate(0.0, 8 / machine["seconds_per_candidate"]),
         steps_over_absent=False,
     )
@@ -679,8 +682,8 @@ def introduction() -> str:
         "Computed by `python benchmarks/distributed.py plan`; no cluster ran it. Per attention layer of "
         f"DeepSeek-V3.2, bf16: kernels as one {card.name} measured them, links **assumed** ({within} within "
         f"{links.cards_of_a_node} cards, {across} beyond them). In a cell: the fastest division whose bf16 "
-        f"keys of {cluster.LAYERS} layers fit {card.memory_bytes / 1e9:.0f} GB beside nothing else. Experts and "
-        "all else that is not attention are left out, and weights of the memory. A dash: no division fits."
+        f"keys of {cluster.LAYERS} layers fit {card.memory_bytes / 1e9:.0f} GB beside nothing else. Experts "
+        "and all else that is not attention are left out, and weights of the memory. A dash: no division fits."
     )
 
 
