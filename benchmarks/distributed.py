@@ -66,12 +66,10 @@ def main() -> None:
     measuring.add_argument("--dry-run", action="store_true", help="tiny sizes, to see that it runs")
     measuring.add_argument("--json", metavar="FILE", help="append the figures, one JSON object per line")
     measuring.set_defaults(link_bytes=[1 << 16, 1 << 24])
-    for name in ("check", "plan"):
-        other = does.add_parser(name)
-        if name == "check":
-            other.add_argument("record", type=Path, nargs="?", default=RECORD, help="of `measure`")
-        else:
-            other.add_argument("--write", action="store_true", help="tables and plot into docs/")
+    checking = does.add_parser("check", help="the arithmetic beside a record")
+    checking.add_argument("record", type=Path, nargs="?", default=RECORD, help="what `measure --json` wrote")
+    planning = does.add_parser("plan", help="1 to 64 cards")
+    planning.add_argument("--write", action="store_true", help="put tables and plot into docs/")
     options = command.parse_args()
     if options.does == "measure":
         if options.dry_run:
@@ -118,8 +116,8 @@ class Filled(NamedTuple):
     hidden: torch.Tensor
     whole: SparseMLA
     cache: DSACache
-    expected: torch.Tensor
-    positions: torch.Tensor
+    expected: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     def call(self, layer: SparseMLA, cache: DSACache) -> tuple[torch.Tensor, torch.Tensor]:
         """The step, with a cache that holds what comes before it."""
@@ -180,7 +178,7 @@ def steps(options: argparse.Namespace) -> Iterator[Filled]:
         fill(cache, [torch.randn_like(cache[part]) for part in ("kv", "index_k")])
         hidden = torch.randn(step.queries, config.hidden_size, dtype=dtype)
         cu_seqlens = torch.arange(sequences + 1) * tokens
-        filled = Filled(name, step, cu_seqlens, hidden, whole, cache, hidden, hidden)
+        filled = Filled(name, step, cu_seqlens, hidden, whole, cache)
         expected, positions = filled.call(whole, cache)
         yield filled._replace(expected=expected, positions=positions)
 
@@ -355,14 +353,15 @@ def indexer_on_a_rank(
     ranks, topk, found = division.tp, config.index_topk, {}
     share = config.index_n_heads // ranks.size
     own = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    all_q, k, *others = inputs
     for queries in (1, len(expected)):
-        q, k, weights, ks, ke = (x if x is inputs[1] else x[-queries:] for x in inputs)
+        q, weights, ks, ke = (x[-queries:] for x in (all_q, *others))
 
-        def some(begin: int, end: int, q=q, k=k, weights=weights, ks=ks, ke=ke) -> torch.Tensor:
+        def some(begin: int, end: int, q=q, weights=weights, ks=ks, ke=ke) -> torch.Tensor:
             part = slice(begin, end)
             return lightning_topk(q[part], k, weights[part], topk, ks[part], ke[part])
 
-        def summed(q=q, k=k, weights=weights, ks=ks, ke=ke) -> torch.Tensor:
+        def summed(q=q, weights=weights, ks=ks, ke=ke) -> torch.Tensor:
             return ranks.sum(index_logits(q[:, own].contiguous(), k, weights[:, own].contiguous(), ks, ke))
 
         def by_heads(summed=summed, ks=ks, ke=ke) -> torch.Tensor:
@@ -523,24 +522,26 @@ def read(record: Path) -> dict[str, list[dict]]:
     return lines
 
 
-def device_of(lines: dict[str, list[dict]]) -> cluster.Device:
-    """This machine, from the CPU seconds of one rank: of a chunk, and of one token."""
-    one = {row["case"].split()[0]: row for row in lines["layer"] if row["ranks"] == row["sequences"] == 1}
+def device_of(lines: dict[str, list[dict]], case: str) -> cluster.Device:
+    """This machine, from CPU seconds of one rank: selection and attention of a chunk and of one token.
+
+    Projections are those of one rank in the same case, as torch's products of 8 rows take several times as
+    long as its rates for 1 and for 256 rows say.
+    """
+    ones = {row["case"]: row for row in lines["layer"] if row["ranks"] == 1}
+    chunk = next(row for row in ones.values() if row["tokens"] > 1)
+    token, same = ones["decode of 1"], ones[case]
     machine = lines["machine"][0]
     bandwidth, rates = machine["bytes_per_second"], {}
-    for part in ("projections", "selection", "attention"):
-        chunk, token = (work_of(one[kind], part) for kind in ("chunk", "decode"))
-        chunk_seconds, token_seconds = (seconds_of(one[kind])[part] for kind in ("chunk", "decode"))
-        peak = chunk.operations / chunk_seconds
-        if part == "projections":  # one token's are weights that are read
-            rates[part] = cluster.Rate(0.0, token.bytes / token_seconds, peak)
-        else:
-            rate = cluster.Rate(0.0, bandwidth, peak)
-            rates[part] = dataclasses.replace(rate, floor=max(0.0, token_seconds - rate.seconds(token)))
+    for part in ("selection", "attention"):
+        peak = work_of(chunk, part).operations / seconds_of(chunk)[part]
+        rate = cluster.Rate(0.0, bandwidth, peak)
+        floor = seconds_of(token)[part] - rate.seconds(work_of(token, part))
+        rates[part] = dataclasses.replace(rate, floor=max(0.0, floor))
     return cluster.Device(
         name=machine["machine"]["processor"],
         memory_bytes=0.0,
-        project=rates["projections"],
+        project=cluster.Rate(0.0, work_of(same, "projections").bytes / seconds_of(same)["projections"]),
         index=rates["selection"],
         topk=cluster.TopK(0.0, 0.0, float("inf"), float("inf")),  # within the selection's seconds
         attend=rates["attention"],
@@ -584,10 +585,10 @@ def predicted(row: dict, device: cluster.Device, lines: dict[str, list[dict]]) -
 
 def compared(lines: dict[str, list[dict]]) -> list[tuple[dict, dict[str, float]]]:
     """Every measured step, and predicted / measured of what a fit did not use."""
-    device, made = device_of(lines), []
+    made = []
     for row in lines["layer"]:
-        model, seconds = predicted(row, device, lines), row["seconds"]
-        fitted = row["ranks"] == 1 and row["sequences"] == 1
+        model, seconds = predicted(row, device_of(lines, row["case"]), lines), row["seconds"]
+        fitted = row["ranks"] == 1
         ratios = {name: model[name] / seconds[name]["median"] for name in model if seconds[name]["median"]}
         made.append((row, {} if fitted else ratios))
     return made
@@ -595,6 +596,13 @@ def compared(lines: dict[str, list[dict]]) -> list[tuple[dict, dict[str, float]]
 
 def check(record: Path) -> None:
     lines, console, cells = read(record), Console(), []
+    cases = {(row["case"].split()[0], row["ranks"]) for row in lines.get("layer", [])}
+    worlds = {world for _, world in cases} - {1}
+    if (
+        not cases >= {("decode", 1), ("chunk", 1)}
+        or {row["ranks"] for row in lines.get("link", [])} != worlds
+    ):
+        sys.exit(f"{record}: expected one rank's decode and chunk, and the links of all others; measure them")
     pairs = compared(lines)
     names = "cpu", "collectives", "step"
     for row, ratios in pairs:
@@ -683,7 +691,7 @@ def introduction() -> str:
         f"DeepSeek-V3.2, bf16: kernels as one {card.name} measured them, links **assumed** ({within} within "
         f"{links.cards_of_a_node} cards, {across} beyond them). In a cell: the fastest division whose bf16 "
         f"keys of {cluster.LAYERS} layers fit {card.memory_bytes / 1e9:.0f} GB beside nothing else. Experts "
-        "and all else that is not attention are left out, and weights of the memory. A dash: no division fits."
+        "and all else that is not attention are left out, and of the memory weights too. A dash: none fits."
     )
 
 
