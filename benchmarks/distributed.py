@@ -575,9 +575,12 @@ def work_of(row: dict, part: str) -> cluster.Work:
 def predicted(row: dict, device: cluster.Device, lines: dict[str, list[dict]]) -> dict[str, float]:
     """Seconds of a measured step, as :data:`SECONDS` names them; ranks take turns on the cores."""
     links = {line["ranks"]: cluster.Link(line["latency"], line["bytes_per_second"]) for line in lines["link"]}
-    link = links.get(row["ranks"], cluster.Link(0.0, float("inf")))
-    seconds = division_of_row(row).seconds(device, cluster.Links(link, link))
-    collectives = seconds.pop("collectives")
+    division, collectives = division_of_row(row), 0.0
+    for collective in division.collectives():  # of groups as large as those that were timed alone
+        link = links[collective.ranks]
+        collectives += cluster.Links(link, link).seconds(collective)
+    seconds = division.seconds(device, cluster.NODES_OF_8)
+    del seconds["collectives"]
     turns = max(1.0, row["ranks"] / row["machine"]["cores"])
     cpu = sum(seconds.values())
     return {"cpu": cpu, "collectives": collectives, "step": turns * cpu + collectives}
@@ -615,6 +618,12 @@ def check(record: Path) -> None:
     console.print(table(("", "ranks", *measured, *ratios), cells, words=2))
     console.print(
         "ms: measured; x: predicted / measured. A dash: the prediction was fitted to it, or it is 0."
+    )
+    alone = [row["one_process_seconds"] for row, _ in pairs]
+    busy = [seconds["step"]["median"] / seconds["cpu"]["median"] for seconds in alone]
+    console.print(
+        f"One process took {min(busy):.2f} to {max(busy):.2f} times its CPU time: above 1, other programs "
+        "had the cores, and measured steps are too long."
     )
     for name in names:
         found = [ratios[name] for _, ratios in pairs if name in ratios]
