@@ -1,5 +1,6 @@
 """PNG plots of benchmark results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,30 @@ def operation_plots(lines: list[dict[str, Any]], about: str, folder: Path) -> li
         decode_plot(layer, about, folder / "layer_decode.png")
         made.append(folder / "layer_decode.png")
     return made
+
+
+def plan_plot(made: dict[str, dict[str, list]], cards: Sequence[int], path: Path) -> None:
+    """Computed time of a step by cards, a line per context; a cross where fewer do not hold the keys."""
+    figure, axes = plt.subplots(1, len(made), figsize=(11, 4), layout="constrained")
+    for axis, (work, by_context) in zip(axes, made.items(), strict=True):
+        for (context, line), colour in zip(by_context.items(), CURVES, strict=False):
+            fit = [(n, found[1]) for n, found in zip(cards, line, strict=True) if found]
+            points = [(n, 1e3 * sum(seconds.values())) for n, seconds in fit]
+            if points:
+                _line(axis, points, color=colour, label=f"{context} tokens", markersize=4)
+                if points[0][0] > cards[0]:
+                    _line(axis, points[:1], "x", color=colour, markersize=10)
+        _log_axes(axis, "cards", "ms per layer", work)
+        axis.set_xticks(cards, [str(n) for n in cards])
+        if work.startswith("decode"):  # less than a decade
+            axis.set_yscale("linear")
+            axis.set_ylim(0)
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
+    about = (
+        "DeepSeek-V3.2's attention layer, the best division of the cards whose bf16 keys fit (cross: fewer "
+        "cards do not\nhold them), computed from kernels measured on one H200 and assumed links; nothing ran"
+    )
+    _save(figure, path, about)
 
 
 def _one_sequence(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
