@@ -349,7 +349,7 @@ def indexer_on_a_rank(
 ) -> dict[tuple[int, str], dict]:
     """Of one query, and of all; every rank has all keys, as under tensor parallelism."""
     config = config_of(options)
-    division = Division(init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)), 128)
+    division = Division(init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)), config)
     ranks, topk, found = division.tp, config.index_topk, {}
     share = config.index_n_heads // ranks.size
     own = slice(ranks.rank * share, (ranks.rank + 1) * share)
@@ -547,7 +547,6 @@ def device_of(lines: dict[str, list[dict]], case: str) -> cluster.Device:
         attend=rates["attention"],
         merge=cluster.Rate(0.0, bandwidth),
         candidates=cluster.Rate(0.0, 8 / machine["seconds_per_candidate"]),
-        steps_over_absent=False,
     )
 
 

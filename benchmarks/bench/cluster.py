@@ -60,7 +60,6 @@ class Device:
     attend: Rate
     merge: Rate  # merge_attention, and the copies around a collective
     candidates: Rate  # the k best of candidates, of which one has 8 bytes; torch's operations
-    steps_over_absent: bool = True  # whether attention computes for positions that are -1, as on a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +230,11 @@ class Division:
         made = []
         if cp > 1:
             keys, candidates = self._candidates()
-            calls = 1 if self.own < cp else 2
+            calls = 1 if self.own < 2 else 2
             if self.index_keys_travel:
-                calls = self.parts_of_keys(self.stored.index) + (self.own >= cp)
+                calls = self.parts_of_keys(self.stored.index) + (self.own > 1)
             made.append(Collective("selection", cp, 1, min(keys, candidates), calls))
-        if 1 < tp <= queries:
+        if tp > 1 and queries > 1:
             selected = traffic.selected(queries, self.config.index_topk, tp)
             made.append(Collective("selection", tp, cp, selected))
         if cp > 1:
@@ -336,10 +335,7 @@ class Division:
         return attention_work(self.step.queries, rows, *sizes)
 
     def _attention(self, device: Device) -> float:
-        work, calls = self.attention_work(), self._attending()[2]
-        # A part of gathered keys is attended to by a call that is given all positions.
-        again = calls if self.keys_travel and device.steps_over_absent else 1
-        return device.attend.seconds(Work(work.operations * again, work.bytes), calls)
+        return device.attend.seconds(self.attention_work(), self._attending()[2])
 
 
 def best(

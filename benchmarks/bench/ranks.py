@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -18,43 +19,63 @@ import torch.distributed as dist
 
 from sparse_attn.distributed.ranks import Ranks
 
-SECONDS = 100  # for a collective
 
-
-def on_ranks(world: int, function: Callable[[], Any]) -> list[Any]:
+def on_ranks(world: int, function: Callable[[], Any], seconds: float = 100) -> list[Any]:
     """What ``function`` returns on each of ``world`` ranks: forks of this process, over gloo.
 
-    They have one thread each, share what this process has in memory, and need not import torch again.
+    They have one thread each, share what this process has in memory, and need not import torch again. A
+    collective may take ``seconds``. A rank that ends by itself, without an error, gives None.
     """
     torch.set_num_threads(1)  # before the first parallel region: OpenMP's threads do not survive a fork
+    port, end = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        for rank in range(world):
+        results = [Path(folder) / str(rank) for rank in range(world)]
+        ranks = {}
+        for rank, result in enumerate(results):
             pid = os.fork()
             if pid == 0:
-                _be_a_rank(rank, world, Path(folder), function)
-            ranks.append(pid)
-        statuses = [os.waitpid(pid, 0)[1] for pid in ranks]
-        if any(statuses):
-            raise SystemExit(f"{sum(map(bool, statuses))} of {world} ranks failed; what they said is above")
-        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+                os.close(end[1])
+                _be_a_rank(rank, world, port, function, seconds, result)
+                os.read(end[0], 1)  # until the others have a result: they may read what this one sent
+                os._exit(0)  # torch's gloo sometimes aborts while it ends
+            ranks[pid] = result
+        while not all(result.exists() for result in ranks.values()):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if status:
+                for other in ranks.keys() - {pid}:
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                raise SystemExit(f"one of {world} ranks failed; what it said is above")
+            ranks.pop(pid, None)
+            time.sleep(0.005)
+        os.close(end[1])
+        for pid in ranks:
+            os.waitpid(pid, 0)
+        for descriptor in (*port, end[0]):
+            os.close(descriptor)
+        return [pickle.loads(result.read_bytes()) if result.exists() else None for result in results]
 
 
-def _be_a_rank(rank: int, world: int, folder: Path, function: Callable[[], Any]) -> None:
-    failed = 1
+def _be_a_rank(
+    rank: int, world: int, port: tuple[int, int], function: Callable[[], Any], seconds: float, result: Path
+) -> None:
     try:
-        limit = datetime.timedelta(seconds=SECONDS)
-        options = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": world}
-        dist.init_process_group("gloo", timeout=limit, **options)
+        if rank == 0:  # the store has threads, so that it must not be there before the forks
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(port[1], store.port.to_bytes(8, "little") * (world - 1))
+        else:
+            store = dist.TCPStore("127.0.0.1", int.from_bytes(os.read(port[0], 8), "little"))
+        limit = datetime.timedelta(seconds=seconds)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         with torch.no_grad():
-            result = function()
-        (folder / str(rank)).write_bytes(pickle.dumps(result))
-        dist.barrier()
-        failed = 0
+            made = pickle.dumps(function())
+        written = result.with_suffix(".part")
+        written.write_bytes(made)
+        written.rename(result)
     except BaseException:
         sys.stderr.write(f"rank {rank} of {world}:\n{traceback.format_exc()}")
         sys.stderr.flush()
-    os._exit(failed)  # torch's gloo sometimes aborts while it ends
+        os._exit(1)
 
 
 class Traffic:

@@ -21,7 +21,7 @@ from ..ops.attention import merge_attention
 from ..ops.index import DEFAULT_WORKSPACE_BYTES, lightning_topk
 from . import traffic
 from .ranks import Ranks, calls_of
-from .shards import Shards, best, candidates, global_merge, global_topk, joined, parts
+from .shards import Shards, best, candidates, global_merge, global_topk, joined, parts, valid_first
 
 if TYPE_CHECKING:
     from ..cache import DSACache, Placement
@@ -99,7 +99,7 @@ class Division:
         if not over:
             return select(0, queries)
         ranks, *others = over
-        if ranks.size == 1 or queries < ranks.size:
+        if ranks.size == 1 or queries < 2:
             return self.spread(select, queries, *others)
         begin, end = parts(queries, ranks.size)[ranks.rank]
         mine = self.spread(lambda a, b: select(begin + a, begin + b), end - begin, *others)
@@ -202,8 +202,10 @@ class Division:
             held, place = tensors[0].shape[1], positions - first
             here = (place >= 0) & (place < held)
             selected = torch.where(here, place + sequences[:, None] * held, -1).int()
+            selected, length = valid_first(selected)
             part = {name: x.flatten(0, 1) for name, x in zip(rows, tensors, strict=True)}
-            new = attention(q, self._of_own_heads(part), selected, return_lse=True)
+            options = {"topk_length": length, "return_lse": True}
+            new = attention(q, self._of_own_heads(part), selected, **options)
             merged = merge_attention(*zip(merged, new, strict=True)) if merged else new
         assert merged is not None
         return merged[0]

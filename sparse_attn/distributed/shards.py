@@ -75,8 +75,7 @@ class Shards:
         """What this rank reads of selections ``[s_q, topk]``: the numbers of its keys, with -1 after them,
         and how many they are, ``[s_q]`` int32: the ``topk_length`` that saves a GPU's kernels the rest.
         """
-        local = self.to_local(positions).sort(1, descending=True).values
-        return local, (local >= 0).sum(1, dtype=torch.int32)
+        return valid_first(self.to_local(positions))
 
     def gather(self, x: Tensor) -> Tensor:
         """``[n, size * rows, ...]`` in the order of positions, from every rank's ``[n, rows, ...]``.
@@ -89,6 +88,12 @@ class Shards:
             2, (-1, self.interleave)
         )  # [size, n, rounds, interleave, ...]
         return rounds.movedim(0, 2).flatten(1, 3)
+
+
+def valid_first(indices: Tensor) -> tuple[Tensor, Tensor]:
+    """``[s_q, topk]`` in descending order, -1 at the end, and how many come before it, ``[s_q]`` int32."""
+    ordered = indices.sort(1, descending=True).values
+    return ordered, (ordered >= 0).sum(1, dtype=torch.int32)
 
 
 def candidates(position: Tensor, scores: Tensor) -> Tensor:
@@ -150,7 +155,7 @@ def global_topk(
     if columns * shards.size < topk:
         found = torch.nn.functional.pad(found, (0, topk - columns), value=NONE)
     ranks, queries = shards.ranks, found.shape[0]
-    if queries < ranks.size:
+    if queries < 2:
         return best(ranks.gather(found).movedim(0, 1).flatten(1), topk)
     # Each rank merges the candidates of its share of the queries.
     every = torch.stack([found[slice(*part)] for part in parts(queries, ranks.size)])
@@ -159,7 +164,7 @@ def global_topk(
 
 
 def parts(queries: int, size: int) -> list[tuple[int, int]]:
-    """The range of queries that each rank takes. All are of one size, so the last ones may overlap."""
+    """The range of queries that each rank takes. All are of one size, so some of them may overlap."""
     n = traffic.share(queries, size)
     return [(begin, begin + n) for begin in (min(rank * n, queries - n) for rank in range(size))]
 

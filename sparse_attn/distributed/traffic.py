@@ -9,23 +9,22 @@ LSE = 4
 
 
 def share(queries: int, size: int) -> int:
-    """How many queries each rank takes where they are divided; all of them where there are too few."""
-    return queries if queries < size else -(-queries // size)
+    """How many queries each rank takes where they are divided; a single one is not."""
+    return queries if queries < 2 else -(-queries // size)
 
 
 def selected(queries: int, topk: int, size: int) -> int:
     """Each rank selected for its share of the queries, and all need all selections."""
-    return 0 if queries < size else share(queries, size) * (size - 1) * POSITION * topk
+    return 0 if queries < 2 else share(queries, size) * (size - 1) * POSITION * topk
 
 
 def candidates(queries: int, columns: int, topk: int, size: int) -> int:
     """Each rank selected ``columns`` candidates for each query among its own keys.
 
-    Each query's candidates go to one rank, which tells the others what it selected. If there are fewer
-    queries than ranks all candidates go to all ranks.
+    Each query's candidates go to one rank, which tells the others what it selected. Those of a single query
+    go to all ranks.
     """
-    part = share(queries, size) * (size - 1) * CANDIDATE * columns
-    return part + selected(queries, topk, size)
+    return share(queries, size) * (size - 1) * CANDIDATE * columns + selected(queries, topk, size)
 
 
 def keys(rows: int, row_bytes: int, size: int) -> int:

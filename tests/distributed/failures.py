@@ -7,12 +7,12 @@ import os
 import sys
 import time
 
-import forks
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import MLA, mesh_of
 
+from bench.ranks import on_ranks
 from sparse_attn import DSACache, SparseMLA, layers
 from sparse_attn.distributed import EndedError
 
@@ -122,7 +122,6 @@ def a_rank_that_ends():
     with pytest.raises(EndedError, match="a rank of 3 ended, or did not answer"):
         step()
     step.assert_unchanged()
-    leave_without(1)
 
 
 def a_rank_that_does_not_come():
@@ -135,18 +134,6 @@ def a_rank_that_does_not_come():
         step()
     assert time.monotonic() - start < 6
     step.assert_unchanged()
-    leave_without(1)
-
-
-def leave_without(lost):
-    """Those that are left wait for each other: rank 0 keeps the store."""
-    store = dist.distributed_c10d._get_default_store()
-    store.add("left", 1)
-    while store.add("left", 0) < WORLD - lost:
-        time.sleep(0.01)
-    if dist.get_rank() == 0:
-        time.sleep(0.5)
-    os._exit(0)
 
 
 CASES = [
@@ -159,6 +146,6 @@ CASES = [
 ]
 
 if __name__ == "__main__":
-    chosen = [case for case in CASES if case.__name__ in (sys.argv[1:] or [case.__name__ for case in CASES])]
-    failed = [case.__name__ for case in chosen if not forks.run(WORLD, case, seconds=3)]
-    sys.exit(", ".join(failed) or 0)
+    for case in CASES:
+        if case.__name__ in (sys.argv[1:] or [case.__name__]):
+            on_ranks(WORLD, case, seconds=3)

@@ -8,12 +8,12 @@ import functools
 import itertools
 import sys
 
-import forks
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from bench.ranks import on_ranks
 from sparse_attn import DSACache, DSAConfig, SparseGQA, SparseMLA, lightning_topk, sparse_mla
 from sparse_attn.distributed import Shards, division, global_merge, global_topk, traffic
 from sparse_attn.distributed.ranks import Ranks
@@ -404,6 +404,13 @@ CASES = [
     wrong_arguments_are_refused,
 ]
 
+
+def run(cases):
+    for case in cases:
+        torch.manual_seed(0)
+        case()
+
+
 if __name__ == "__main__":
     chosen = [case for case in CASES if case.__name__ in sys.argv[2:]] or CASES
-    sys.exit(not forks.run(int(sys.argv[1]), *chosen))
+    on_ranks(int(sys.argv[1]), lambda: run(chosen))

@@ -11,7 +11,8 @@ HERE = Path(__file__).parent
 
 
 def run(*command) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = [HERE.parents[1] / "benchmarks", *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
     ran = subprocess.run(
         [sys.executable, *map(str, command)], cwd=HERE, env=environment, capture_output=True, text=True
     )
