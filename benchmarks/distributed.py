@@ -732,7 +732,7 @@ def memory_table(config: DSAConfig) -> str:
 
 
 def parts_table(config: DSAConfig) -> str:
-    """Divisions of 8 and of 64 cards at a million tokens."""
+    """Divisions of 8 and of 64 cards at a million tokens whose keys fit."""
     rows = [["1M tokens", "cards", *cluster.PARTS, "all", "MB received"]]
     for work, (sequences, tokens) in WORK.items():
         unit, scale, digits = ("ms", 1e3, 1) if unit_of(work) == "ms" else ("us", 1e6, 0)
@@ -741,10 +741,10 @@ def parts_table(config: DSAConfig) -> str:
             seconds = division.seconds(cluster.H200, cluster.NODES_OF_8)
             parts = [f"{seconds[part] * scale:.{digits}f}" for part in cluster.PARTS]
             total = f"{sum(seconds.values()) * scale:.{digits}f}"
-            fits = cluster.LAYERS * division.keys_bytes() <= cluster.H200.memory_bytes
+            if cluster.LAYERS * division.keys_bytes() > cluster.H200.memory_bytes:
+                continue
             received = f"{sum(division.received().values()) / 1e6:,.1f}"
-            name = f"{split}" + ("" if fits else " (does not fit)")
-            rows.append([f"{work}, {unit}", name, *parts, f"**{total}**", received])
+            rows.append([f"{work}, {unit}", f"{split}", *parts, f"**{total}**", received])
     return lines_of(rows)
 
 

@@ -246,6 +246,6 @@ def _topk_of_gathered(
         seen = (ke - first).clamp(0, k.shape[1])
         found, scores = lightning_topk(q, k, weights, topk, ke=seen, return_scores=True, **options)
         new = candidates(torch.where(found >= 0, found + first, -1), scores)
-        kept = new if kept is None else torch.cat([kept, new], 1).topk(topk, 1).values
+        kept = new if kept is None else torch.cat([kept, new], 1).topk(topk, 1, sorted=False).values
     assert kept is not None
     return best(kept, topk)

@@ -105,9 +105,9 @@ def candidates(position: Tensor, scores: Tensor) -> Tensor:
 
 def best(gathered: Tensor, topk: int) -> Tensor:
     """``[s_q, topk]`` int32 positions, ascending and -1 padded, from ``[s_q, n]`` candidates, n >= topk."""
-    kept = gathered.topk(topk, 1).values
-    position = torch.where(kept == NONE, LAST, LAST - (kept & 0xFFFFFFFF)).sort(1).values
-    return torch.where(position == LAST, -1, position).int()
+    kept = gathered.topk(topk, 1, sorted=False).values
+    position = torch.where(kept == NONE, LAST, LAST - (kept & 0xFFFFFFFF)).int().sort(1).values
+    return torch.where(position == LAST, -1, position)
 
 
 def global_topk(
