@@ -6,7 +6,7 @@ of it. What they are made of, for engines: :class:`Shards` says who stores which
 :func:`global_topk` selects what one process would select, :func:`global_merge` joins partial attention.
 """
 
-from .ranks import EndedError
+from .ranks import EndedError, Ranks
 from .shards import Shards, global_merge, global_topk
 
-__all__ = ["EndedError", "Shards", "global_merge", "global_topk"]
+__all__ = ["EndedError", "Ranks", "Shards", "global_merge", "global_topk"]

@@ -84,10 +84,8 @@ class Shards:
         """
         if self.size == 1:
             return x
-        rounds = self.ranks.gather(x).unflatten(
-            2, (-1, self.interleave)
-        )  # [size, n, rounds, interleave, ...]
-        return rounds.movedim(0, 2).flatten(1, 3)
+        every = self.ranks.gather(x)  # [size, n, rows, ...]
+        return every.unflatten(2, (-1, self.interleave)).movedim(0, 2).flatten(1, 3)
 
 
 def valid_first(indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +130,7 @@ def global_topk(
         q, weights, topk: as for one process.
         k: this rank's keys, of one sequence in the order of its positions; or with ``block_table`` (and
             ``cu_seqlens_q``) pages of them, ``[pages, page_size, ...]``.
-        ks, ke: ``[s_q]`` int32, positions of the whole sequence; by default all that each rank's keys are.
+        ks, ke: ``[s_q]`` int32, positions of the whole sequence; by default a query sees all keys.
         shards: who stores which position.
         max_length: the most keys that a query sees, if that is known on the host: where a rank stores fewer
             than topk of them, fewer candidates travel.
