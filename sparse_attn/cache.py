@@ -145,6 +145,7 @@ class DSACache:
             )
         division = Division(mesh, config)
         self.config = config
+        self.kv_heads = division.kv_heads  # of this rank
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.shards = Shards(division.cp, interleave)
@@ -161,7 +162,7 @@ class DSACache:
             latent = (config.kv_lora_rank + config.qk_rope_head_dim,)
             rows = {"kv": latent, "index_k": (config.index_head_dim,)}
         else:
-            heads = (division.kv_heads, config.head_dim)
+            heads = (self.kv_heads, config.head_dim)
             rows = {"k": heads, "v": heads, "index_k": (config.index_head_dim,)}
         if shares_selection:
             del rows["index_k"]

@@ -144,8 +144,9 @@ class _SparseAttention(nn.Module):
                 f"cache: expected one made with the layer's shares_selection={self.shares_selection}, "
                 f"got {cache.shares_selection}"
             )
-        if cache.shards.size > 1 and cache.shards.ranks.group is not self.division.cp.group:
-            raise ValueError("cache: expected one made with the layer's mesh, got another mesh")
+        shards, own = cache.shards, self.division
+        if (shards.size > 1 and shards.ranks.group is not own.cp.group) or cache.kv_heads != own.kv_heads:
+            raise ValueError("cache: expected one made with the layer's mesh, got another mesh or none")
         if cache.dtype == torch.float8_e4m3fn and dtype not in check.WRITER_FLOATS:
             raise TypeError(f"cache: float8_e4m3fn expects a layer of at most 32 bits, got {dtype}")
         if cache.dtype not in (dtype, torch.float8_e4m3fn) or cache.device != device:

@@ -384,6 +384,9 @@ def wrong_arguments_are_refused():
     sizes = {"hidden_size": 64, "head_dim": 16, **SIZES}
     odd = DSAConfig(num_attention_heads=4 * world + 1, num_key_value_heads=1, **sizes)
     refused(ValueError, f"mesh: .*num_attention_heads={4 * world + 1}, got", SparseGQA, odd, mesh=cp)
+    if world in (2, 4):
+        layer, cache = SparseGQA(GQA, mesh=tp), DSACache(GQA, 9)
+        refused(ValueError, "cache: expected one made with the", layer, torch.zeros(1, 64), cache=cache)
     if world == 8:
         few = DSAConfig(num_attention_heads=24, num_key_value_heads=6, **sizes)
         refused(ValueError, "mesh: .*num_key_value_heads=6 of 4 query", SparseGQA, few, mesh=cp)
