@@ -15,6 +15,7 @@ from ranks import MLA, mesh_of
 from bench.ranks import on_ranks
 from sparse_attn import DSACache, SparseMLA, layers
 from sparse_attn.distributed import EndedError
+from sparse_attn.distributed.ranks import PATIENCE
 
 WORLD, FAILS = 3, 1  # which rank
 HIDDEN = MLA.hidden_size
@@ -58,7 +59,7 @@ def the_same_wrong_argument_on_all():
         start = time.monotonic()
         with pytest.raises(ValueError, match="hidden_states: expected shape"):
             step(width=3)
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < PATIENCE - 1  # so each knew that the others failed too
         step.assert_unchanged()
     step()
     assert step.cache.lengths == (52,)
@@ -125,15 +126,15 @@ def a_rank_that_ends():
 
 
 def a_rank_that_does_not_come():
-    step = Step()
-    start = time.monotonic()
+    step, store = Step(), dist.distributed_c10d._get_default_store()
     if i_fail():
-        time.sleep(7)
+        while store.add("noticed", 0) < WORLD - 1:
+            time.sleep(0.1)
         os._exit(0)
     with pytest.raises(EndedError, match="a rank of 3 ended, or did not answer within"):
         step()
-    assert time.monotonic() - start < 6
     step.assert_unchanged()
+    store.add("noticed", 1)
 
 
 CASES = [
@@ -148,4 +149,4 @@ CASES = [
 if __name__ == "__main__":
     for case in CASES:
         if case.__name__ in (sys.argv[1:] or [case.__name__]):
-            on_ranks(WORLD, case, seconds=3)
+            on_ranks(WORLD, case, seconds=8 if case is a_rank_that_does_not_come else 60)
