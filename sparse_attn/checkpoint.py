@@ -157,11 +157,13 @@ def from_hf(
         if part:
             start[part.dim] = part.index * shape[part.dim]
             shape[part.dim] *= part.of
-        found = shape_of(state_dict, key)
+        tensor = state_dict[key] if part is None else None  # a part is read once the shape is right
+        found = shape_of(state_dict, key) if tensor is None else list(tensor.shape)
         if found != shape:
             wrong.append(f"{key} of shape {found} where {shape} is expected")
             continue
-        tensor = part_of(state_dict, key, part)
+        if tensor is None:
+            tensor = part_of(state_dict, key, part)
         if scaled and tensor.dtype == torch.float8_e4m3fn:
             stored.remove(name + SCALE)
             scale, blocks = state_dict[key + SCALE], _blocks(shape, block)

@@ -311,6 +311,7 @@ class Division:
         topk, cp, seconds = self.config.index_topk, self.split.cp, 0.0
         if self.index_keys_travel:
             parts, merged = self.parts_of_keys(self.stored.index), self._selecting()[0] * 2 * topk
+            parts = parts if parts > 1 else 0  # one part is the selection
         else:
             parts, merged = 1, traffic.share(self.own, cp) * cp * min(topk, self.rows)
         seconds += parts * device.candidates.seconds(Work(bytes=8 * merged))

@@ -9,7 +9,6 @@ Both give the selection of one process.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -31,7 +30,6 @@ TENSOR, CONTEXT = "tp", "cp"  # names of the mesh's dimensions
 Rows: TypeAlias = dict[str, Tensor]
 # (q, rows, indices, **options of sparse_mla) -> out, or out and lse; rows are [n, ...] by names of the cache.
 Attention: TypeAlias = Callable[..., Any]
-NOTHING: Mapping[str, int] = MappingProxyType({})
 HERE = Shards(Ranks())  # all keys are in this process
 
 
@@ -80,10 +78,12 @@ class Division:
         first = self.cp.rank * self.heads // shared
         self._own_kv = slice(first, first + max(1, self.heads // shared))
 
-    def parts(self, by_heads: Mapping[str, int], by_kv_heads: Mapping[str, int] = NOTHING) -> dict[str, Part]:
+    def parts(
+        self, by_heads: Mapping[str, int], by_kv_heads: Mapping[str, int] | None = None
+    ) -> dict[str, Part]:
         """This rank's part of weights that are divided along a dimension: by heads of queries or of keys."""
         owns = {name: Part(dim, self.rank, self.size) for name, dim in by_heads.items()}
-        owns |= {name: Part(dim, self.tp.rank, self.tp.size) for name, dim in by_kv_heads.items()}
+        owns |= {name: Part(dim, self.tp.rank, self.tp.size) for name, dim in (by_kv_heads or {}).items()}
         return {name: part for name, part in owns.items() if part.of > 1}
 
     def together(self):
@@ -202,9 +202,10 @@ class Division:
             held, place = tensors[0].shape[1], positions - first
             here = (place >= 0) & (place < held)
             selected = torch.where(here, place + sequences[:, None] * held, -1).int()
-            selected, length = valid_first(selected)
+            options: dict[str, Any] = {"return_lse": True}
+            if held < placement.longest:  # else no column belongs to another part
+                selected, options["topk_length"] = valid_first(selected)
             part = {name: x.flatten(0, 1) for name, x in zip(rows, tensors, strict=True)}
-            options = {"topk_length": length, "return_lse": True}
             new = attention(q, self._of_own_heads(part), selected, **options)
             merged = merge_attention(*zip(merged, new, strict=True)) if merged else new
         assert merged is not None
@@ -243,6 +244,8 @@ def _topk_of_gathered(
     kept = None
     for first, (k, *scales) in _gathered(stored, shards):
         options["k_scale"] = scales[0] if scales else None
+        if k.shape[1] == shards.size * stored[0].shape[1]:  # all of them, so that nothing is to be merged
+            return lightning_topk(q, k, weights, topk, ke=ke, **options)
         seen = (ke - first).clamp(0, k.shape[1])
         found, scores = lightning_topk(q, k, weights, topk, ke=seen, return_scores=True, **options)
         new = candidates(torch.where(found >= 0, found + first, -1), scores)

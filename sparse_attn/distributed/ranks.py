@@ -158,13 +158,12 @@ class Ranks:
             work = collective(*tensors, group=group, async_op=True)
             while not self._finished(work):
                 if message := calls.reported():
-                    break
-            else:
-                return
+                    raise EndedError(message)
+        except EndedError:
+            raise
         except RuntimeError as error:
             lost = f"a rank of {self.size} ended, or did not answer within torch.distributed's time limit"
             raise EndedError(calls.reported() or f"{lost}: {error}") from error
-        raise EndedError(message)
 
     @staticmethod
     def _finished(work: dist.Work) -> bool:

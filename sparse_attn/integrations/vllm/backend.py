@@ -179,7 +179,8 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.kv_cache_dtype, self.kv_lora_rank = float(scale), kv_cache_dtype, kv_lora_rank
         self.batch_invariant = envs.VLLM_BATCH_INVARIANT
-        self.parallel_config = get_current_vllm_config().parallel_config
+        interleave = get_current_vllm_config().parallel_config.cp_kv_cache_interleave_size
+        self.shards = Shards(Ranks(self.dcp_rank, self.dcp_world_size), interleave)
         self.init_topk_indices_buffer(indexer, topk_indices_buffer)
 
     def record_logical_topk_ready(self) -> None:
@@ -214,9 +215,7 @@ class SparseAttnImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
         assert self.topk_indices_buffer is not None
         selected, own_length = self.topk_indices_buffer[: q.shape[0]], None
         if self.dcp_world_size > 1:
-            ranks = Ranks(self.dcp_rank, self.dcp_world_size)
-            shards = Shards(ranks, self.parallel_config.cp_kv_cache_interleave_size)
-            selected, own_length = shards.own(selected)
+            selected, own_length = self.shards.own(selected)
         cache = kv_c_and_k_pe_cache  # [pages, page_size, 576 values or 656 bytes]
         slots = physical_slots(
             selected,

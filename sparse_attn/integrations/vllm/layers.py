@@ -47,6 +47,8 @@ class SparseIndexerCache(DeepseekV32IndexerCache):
         self.parallel_config = get_current_vllm_config().parallel_config
         enabled = self.parallel_config.decode_context_parallel_size > 1
         self.dcp_world_size, self.dcp_rank = get_dcp_world_size_and_rank(enabled)
+        ranks = Ranks(self.dcp_rank, self.dcp_world_size)
+        self.shards = Shards(ranks, self.parallel_config.cp_kv_cache_interleave_size)
 
 
 class SparseIndexer(Indexer):
@@ -109,11 +111,9 @@ def select(
     if layer.dcp_world_size == 1:
         lightning_topk(q, layer.kv_cache, weights, topk, ke=visible, out=out, **where)
         return
-    ranks = Ranks(layer.dcp_rank, layer.dcp_world_size)
-    shards = Shards(ranks, layer.parallel_config.cp_kv_cache_interleave_size)
-    own = shards.local_length(visible)
+    own = layer.shards.local_length(visible)
     local, scores = lightning_topk(q, layer.kv_cache, weights, topk, ke=own, return_scores=True, **where)
-    gathered = get_dcp_group().all_gather(candidates(shards.to_global(local), scores), dim=1)
+    gathered = get_dcp_group().all_gather(candidates(layer.shards.to_global(local), scores), dim=1)
     out.copy_(best(gathered, topk))
 
 
