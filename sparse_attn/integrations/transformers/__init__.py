@@ -12,6 +12,7 @@ its full length). Row t of sequence b is slot ``b * T + t``.
 """
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -34,14 +35,18 @@ _check_version(transformers.__version__)
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
 
-from .families import SPARSE, SUPPORTED  # noqa: E402
+from .attach import ATTACHED, attached_class, grouped_layers, indexers_of  # noqa: E402
+from .families import DENSE, SPARSE, SUPPORTED  # noqa: E402
+from .indexers import Indexers, load_indexer, save_indexer  # noqa: E402
 from .inputs import NAME, visible_rows  # noqa: E402
 from .latent import LatentAttention, check_kv_b_proj  # noqa: E402
 from .selections import Selections, record, replay  # noqa: E402
 
-__all__ = ["Selections", "disable", "enable", "record", "replay"]
+__all__ = [
+    *("Indexers", "Selections", "attach", "disable", "enable"),
+    *("load_indexer", "record", "replay", "save_indexer"),
+]
 
-DENSE = {sparse: dense for dense, sparse in SPARSE.items()}
 BEFORE = "_attn_implementation_before_sparse"  # the attribute of a changed model that disable() needs
 
 
@@ -75,10 +80,47 @@ def enable(model: PreTrainedModel) -> None:
         _set_implementation(model, NAME)
 
 
+def attach(
+    model: PreTrainedModel, *, topk: int | Sequence[int], indexer: Indexers | None = None
+) -> None:
+    """Make the layers of a model that was trained with dense attention read ``topk`` tokens per query, in place.
+
+    For decoders with grouped-query attention (multi-head and multi-query included) that call transformers'
+    attention interface: Llama, Mistral, Qwen2 and Qwen3, SmolLM3, Phi-3, Gemma3 and others. Layers with a
+    window stay dense within it. Attaching again gives other indexers or another topk; a cache goes on only
+    with the indexer that it began with.
+
+    Args:
+        model: its weights stay as they are, except that its attention layers get a submodule ``indexer``.
+        topk: tokens that each query reads, above 2: in every layer, or one number per layer that reads all
+            tokens. One number with ``indexer`` is the average, if the indexer knows what each layer loses.
+        indexer: of :func:`distill` or :func:`load_indexer`. Without one, the tokens with the most attention
+            are selected: the quality of a perfect indexer, at nearly the cost of dense attention.
+
+    Raises:
+        TypeError: a model that this cannot be done to, or no Indexers.
+        ValueError: an indexer of another model, or a topk that is none.
+    """
+    layers = grouped_layers(model)
+    made = indexers_of(layers, topk, indexer, model.config.get_text_config().hidden_size)
+    before = model.config.get_text_config()._attn_implementation
+    for number, module in layers.items():
+        if type(module) not in ATTACHED.values():
+            _change_class(module, attached_class(type(module)))
+        weight = next(module.parameters())
+        one = made.get(number)
+        module.indexer = None if one is None else one.to(weight.device, weight.dtype)
+    if before != NAME:
+        setattr(model, BEFORE, before)
+        _set_implementation(model, NAME)
+
+
 def disable(model: PreTrainedModel) -> None:
-    """Undo :func:`enable`; a model that it did not change stays as it is."""
+    """Undo :func:`enable` or :func:`attach`; a model that neither changed stays as it is."""
     changed = [module for module in model.modules() if type(module) in DENSE]
     for module in changed:
+        if type(module) in ATTACHED.values():
+            del module.indexer
         _change_class(module, DENSE[type(module)])
     if changed:
         _set_implementation(model, getattr(model, BEFORE))

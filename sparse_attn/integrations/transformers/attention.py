@@ -20,4 +20,9 @@ class SparseAttention:
         for name in ("cache", "past_key_values"):
             if name in kwargs:
                 kwargs[name] = growing(kwargs[name])
+        kwargs |= self.selection(hidden_states, kwargs)
         return super().forward(hidden_states, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def selection(self, hidden_states: Tensor, kwargs: dict) -> dict:
+        """Further arguments for ``attend``, of a class whose own forward has no indexer."""
+        return {}

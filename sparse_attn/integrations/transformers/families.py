@@ -13,6 +13,7 @@ from .pools import Glm5NextAttention, Glm5NextIndexer, Qwen4ExpAttention, Qwen4E
 from .tokens import HYV4Indexer, MistralIndexer, TokenIndexer
 
 SPARSE: dict[type[nn.Module], type[nn.Module]] = {}  # transformers' class: ours
+DENSE: dict[type[nn.Module], type[nn.Module]] = {}  # ours, also those of attach(): transformers'
 SUPPORTED: list[str] = []  # families, by model_type
 HALF, INTERLEAVED = "apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"  # names of their functions
 
@@ -26,27 +27,33 @@ def _family(
     except ModuleNotFoundError:
         return
     theirs = getattr(module, f"{prefix}Attention")
-    accepted = frozenset(inspect.signature(theirs.forward).parameters) | ACCEPTED
-    SPARSE[theirs] = _subclass(theirs, attention, accepted=accepted)
+    accepted = accepted_by(theirs)
+    SPARSE[theirs] = subclass(theirs, attention, accepted=accepted)
     theirs = next(
         x for name, x in vars(module).items() if name.startswith(prefix) and name.endswith("Indexer")
     )
-    SPARSE[theirs] = _subclass(theirs, indexer, **_rotation(module, rotation))
+    SPARSE[theirs] = subclass(theirs, indexer, **_rotation(module, rotation))
     for part, ours in others.items():
         theirs = getattr(module, f"{prefix}{part}")
-        SPARSE[theirs] = _subclass(theirs, ours)
+        SPARSE[theirs] = subclass(theirs, ours)
     SUPPORTED.append(name)
+
+
+def accepted_by(theirs: type) -> frozenset[str]:
+    """Names of the arguments that an attention class may be given."""
+    return frozenset(inspect.signature(theirs.forward).parameters) | ACCEPTED
 
 
 def _rotation(module, name: str | None) -> dict:
     return {} if name is None else {"rotation": staticmethod(getattr(module, name))}
 
 
-def _subclass(theirs: type, mixin: type, **attributes) -> type:
+def subclass(theirs: type, mixin: type, **attributes) -> type:
     """In this module's namespace, so that models can be pickled."""
     name = f"Sparse{theirs.__name__}"
-    globals()[name] = type(name, (mixin, theirs), {"__module__": __name__, **attributes})
-    return globals()[name]
+    globals()[name] = ours = type(name, (mixin, theirs), {"__module__": __name__, **attributes})
+    DENSE[ours] = theirs
+    return ours
 
 
 _family("deepseek_v32", "DeepseekV32", LatentAttention, TokenIndexer, HALF)

@@ -1,13 +1,76 @@
 """Grouped-query attention over the selected rows, inside the forwards of transformers' own layers."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ...ops.attention import sparse_gqa
+from .attention import SparseAttention
+from .dense import dense
+from .indexers import AttentionScores, HiddenStates, IndexKeys
 from .inputs import query_chunks
 
 INDEX_BYTES = 8  # of an index while it is made: itself, and what it is compared with
+
+
+class GroupedAttention(SparseAttention):
+    """Mixed into an attention class of transformers that has no indexer; :func:`attach` gives it one."""
+
+    indexer: AttentionScores | HiddenStates | None  # None for a layer with a window
+
+    def selection(self, hidden_states: Tensor, kwargs: dict) -> dict:
+        if not isinstance(self.indexer, HiddenStates):
+            return {}
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None:
+            cache = IndexKeys(cache, self.config.num_hidden_layers)
+        angles = _angles(kwargs.get("position_embeddings"))
+        mask = kwargs.get("attention_mask")
+        return {"indices": self.indexer(hidden_states, hidden_states, angles, mask, cache=cache)}
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        indices: Tensor | None = None,
+        **known,
+    ) -> Tensor:
+        """The attention function.
+
+        Args:
+            query: ``[B, heads, S, d]``.
+            key, value: ``[B, kv_heads, T, d]`` and ``[B, kv_heads, T, d_v]``.
+            mask: for :meth:`~.inputs.Visible.of`.
+            indices: ``[B, S, topk]`` int32, negative for none; by default those of the training-free indexer.
+
+        Returns:
+            ``[B, S, heads, d_v]``.
+
+        Raises:
+            TypeError: an option of the attention that changes its result, and that is not known here.
+        """
+        for name, option in known.items():
+            if name not in self.accepted and option is not None:
+                raise TypeError(f"{name}: {type(self).__name__} does not know this option, got {option!r:.60}")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if self.indexer is None:
+            return dense(query, key, value, mask, scaling, sliding_window)
+        if indices is None:
+            indices = self.indexer(query, key, mask, scaling)
+        return attend_grouped(query, key, value, lambda t: indices[:, t], scaling)
+
+
+def _angles(position_embeddings: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(position_embeddings, tuple) or len(position_embeddings) != 2:
+        got = type(position_embeddings).__name__
+        raise TypeError(f"position_embeddings: expected (cos, sin) for the indexer's rotation, got {got}")
+    return position_embeddings
 
 
 def attend_grouped(

@@ -41,10 +41,14 @@ class TokenIndexer(Indexer):
             positions = None if position_ids is None else position_ids[:, t]
             q = self._rotate(self._query(q_resid[:, t], positions), [x[:, t] for x in position_embeddings])
             weights = head_weights(self, hidden_states[:, t])
-            return lightning(q, k, weights, self.index_topk, visible.part(t))
+            return self._select(q, k, weights, visible.part(t))
 
         chunks = query_chunks(s_q, batch * self.n_heads * d * k.element_size())
         return self.selected(select, chunks, hidden_states)
+
+    def _select(self, q: Tensor, k: Tensor, weights: Tensor, visible: Visible) -> Tensor:
+        """For :func:`lightning`; ``[B, s_q, topk]``."""
+        return lightning(q, k, weights, self.index_topk, visible)
 
     def _query(self, q_resid: Tensor, position_ids: Tensor | None) -> Tensor:
         """``[B, s_q, n_heads, head_dim]``."""
