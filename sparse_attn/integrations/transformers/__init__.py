@@ -35,7 +35,9 @@ _check_version(transformers.__version__)
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
 
+from .adapt import adapt  # noqa: E402
 from .attach import ATTACHED, attached_class, grouped_layers, indexers_of  # noqa: E402
+from .distil import distill  # noqa: E402
 from .families import DENSE, SPARSE, SUPPORTED  # noqa: E402
 from .indexers import Indexers, load_indexer, save_indexer  # noqa: E402
 from .inputs import NAME, visible_rows  # noqa: E402
@@ -43,8 +45,17 @@ from .latent import LatentAttention, check_kv_b_proj  # noqa: E402
 from .selections import Selections, record, replay  # noqa: E402
 
 __all__ = [
-    *("Indexers", "Selections", "attach", "disable", "enable"),
-    *("load_indexer", "record", "replay", "save_indexer"),
+    "Indexers",
+    "Selections",
+    "adapt",
+    "attach",
+    "disable",
+    "distill",
+    "enable",
+    "load_indexer",
+    "record",
+    "replay",
+    "save_indexer",
 ]
 
 BEFORE = "_attn_implementation_before_sparse"  # the attribute of a changed model that disable() needs
@@ -80,10 +91,8 @@ def enable(model: PreTrainedModel) -> None:
         _set_implementation(model, NAME)
 
 
-def attach(
-    model: PreTrainedModel, *, topk: int | Sequence[int], indexer: Indexers | None = None
-) -> None:
-    """Make the layers of a model that was trained with dense attention read ``topk`` tokens per query, in place.
+def attach(model: PreTrainedModel, *, topk: int | Sequence[int], indexer: Indexers | None = None) -> None:
+    """Make the layers of a model with dense attention read ``topk`` tokens per query, in place.
 
     For decoders with grouped-query attention (multi-head and multi-query included) that call transformers'
     attention interface: Llama, Mistral, Qwen2 and Qwen3, SmolLM3, Phi-3, Gemma3 and others. Layers with a

@@ -14,7 +14,10 @@ from .indexers import AttentionScores, Indexers
 
 ATTACHED: dict[type[nn.Module], type[nn.Module]] = {}  # transformers' class: ours
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' registry, as the modules of its models call it
-CHANGING = {"attn_logit_softcapping": "soft-capped scores", "sinks": "attention sinks"}  # attributes of layers
+CHANGING = {
+    "attn_logit_softcapping": "soft-capped scores",
+    "sinks": "attention sinks",
+}  # attributes of layers
 
 
 def attached_class(theirs: type[nn.Module]) -> type[nn.Module]:
@@ -50,8 +53,13 @@ def grouped_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     return found
 
 
+def full_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Those of :func:`grouped_layers` that read all tokens."""
+    return {number: module for number, module in grouped_layers(model).items() if _window(module) is None}
+
+
 def _window(module: Any) -> int | None:
-    return getattr(module, "sliding_window", None)
+    return getattr(module, "sliding_window", None) if getattr(module, "is_sliding", True) else None
 
 
 def _calls_interface(module: nn.Module) -> bool:

@@ -8,8 +8,9 @@ from torch import Tensor
 from ...ops.attention import sparse_gqa
 from .attention import SparseAttention
 from .dense import dense
+from .gradients import attend_with_gradients, divergence
 from .indexers import AttentionScores, HiddenStates, IndexKeys
-from .inputs import query_chunks
+from .inputs import Visible, query_chunks
 
 INDEX_BYTES = 8  # of an index while it is made: itself, and what it is compared with
 
@@ -18,6 +19,7 @@ class GroupedAttention(SparseAttention):
     """Mixed into an attention class of transformers that has no indexer; :func:`attach` gives it one."""
 
     indexer: AttentionScores | HiddenStates | None  # None for a layer with a window
+    adapting: list[Tensor] | None = None  # in :func:`adapt`, where the indexer's losses go
 
     def selection(self, hidden_states: Tensor, kwargs: dict) -> dict:
         if not isinstance(self.indexer, HiddenStates):
@@ -27,7 +29,12 @@ class GroupedAttention(SparseAttention):
             cache = IndexKeys(cache, self.config.num_hidden_layers)
         angles = _angles(kwargs.get("position_embeddings"))
         mask = kwargs.get("attention_mask")
-        return {"indices": self.indexer(hidden_states, hidden_states, angles, mask, cache=cache)}
+        made = {"indices": self.indexer(hidden_states, hidden_states, angles, mask, cache=cache)}
+        if self.adapting is not None:
+            if cache is not None:
+                raise ValueError("use_cache: expected False inside adapt(), got a cache")
+            made["index_scores"] = self.indexer.scores_of(hidden_states.detach(), angles, made["indices"])
+        return made
 
     def attend(
         self,
@@ -39,6 +46,7 @@ class GroupedAttention(SparseAttention):
         scaling: float | None = None,
         sliding_window: int | None = None,
         indices: Tensor | None = None,
+        index_scores: Tensor | None = None,
         **known,
     ) -> Tensor:
         """The attention function.
@@ -48,6 +56,7 @@ class GroupedAttention(SparseAttention):
             key, value: ``[B, kv_heads, T, d]`` and ``[B, kv_heads, T, d_v]``.
             mask: for :meth:`~.inputs.Visible.of`.
             indices: ``[B, S, topk]`` int32, negative for none; by default those of the training-free indexer.
+            index_scores: of these, with gradients; inside :func:`adapt`.
 
         Returns:
             ``[B, S, heads, d_v]``.
@@ -57,12 +66,21 @@ class GroupedAttention(SparseAttention):
         """
         for name, option in known.items():
             if name not in self.accepted and option is not None:
-                raise TypeError(f"{name}: {type(self).__name__} does not know this option, got {option!r:.60}")
+                raise TypeError(
+                    f"{name}: {type(self).__name__} does not know this option, got {option!r:.60}"
+                )
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if self.indexer is None:
             return dense(query, key, value, mask, scaling, sliding_window)
         if indices is None:
             indices = self.indexer(query, key, mask, scaling)
+        if self.adapting is not None:
+            out, paid = attend_with_gradients(query, key, value, indices, scaling)
+            if index_scores is not None:
+                first, stop, _ = Visible.of(mask, query.shape[2], key.shape[2])
+                ranked = (indices > first[..., None]) & (indices < stop[..., None] - 1)  # not always selected
+                self.adapting.append(divergence(paid, index_scores, ranked).mean())
+            return out
         return attend_grouped(query, key, value, lambda t: indices[:, t], scaling)
 
 

@@ -82,13 +82,30 @@ class HiddenStates(TokenIndexer, nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(hidden_size, n_heads, bias=False)
 
-    def inputs(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q ``[B, S, heads, d]``, k ``[B, S, d]`` and weights ``[B, S, heads]`` of the index scores."""
+    def scores(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], t: Tensor) -> Tensor:
+        """Index scores ``[n, T]`` of all tokens for the queries at ``t`` ``[n]``, of one sequence.
+
+        Args:
+            hidden_states: ``[T, hidden_size]``.
+            position_embeddings: cos and sin, ``[T, d]``.
+        """
+        cos, sin = (x[None] for x in position_embeddings)
+        states = hidden_states[None]
+        q = self._rotate(self._query(states[:, t], None), (cos[:, t], sin[:, t]))[0]  # [n, heads, d]
+        k = self._rotate(self._key(states)[:, :, None], (cos, sin))[0, :, 0]  # [T, d]
+        dots = (q.flatten(0, 1) @ k.mT).view(*q.shape[:2], -1).relu()
+        return (head_weights(self, hidden_states[t])[:, None] @ dots)[:, 0]
+
+    def scores_of(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], indices: Tensor
+    ) -> Tensor:
+        """Index scores ``[B, S, k]`` of the tokens ``indices`` ``[B, S, k]``, those of the same sequences."""
         q = self._rotate(self._query(hidden_states, None), position_embeddings)
         k = self._rotate(self._key(hidden_states)[:, :, None], position_embeddings)[:, :, 0]
-        return q, k, head_weights(self, hidden_states)
+        sequence = torch.arange(len(k), device=k.device)[:, None, None]
+        rows = k[sequence, indices.clamp_min(0).long()]  # [B, S, k, d]
+        dots = torch.einsum("bshd,bskd->bshk", q, rows).relu()
+        return torch.einsum("bsh,bshk->bsk", head_weights(self, hidden_states), dots)
 
     def _select(self, q: Tensor, k: Tensor, weights: Tensor, visible: Visible) -> Tensor:
         own = visible.stop - 1
@@ -116,7 +133,7 @@ class HiddenStates(TokenIndexer, nn.Module):
 
 
 class Indexers(nn.Module):
-    """A :class:`HiddenStates` indexer for each of a model's layers, and how much each loses at how few tokens.
+    """A :class:`HiddenStates` indexer for each layer of a model, and how much each loses at how few tokens.
 
     ``indexers[layer_idx]`` is one. :func:`attach` copies them into a model.
 
@@ -184,7 +201,9 @@ def load_indexer(path: str | Path) -> Indexers:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"path: expected a file of save_indexer ({FORMAT}), got {metadata.get('format')!r}")
+            raise ValueError(
+                f"path: expected a file of save_indexer ({FORMAT}), got {metadata.get('format')!r}"
+            )
         config = json.loads(metadata["config"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     by_layer = ({int(number): value for number, value in config[name].items()} for name in ("sizes", "lost"))

@@ -1,0 +1,83 @@
+"""Distil an indexer for SmolLM2-135M-Instruct from its own dense attention, on texts that are at hand.
+
+    python examples/distil.py --output smollm2-135m-indexer.safetensors
+
+The texts are documentation of installed packages, with passages to be found again hidden in some of them.
+A run that was stopped goes on where it was, if it is given a --folder.
+"""
+
+import argparse
+import ast
+import importlib.util
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PACKAGES = "torch", "numpy", "transformers"  # whose documentation is read, beside the standard library's
+LENGTHS = 2048, 4096, 4096, 8192  # of the texts, in turn
+THINGS = "pass key", "secret number", "access code", "serial number", "door code", "phone extension"
+PLACES = "the library", "the blue house", "room seven", "the old mill", "Anna's desk", "the north gate"
+
+
+def documentation(seed: int = 0) -> Iterator[str]:
+    """Texts of some thousand words: the docstrings of a module, of modules in a random order."""
+    folders = [Path(sysconfig.get_path("stdlib"))]
+    folders += [Path(spec.origin).parent for name in PACKAGES if (spec := importlib.util.find_spec(name))]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    files = [
+        file
+        for file in files
+        if not {"site-packages", "test", "tests"} & {*file.parts[len(folders[0].parts) :]}
+    ]
+    random.Random(seed).shuffle(files)
+    for file in files:
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+        text = "\n\n".join(text for text in found if text)
+        if len(text) > 2000:
+            yield text[:20000]
+
+
+def passages(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """Facts to hide in a text, each with the question that asks for it and the answer."""
+    names = rng.sample([f"{thing} of {place}" for thing in THINGS for place in PLACES], count)
+    made = []
+    for name in names:
+        number = str(rng.randrange(10 ** rng.randrange(3, 7), 10**7))
+        fact = rng.choice(
+            ["The {0} is {1}.", "Note that the {0} is {1}. Keep it in mind.", "{1} is the {0}."]
+        )
+        question = rng.choice(["What is the {0}? The {0} is {1}.", "Q: Which number is the {0}?\nA: {1}"])
+        made.append((fact.format(name, number), question.format(name, number)))
+    return made
+
+
+def training_texts(tokenizer, count: int, seed: int = 0) -> list[Tensor]:
+    """Token ids ``[tokens]`` of texts whose lengths are LENGTHS in turn.
+
+    Two of three hide some passages, and end with questions for them and the answers.
+    """
+    rng, source = random.Random(seed), documentation(seed)
+    texts = []
+    for number in range(count):
+        length = LENGTHS[number % len(LENGTHS)]
+        facts = passages(rng, 6) if number % 3 else []
+        end = tokenizer("\n\n" + "\n".join(question for _, question in facts)).input_ids if facts else []
+        body: list[int] = []
+        while len(body) < length:
+            body += tokenizer(next(source) + "\n\n\n").input_ids
+        hidden = [tokenizer(f"\n\n{fact}\n\n").input_ids for fact, _ in facts]
+        del body[length - len(end) - sum(map(len, hidden)) :]
+        for ids in hidden:
+            at = rng.randrange(len(body))
+            body[at:at] = ids
+        texts.append(torch.tensor(body + end))
+    return texts

@@ -1,0 +1,354 @@
+"""Indexers distilled from the dense attention of a model: DeepSeek's warm-up.
+
+The model reads some texts with dense attention. Each layer's indexer then learns to score a token by the
+attention that it gets, the mean over the query heads. The loss is
+
+that of :func:`~.gradients.divergence`, over the tokens between a sequence's first one and the query's own, which
+are always selected. A query weighs as much as the attention that it pays to them. Layers are independent of
+each other.
+
+Source: DeepSeek-V3.2 report, section 2.1, dense warm-up; there all queries weigh the same.
+"""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .attach import full_layers
+from .gradients import divergence
+from .indexers import HiddenStates, Indexers
+from .inputs import NAME
+
+WATCHED = f"{NAME}_watched"  # the name of dense attention that is watched, in transformers' registries
+LAST = 64  # tokens at the end of a text that are always among its queries: there a text asks
+COUNTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens at which it is measured what a layer loses
+ATTEMPTS = 3  # at a layer whose loss stays flat
+
+
+class Heads(NamedTuple):
+    """What an attention layer has read of one text, and what it computes with."""
+
+    hidden_states: Tensor  # [T, hidden_size]
+    angles: tuple[Tensor, Tensor]  # cos and sin, [T, d]
+    query: Tensor  # [kv_heads, group, T, d]
+    key: Tensor  # [kv_heads, T, d]
+    value: Tensor  # [kv_heads, T, d_v]
+    scaling: float
+
+    def attention(self, t: Tensor) -> Tensor:
+        """``[kv_heads, group, n, T]`` fp32: what queries at positions ``t`` ``[n]`` pay to every token."""
+        scores = (self.query[:, :, t] @ self.key[:, None].transpose(-1, -2)).float() * self.scaling
+        future = torch.arange(scores.shape[-1], device=t.device) > t[:, None]
+        return scores.masked_fill_(future, -torch.inf).softmax(-1)
+
+
+def distill(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    *,
+    index_n_heads: int = 4,
+    index_head_dim: int = 64,
+    index_rope_dim: int | None = None,
+    steps: int = 400,
+    queries: int = 256,
+    learning_rate: float = 3e-3,
+    folder: Path | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Indexers:
+    """Train an indexer for each layer of a model that reads all tokens, from its dense attention.
+
+    Texts should be as long as those that the indexers will serve, and contain what they will be asked for:
+    an indexer that never saw a question about something far away does not find it. The last tenth of the
+    texts (at least one) is not trained on: there it is measured what each layer loses at how few tokens, from
+    which :func:`attach` gives each layer its share.
+
+    Args:
+        model: on any device; its weights stay as they are.
+        texts: token ids, ``[tokens]`` each; two at least.
+        index_n_heads: index heads of a layer.
+        index_head_dim: dimensions of an index head.
+        index_rope_dim: of those, how many are rotated; by default half of them.
+        steps: of the optimiser for each layer.
+        queries: of a text, for which the attention is stored.
+        learning_rate: of AdamW at its highest.
+        folder: where the attention and finished layers are stored, so that a run that was stopped goes on;
+            by default a temporary one. It takes ``2 * tokens * (hidden_size + queries)`` bytes per text and
+            layer.
+        seed: of the weights and the choice of queries.
+        progress: show bars.
+
+    Returns:
+        The indexers, in fp32 on the model's device, for :func:`attach` and :func:`save_indexer`.
+    """
+    layers = full_layers(model)
+    hidden_size = model.config.get_text_config().hidden_size
+    _check(texts, index_n_heads, index_head_dim, steps, queries)
+    rope_dim = index_head_dim // 2 if index_rope_dim is None else index_rope_dim
+    size = {"n_heads": index_n_heads, "head_dim": index_head_dim, "rope_dim": rope_dim}
+    indexers = Indexers(hidden_size, {number: dict(size) for number in layers}).to(model.device)
+    held_out = max(1, len(texts) // 10)
+    with contextlib.ExitStack() as stack:
+        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        files = [place / f"text-{number}.safetensors" for number in range(len(texts) - held_out)]
+        digests = [_digest(text.tolist(), queries, seed) for text in texts]
+        for number, file in enumerate(tqdm(files, "dense attention", disable=not progress)):
+            if not _finished(file, digests[number]):
+                stored = _read(model, layers, texts[number], queries, seed + number)
+                _save(stored, file, digests[number])
+        run = _digest(size, steps, learning_rate, digests)
+        for number in tqdm(layers, "layers", disable=not progress):
+            file = place / f"layer-{number}.safetensors"
+            if _finished(file, run):
+                indexers[number].load_state_dict(load_file(file))
+            else:
+                examples = [_Example.of(text, number, model.device) for text in files]
+                _train(indexers[number], examples, steps, learning_rate, seed)
+                _save(indexers[number].state_dict(), file, run)
+        lost = [_lost(model, layers, text, indexers) for text in texts[-held_out:]]
+    indexers.counts = list(COUNTS)
+    indexers.lost = {number: torch.stack([x[number] for x in lost]).mean(0).tolist() for number in layers}
+    return indexers.eval()
+
+
+def _digest(*made_from: Any) -> str:
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+
+def _finished(file: Path, digest: str) -> bool:
+    """Whether there is a file, and then of this run."""
+    if not file.exists():
+        return False
+    with safe_open(file, "pt") as held:
+        if held.metadata()["made_from"] != digest:
+            raise ValueError(f"folder: expected one of the same arguments, got {file} of others")
+    return True
+
+
+def _save(tensors: dict[str, Tensor], file: Path, digest: str) -> None:
+    """As a whole or not at all."""
+    part = file.with_suffix(".part")
+    made = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    save_file(made, part, {"made_from": digest})
+    part.rename(file)
+
+
+def _check(texts: Sequence[Tensor], heads: int, head_dim: int, steps: int, queries: int) -> None:
+    if len(texts) < 2:
+        raise ValueError(f"texts: expected two at least, got {len(texts)}")
+    for number, text in enumerate(texts):
+        if not isinstance(text, Tensor) or text.dim() != 1 or text.dtype != torch.long:
+            got = f"{list(text.shape)} {text.dtype}" if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"texts[{number}]: expected token ids [tokens] int64, got {got}")
+        if len(text) <= LAST:
+            raise ValueError(f"texts[{number}]: expected more than {LAST} tokens, got {len(text)}")
+    for name, value in (("index_n_heads", heads), ("steps", steps), ("queries", queries)):
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 at least, got {value}")
+    if head_dim < 4 or head_dim % 4:
+        raise ValueError(f"index_head_dim: expected a multiple of 4, got {head_dim}")
+
+
+# The dense attention
+
+
+@contextlib.contextmanager
+def _watched(
+    model: PreTrainedModel, layers: dict[int, nn.Module], watch: Callable[[int, Heads], None]
+) -> Iterator[None]:
+    """Call ``watch`` at the attention of each layer, while the model reads one text without a cache."""
+    before = model.config.get_text_config()._attn_implementation
+    given: dict[nn.Module, dict[str, Any]] = {}
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given[module] = {"hidden_states": args[0] if args else kwargs["hidden_states"], **kwargs}
+
+    def attend(number: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float):
+        held = given.pop(module)
+        angles = tuple(x[0].float() for x in held["position_embeddings"])
+        grouped = query[0].unflatten(0, (key.shape[1], -1))
+        watch(number, Heads(held["hidden_states"][0], angles, grouped, key[0], value[0], scaling))
+
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in layers.values()]
+    for number, module in layers.items():
+        module._watched_by = (attend, number)  # pyright: ignore[reportAttributeAccessIssue]
+    model.set_attn_implementation(WATCHED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for handle, module in zip(handles, layers.values(), strict=True):
+            handle.remove()
+            del module._watched_by
+
+
+def _watched_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
+):
+    if hasattr(module, "_watched_by"):
+        attend, number = module._watched_by
+        attend(number, module, query, key, value, options.get("scaling") or query.shape[-1] ** -0.5)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+AttentionInterface.register(WATCHED, _watched_attention)
+AttentionMaskInterface.register(WATCHED, sdpa_mask)
+
+
+@torch.no_grad()
+def _read(
+    model: PreTrainedModel, layers: dict[int, nn.Module], text: Tensor, queries: int, seed: int
+) -> dict[str, Tensor]:
+    """The hidden states of every layer and what some queries attend to."""
+    t = _some_queries(len(text), queries, seed).to(model.device)
+    stored: dict[str, Tensor] = {"queries": t}
+
+    def watch(number: int, heads: Heads) -> None:
+        parts = [heads.attention(part).mean((0, 1)) for part in t.split(64)]
+        stored[f"attention.{number}"] = torch.cat(parts).half()
+        stored[f"hidden_states.{number}"] = heads.hidden_states.bfloat16()
+        stored.setdefault("cos", heads.angles[0]), stored.setdefault("sin", heads.angles[1])
+
+    with _watched(model, layers, watch):
+        model.base_model(text[None].to(model.device), use_cache=False)
+    return stored
+
+
+def _some_queries(tokens: int, queries: int, seed: int) -> Tensor:
+    """Positions, ascending: the last ones, and others drawn from where there is something to select."""
+    generator = torch.Generator().manual_seed(seed)
+    last = torch.arange(tokens - LAST, tokens)
+    drawn = torch.randperm(tokens - LAST - 2, generator=generator)[: max(0, queries - LAST)] + 2
+    return torch.cat([drawn.sort().values, last[-queries:]])
+
+
+# Training
+
+
+class _Example(NamedTuple):
+    """A text for one layer."""
+
+    hidden_states: Tensor  # [T, hidden_size] bf16
+    angles: tuple[Tensor, Tensor]
+    queries: Tensor  # [n] int64
+    attention: Tensor  # [n, T] fp16
+
+    @classmethod
+    def of(cls, file: Path, layer: int, device: torch.device) -> "_Example":
+        with safe_open(file, "pt", str(device)) as held:
+            names = f"hidden_states.{layer}", "cos", "sin", "queries", f"attention.{layer}"
+            hidden_states, cos, sin, queries, attention = (held.get_tensor(name) for name in names)
+        return cls(hidden_states, (cos, sin), queries, attention)
+
+
+def _train(indexer: HiddenStates, examples: list[_Example], steps: int, rate: float, seed: int) -> None:
+    for attempt in range(ATTEMPTS):
+        generator = torch.Generator().manual_seed(seed + attempt)
+        _initialise(indexer, examples, generator)
+        losses = _optimise(indexer, examples, steps, rate / 2**attempt, generator)
+        quarter = max(1, len(losses) // 4)
+        if sum(losses[-quarter:]) < 0.98 * sum(losses[:quarter]) or len(losses) < 8:
+            return  # it learned; a layer whose relus all died has a flat loss
+
+
+@torch.no_grad()
+def _initialise(indexer: HiddenStates, examples: list[_Example], generator: torch.Generator) -> None:
+    """Weights for which q, k and the heads' weights are about 1, whatever the scale of the hidden states."""
+    some = torch.cat([x.hidden_states[::64] for x in examples]).float()
+    rms, mean = some.square().mean().sqrt(), some.mean(0)
+    for linear in (indexer.wq_b, indexer.wk):
+        random = torch.randn(linear.weight.shape, generator=generator).to(some.device)
+        linear.weight.copy_(random / (rms * some.shape[1] ** 0.5))
+    indexer.weights_proj.weight.copy_((mean / mean.square().sum()).expand(indexer.n_heads, -1))
+
+
+def _optimise(
+    indexer: HiddenStates, examples: list[_Example], steps: int, rate: float, generator: torch.Generator
+) -> list[float]:
+    """The loss at each step; the rate rises for a tenth of them and falls to nothing."""
+    optimiser = torch.optim.AdamW(indexer.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    )
+    losses = []
+    for step in range(steps):
+        if step % len(examples) == 0:
+            order = torch.randperm(len(examples), generator=generator).tolist()
+        example = examples[order[step % len(examples)]]
+        some = torch.randperm(len(example.queries), generator=generator)[:128]
+        with torch.enable_grad():
+            loss = _loss(indexer, example, some.to(example.queries.device))
+            optimiser.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(indexer.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _loss(indexer: HiddenStates, example: _Example, some: Tensor) -> Tensor:
+    t = example.queries[some]
+    scores = indexer.scores(example.hidden_states.float(), example.angles, t)
+    return divergence(example.attention[some].float(), scores, _between(t, scores.shape[1])).mean()
+
+
+def _between(t: Tensor, tokens: int) -> Tensor:
+    """``[n, T]``: whether a token lies between the first one and that of the query."""
+    s = torch.arange(tokens, device=t.device)
+    return (s > 0) & (s < t[:, None])
+
+
+# What a layer loses
+
+
+@torch.no_grad()
+def _lost(
+    model: PreTrainedModel, layers: dict[int, nn.Module], text: Tensor, indexers: Indexers
+) -> dict[int, Tensor]:
+    """By layer, ``[len(COUNTS)]``: the squared error of the attention's output with so few tokens, relative to
+    the stream that it is added to."""
+    t = torch.arange(len(text) // 4, len(text), max(1, len(text) // 256), device=model.device)
+    lost: dict[int, Tensor] = {}
+
+    def watch(number: int, heads: Heads) -> None:
+        scores = indexers[number].scores(heads.hidden_states.float(), heads.angles, t)
+        scores.masked_fill_(~_between(t, len(text)), -torch.inf)
+        scores[:, 0] = torch.inf
+        scores[torch.arange(len(t)), t] = torch.inf
+        rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
+        attention = heads.attention(t)
+        project = _output_projection(layers[number])
+        outs = []
+        for count in (len(text), *COUNTS):
+            kept = attention * (rank < count)
+            out = (kept / kept.sum(-1, keepdim=True)).to(heads.value.dtype) @ heads.value[:, None]
+            outs.append(project(out.flatten(0, 1).transpose(0, 1).flatten(1)).float())
+        lost[number] = torch.stack([(out - outs[0]).square().sum(-1).mean() for out in outs[1:]])
+
+    with _watched(model, layers, watch):
+        states = model.base_model(text[None].to(model.device), use_cache=False, output_hidden_states=True)
+    for number in layers:
+        stream = states.hidden_states[number][0, t].float().square().sum(-1).mean()
+        lost[number] = (lost[number] / stream).cpu()
+    return lost
+
+
+def _output_projection(layer: nn.Module) -> nn.Linear:
+    """The last linear layer of an attention module but for its indexer: models name it differently."""
+    return [module for name, module in layer.named_children() if isinstance(module, nn.Linear)][-1]
