@@ -10,12 +10,15 @@ import argparse
 import ast
 import importlib.util
 import random
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 PACKAGES = "torch", "numpy", "transformers"  # whose documentation is read, beside the standard library's
 LENGTHS = 2048, 4096, 4096, 8192  # of the texts, in turn
@@ -24,14 +27,15 @@ PLACES = "the library", "the blue house", "room seven", "the old mill", "Anna's 
 
 
 def documentation(seed: int = 0) -> Iterator[str]:
-    """Texts of some thousand words: the docstrings of a module, of modules in a random order."""
+    """The docstrings of a module, of modules in a random order; at most some thousand words each."""
     folders = [Path(sysconfig.get_path("stdlib"))]
     folders += [Path(spec.origin).parent for name in PACKAGES if (spec := importlib.util.find_spec(name))]
-    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    left_out = {"site-packages", "test", "tests"}
     files = [
         file
-        for file in files
-        if not {"site-packages", "test", "tests"} & {*file.parts[len(folders[0].parts) :]}
+        for folder in folders
+        for file in sorted(folder.rglob("*.py"))
+        if not left_out & {*file.relative_to(folder).parts}
     ]
     random.Random(seed).shuffle(files)
     for file in files:
@@ -81,3 +85,30 @@ def training_texts(tokenizer, count: int, seed: int = 0) -> list[Tensor]:
             body[at:at] = ids
         texts.append(torch.tensor(body + end))
     return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("smollm2-135m-indexer.safetensors"))
+    parser.add_argument("--folder", type=Path, help="where a run that is stopped goes on (default: none)")
+    parser.add_argument("--texts", type=int, default=16, help="how many (default 16)")
+    parser.add_argument("--steps", type=int, default=500, help="for each layer (default 500)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    options = parser.parse_args()
+
+    import sparse_attn.integrations.transformers as sa
+    from real_model import load_model
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer, model = load_model()
+    texts = training_texts(tokenizer, options.texts)
+    size = {"index_n_heads": 4, "index_head_dim": 32}  # half as wide as usual, hardly worse here
+    indexers = sa.distill(model.to(options.device), texts, **size, steps=options.steps, folder=options.folder)
+    sa.save_indexer(indexers, options.output)
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,21 +1,22 @@
-"""DeepSeek Sparse Attention inside a real pretrained model, without training.
+"""DeepSeek Sparse Attention inside a real pretrained model: dense, training-free and distilled.
 
 SmolLM2-135M-Instruct (Llama: 30 layers, 9 query and 3 key/value heads of 64) was trained with dense
-attention. Here every layer, at every position, attends to the k tokens that an indexer selects. The
-indexer is made of the model's own projections: a key's index vector is its rotated heads side by side,
-and each query head is one index head, compared with its own key/value head.
+attention. Here every layer, at every position, attends to the k tokens that an indexer selects:
 
-That indexer costs as much as dense attention scores do, so it shows what quality DSA keeps, not how fast
-it is: a trained indexer is several times narrower than the attention that it saves.
+training-free: those that dense attention pays most to. It computes all of dense attention's scores, so it
+    shows what quality k tokens can keep, not how fast they are.
+distilled: those that a narrow lightning indexer ranks highest (4 heads of 32 per layer, 6 MB in all), which
+    learned from the dense attention. examples/distil.py made it, from texts that are not read here.
 """
 
+import functools
 import importlib.util
 import io
-import math
 import random
+import statistics
 from collections.abc import Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -28,109 +29,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sparse_attn.integrations.transformers as sa
 from bench.command import table
 from bench.timing import CPU, describe, now
-from sparse_attn import lightning_topk, sparse_gqa
 
 MODEL = "SmolLM2-135M-Instruct"
-THRESHOLD = 1.5  # standard deviations by which a key stands out for a head; 1 to 2 do about equally well
-MEAN_WEIGHT = 0.5  # of the mean over heads, it ranks the keys that stand out for no head
-MEAN_OFFSET = 20.0  # lifts that mean above zero, where relu leaves it alone
-
-
-# DSA in a transformers model
-
-
-def training_free_indexer(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The indexer of a layer that was trained with dense attention, from that layer's own heads.
-
-    Logits of different heads compare in units of their own spread: head j's standard score of key s is
-    ``z_js = (q_j . k_s - mean_j) / std_j`` over the keys that the query sees. The index score is
-
-        ``sum_j relu(z_js - THRESHOLD) + MEAN_WEIGHT * relu(mean_j z_js + MEAN_OFFSET)``,
-
-    which has DSA's form ``sum_j weight_j * relu(q_index_j . k_index_s)``: the division goes into the query,
-    and what is subtracted into one more dimension, where every key holds 1.
-
-    Mean and variance of ``q . k`` follow from running moments of the keys, with the dimensions of a key
-    taken as uncorrelated; so nothing of size [s_q, s_kv] is needed.
-
-    Args:
-        q: ``[s_q, h_q, d]``, rotated; the last s_q tokens.
-        k: ``[s_kv, h_kv, d]``, rotated.
-
-    Returns:
-        q_index ``[s_q, h_q + 1, h_kv * d + 1]``, k_index ``[s_kv, h_kv * d + 1]`` and
-        weights ``[s_q, h_q + 1]``.
-    """
-    s_q, h_kv = q.shape[0], k.shape[1]
-    key_mean = running_mean(k, s_q)  # [s_q, h_kv, d]
-    key_variance = (running_mean(k.square(), s_q) - key_mean.square()).clamp_min(0)
-    q = q.unflatten(1, (h_kv, -1))  # [s_q, h_kv, group, d]
-    std = (q.square() * key_variance[:, :, None]).sum(-1, keepdim=True).sqrt()
-    q = q / std.clamp_min(1e-6)  # with one visible key std is 0
-    mean = (q * key_mean[:, :, None]).sum(-1, keepdim=True)
-
-    own_slot = torch.eye(h_kv, dtype=q.dtype, device=q.device)[:, None, :, None]  # [h_kv, 1, h_kv, 1]
-    in_slot = (q[:, :, :, None] * own_slot).flatten(3)  # [s_q, h_kv, group, h_kv * d]
-    score = torch.cat([in_slot, -mean], -1).flatten(1, 2)  # score @ [k_s, 1] = z_s
-    q_index = torch.cat([score, score.mean(1, keepdim=True)], 1)
-    q_index[:, :-1, -1] -= THRESHOLD
-    q_index[:, -1, -1] += MEAN_OFFSET
-    weights = q.new_ones(q_index.shape[:2])
-    weights[:, -1] = MEAN_WEIGHT
-    return q_index, F.pad(k.flatten(1), (0, 1), value=1.0), weights
-
-
-def running_mean(x: Tensor, n: int) -> Tensor:
-    """x ``[s, h, d]`` -> the mean of all rows up to each of the last n: ``[n, h, d]``."""
-    count = torch.arange(len(x) - n + 1, len(x) + 1, device=x.device)
-    return (x[:-n].sum(0) + x[-n:].cumsum(0)) / count[:, None, None]
-
-
-def select_tokens(q: Tensor, k: Tensor, topk: int) -> Tensor:
-    """One set of at most ``topk`` visible tokens for each query, shared by all heads: ``[s_q, topk]``."""
-    s_q, s_kv = q.shape[0], k.shape[0]
-    ke = torch.arange(s_kv - s_q + 1, s_kv + 1, dtype=torch.int32, device=q.device)  # up to itself
-    return lightning_topk(*training_free_indexer(q, k), topk, torch.zeros_like(ke), ke)
-
-
-def dsa_attention(module, query, key, value, attention_mask, *, scaling, observe=None, **_):
-    """Attention function for transformers; ``model.config.index_topk`` tokens per query.
-
-    Args:
-        query: ``[1, h_q, s_q, d]``, the newest tokens.
-        key, value: ``[1, h_kv, s_kv, d]``, the whole cache.
-        observe: called with (layer, q, k, indices, lse, scaling); pass it to the model's forward.
-
-    Returns:
-        out ``[1, s_q, h_q, d]``, and None in place of attention weights.
-    """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
-    indices = select_tokens(q, k, module.config.index_topk)
-    out, lse = sparse_gqa(q, k, v, indices, softmax_scale=scaling, return_lse=True)
-    if observe is not None:
-        observe(module.layer_idx, q, k, indices, lse, scaling)
-    return out[None], None
-
-
-def dsa_mask(batch_size, attention_mask=None, allow_is_causal_skip=True, **_):
-    """DSA needs no [s_q, s_kv] mask: what a query sees is a range of positions."""
-    padded = attention_mask is not None and not attention_mask.all()
-    if batch_size != 1 or padded or not allow_is_causal_skip:
-        raise ValueError("dsa: expected one sequence without padding, causal, with a dynamic cache")
-
-
-AttentionInterface.register("dsa", dsa_attention)
-AttentionMaskInterface.register("dsa", dsa_mask)
-
-
-def use_attention(model, topk: int | None) -> None:
-    """Switch the model to DSA with ``topk`` tokens per query, or with None to transformers' dense sdpa."""
-    model.config.index_topk = topk
-    model.set_attn_implementation("dsa" if topk else "sdpa")
+DENSE, TRAINING_FREE, DISTILLED = "dense", "training-free", "distilled"
+INDEXERS = TRAINING_FREE, DISTILLED
 
 
 # The model and its text
@@ -168,53 +75,65 @@ class Reading:
 
     perplexity: float
     second_half: float  # perplexity of the second half: the first k positions are dense
-    prefill_seconds: float  # without the output projection
-    decode_seconds: float  # of one token
+    kept: list[float]  # by layer, the share of dense attention that the selected tokens get
     continuation: Tensor  # [n] token ids, greedy
 
 
-@dataclass
-class Observer:
-    """Watches the layers of a sparse pass: the selection, and the attention mass that it keeps.
+def use_attention(model, indexer: str, topk: int | None = None) -> None:
+    """Switch the model to an indexer of INDEXERS with ``topk`` tokens per query, or to "dense"."""
+    sa.disable(model)
+    if indexer != DENSE:
+        sa.attach(model, topk=topk, indexer=distilled() if indexer == DISTILLED else None)
 
-    The kept share of a query and head is exp(lse of the selected tokens - lse of all tokens). Every
-    eighth query of the second half is measured.
-    """
 
-    indices: list[Tensor] = field(default_factory=list)  # [s_q, topk] per layer
-    mass: list[float] = field(default_factory=list)  # per layer, mean over heads and queries
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, indices: Tensor, lse: Tensor, scaling: float
-    ) -> None:
-        s = q.shape[0]
-        t = torch.arange(s // 2, s, 8, device=q.device)
-        queries = q[t].unflatten(1, (k.shape[1], -1))  # [n, h_kv, group, d]
-        scores = torch.einsum("nhgd,shd->nhgs", queries, k) * scaling
-        hidden = torch.arange(s, device=q.device) > t[:, None]  # [n, s]
-        dense_lse = scores.masked_fill(hidden[:, None, None], -math.inf).logsumexp(-1).flatten(1)
-        self.indices.append(indices)
-        self.mass.append((lse[t] - dense_lse).exp().mean().item())
+@functools.cache
+def distilled() -> sa.Indexers:
+    return sa.load_indexer(Path(__file__).parent / "smollm2-135m-indexer.safetensors")
 
 
 @torch.inference_mode()
-def read(model, ids: Tensor, new_tokens: int, **observe) -> Reading:
+def read(model, ids: Tensor, new_tokens: int, sparse: bool) -> Reading:
     """Predict every token of ids ``[s]`` from those before it, then continue greedily from the same cache."""
-    if ids.is_cuda:
-        generate(model, ids[:-1], 2)  # the first call compiles the kernels, and is not measured
-    start = now(ids.device)
-    output = model.model(ids[None, :-1], use_cache=True, **observe)
-    prefill = now(ids.device) - start
+    with sa.kept_attention(model) if sparse else nullcontext({}) as kept:
+        output = model.model(ids[None, :-1], use_cache=True)
     nll = [  # [s - 1] in pieces: the logits of all tokens would take 200 KB per token
         F.cross_entropy(model.lm_head(hidden), target, reduction="none")
         for hidden, target in zip(output.last_hidden_state[0].split(256), ids[1:].split(256), strict=True)
     ]
     nll = torch.cat(nll)
-    start = now(ids.device)
     continuation = generate(model, ids, new_tokens, past_key_values=output.past_key_values)
-    decode = (now(ids.device) - start) / max(len(continuation), 1)
+    shares = [mean for (mean,) in kept.values()]
     half = nll[len(nll) // 2 :]
-    return Reading(nll.mean().exp().item(), half.mean().exp().item(), prefill, decode, continuation)
+    return Reading(nll.mean().exp().item(), half.mean().exp().item(), shares, continuation)
+
+
+@torch.inference_mode()
+def measure_times(model, ids: Tensor, topk: Sequence[int], middle: int, steps: int, show) -> list[dict]:
+    """Seconds of a prefill of ids ``[s]``, without the output projection, and of decoding one token after it.
+
+    Every indexer at ``middle`` tokens per query, the distilled one's decoding at each of ``topk``.
+    """
+    rows = []
+    for indexer in (DENSE, *INDEXERS):
+        show(f"time at {len(ids)}, {indexer}")
+        use_attention(model, indexer, middle)
+        if ids.is_cuda:
+            model.model(ids[None], use_cache=False)  # the first call compiles the kernels
+        start = now(ids.device)
+        cache = model.model(ids[None], use_cache=True).past_key_values
+        prefill = now(ids.device) - start
+        for k in topk if indexer == DISTILLED else [middle]:
+            use_attention(model, indexer, k)
+            seconds = []
+            for token in ids[: steps + 1]:  # any tokens; the first one is not counted
+                start = now(ids.device)
+                model(token[None, None], past_key_values=cache)
+                seconds.append(now(ids.device) - start)
+            cache.crop(-(steps + 1))
+            row = {"tokens": len(ids), "indexer": indexer, "topk": None if indexer == DENSE else k}
+            decode = statistics.median(seconds[1:])
+            rows.append(row | {"prefill_seconds": prefill if k == middle else None, "decode_seconds": decode})
+    return rows
 
 
 def generate(model, ids: Tensor, new_tokens: int, **kwargs) -> Tensor:
@@ -244,16 +163,16 @@ def pass_key_prompt(tokenizer, haystack: Tensor, key: str, depth: float) -> Tens
 
 
 @torch.inference_mode()
-def retrieve(model, tokenizer, haystack: Tensor, topk: int, depths, show) -> list[dict]:
-    """Ask for a pass key hidden at each depth, with dense attention and with DSA."""
-    numbers = random.Random(0)
+def retrieve(model, tokenizer, haystack: Tensor, topk: int, depths, seed: int, show) -> list[dict]:
+    """Ask for a pass key hidden at each depth, with dense attention and each indexer."""
+    numbers = random.Random(seed)
     rows = []
     for depth in depths:
         row = {"depth": depth, "pass_key": str(numbers.randrange(10_000, 100_000))}
         prompt = pass_key_prompt(tokenizer, haystack, row["pass_key"], depth)
-        for name, k in (("dense", None), ("sparse", topk)):
+        for name in (DENSE, *INDEXERS):
             show(f"pass key at {depth:.0%}, {name}")
-            use_attention(model, k)
+            use_attention(model, name, topk)
             row[name] = tokenizer.decode(generate(model, prompt, len(row["pass_key"]) + 2)).strip()
         rows.append(row)
     return rows
@@ -274,57 +193,85 @@ def passes_progress(console: Console, passes: int):
 def quality_table(dense: dict, sparse: list[dict]) -> Table:
     cells = []
     for row in (dense, *sparse):
-        words = [row["name"]]
+        words = [row["indexer"], str(row["topk"] or "all")]
         for of, increase in (("perplexity", "increase"), ("second_half", "second_half_increase")):
             words.append(f"{row[of]:.2f} " + (f"{row[increase]:+5.1f} %" if row["topk"] else " " * 7))
-        words += [f"{row['mass_kept']:.1%}", f"{row['prefill_seconds']:.3g} s"]
-        cells.append([*words, f"{1e3 * row['decode_seconds']:.0f} ms"])
-    headings = "k", "perplexity", "second half", "mass kept", "prefill", "decode"
+        cells.append([*words, f"{row['kept']:.1%}"])
+    headings = "indexer", "k", "perplexity", "second half", "attention kept"
     title = "Perplexity, every layer sparse at every position"
-    return table(headings, cells, words=0, title=title, title_justify="left")
+    return table(headings, cells, words=1, title=title, title_justify="left")
+
+
+def times_table(times: list[dict]) -> Table:
+    dense = {row["tokens"]: row for row in times if row["indexer"] == DENSE}
+    cells = []
+    for row in times:
+        words = [row["indexer"], str(row["topk"] or "all"), f"{row['tokens']:,}"]
+        for name, unit, digits, factor in (("prefill", "s", 3, 1), ("decode", "ms", 3, 1e3)):
+            seconds, of_dense = row[f"{name}_seconds"], dense[row["tokens"]][f"{name}_seconds"]
+            ratio = f" ({of_dense / seconds:.1f}x)" if seconds and row["topk"] else ""
+            words.append(f"{factor * seconds:.{digits}g} {unit}{ratio}" if seconds else "")
+        cells.append(words)
+    headings = "indexer", "k", "context", "prefill", "decode of one token"
+    title = "Time; in brackets how many times longer dense attention takes"
+    return table(headings, cells, words=1, title=title, title_justify="left")
 
 
 def continuation_table(dense: dict, sparse: list[dict]) -> Table:
     made = Table(title="Greedy continuation of the text", title_justify="left", show_lines=True)
+    made.add_column("indexer")
     made.add_column("k", justify="right")
     made.add_column("as dense", justify="right")
     made.add_column("continuation")
     for row in (dense, *sparse):
         text = Text(" ".join(row["continuation"].split()))
-        made.add_row(row["name"], f"{row['tokens_as_dense']} of {dense['tokens_as_dense']}", text)
+        same = f"{row['tokens_as_dense']} of {dense['tokens_as_dense']}"
+        made.add_row(row["indexer"], str(row["topk"] or "all"), same, text)
     return made
 
 
 def pass_key_table(pass_keys: list[dict], topk: int) -> Table:
+    names = DENSE, *INDEXERS
     cells = []
     for row in pass_keys:
-        colour = {name: "green" if row["pass_key"] in row[name] else "red" for name in ("dense", "sparse")}
-        answers = [Text(row[name], style=colour[name]) for name in ("dense", "sparse")]
+        colour = {name: "green" if row["pass_key"] in row[name] else "red" for name in names}
+        answers = [Text(row[name], style=colour[name]) for name in names]
         cells.append([f"{row['depth']:.0%}", row["pass_key"], *answers])
-    headings = "depth", "pass key", "dense", f"k = {topk}"
-    return table(headings, cells, words=0, title="Pass key hidden in the text", title_justify="left")
+    title = f"Pass key hidden in the text, k = {topk}"
+    return table(("depth", "pass key", *names), cells, words=0, title=title, title_justify="left")
 
 
-def plot_quality(path: Path, sparse: list[dict]) -> None:
-    """Perplexity above dense, and attention mass kept by each layer, against the number of tokens read."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    topk = [row["topk"] for row in sparse]
-    left.plot(topk, [row["increase"] for row in sparse], "o-", label="whole text")
-    left.plot(topk, [row["second_half_increase"] for row in sparse], "s--", label="second half")
+def plot_quality(path: Path, sparse: list[dict], times: list[dict]) -> None:
+    """Perplexity above dense, kept attention and the time of decoding, against the tokens read."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for name, colour in zip(INDEXERS, ("tab:gray", "tab:blue"), strict=True):
+        rows = [row for row in sparse if row["indexer"] == name]
+        topk = [row["topk"] for row in rows]
+        left.plot(topk, [row["increase"] for row in rows], "o-", color=colour, label=name)
+        second = [row["second_half_increase"] for row in rows]
+        left.plot(topk, second, "s--", color=colour, label=f"{name}, second half")
+        middle.plot(topk, [100 * row["kept"] for row in rows], "o-", color=colour, label=name)
+    longest = max(row["tokens"] for row in times)
+    at_longest = [row for row in times if row["tokens"] == longest]
+    for name, colour in zip((DENSE, *INDEXERS), ("black", "tab:gray", "tab:blue"), strict=True):
+        rows = [row for row in at_longest if row["indexer"] == name]
+        milliseconds = [1e3 * row["decode_seconds"] for row in rows]
+        if name == DENSE:
+            right.axhline(milliseconds[0], color=colour, linestyle="--", label=name)
+        else:
+            right.plot([row["topk"] for row in rows], milliseconds, "o-", color=colour, label=name)
     left.axhline(0, color="gray", linewidth=0.8)
     left.set(title="Perplexity above dense attention", ylabel="%")
-    left.legend(frameon=False)
-    layers = 100 * torch.tensor([row["mass_kept_by_layer"] for row in sparse], device="cpu")  # [k, layers]
-    right.plot(topk, layers.numpy(), color="tab:blue", alpha=0.2, linewidth=0.8)
-    right.plot(topk, layers.mean(1).numpy(), "o-", color="tab:blue", label="mean (thin: each layer)")
-    right.set(title="Attention mass that the selection keeps", ylabel="%", ylim=(0, 101))
-    right.legend(frameon=False, loc="lower right")
-    for axes in (left, right):
+    middle.set(title="Dense attention that the selection keeps", ylabel="%", ylim=(0, 101))
+    right.set(title=f"Decode of one token at {longest:,}", ylabel="ms")
+    right.set_ylim(bottom=0)
+    for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(topk, [str(k) for k in topk])
         axes.set_xlabel("k: tokens that each query reads")
         axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -369,14 +316,22 @@ def run(
     *,
     device: torch.device = CPU,
     tokens: int = 2048,
+    longest: int = 7900,
     topk: Sequence[int] = (64, 128, 256, 512),
     text: Path | str | None = None,
     new_tokens: int = 32,
     depths: Sequence[float] = (0.25, 0.5, 0.75),
+    seed: int = 0,
 ) -> dict:
-    """Compare dense attention with DSA at each k: print tables, write plots into the folder ``output``.
+    """Compare dense attention with each indexer at each k: print tables, write plots into ``output``.
 
-    Returns the measurements as plain numbers and strings (JSON-serialisable).
+    Args:
+        tokens: of the text that is read for quality.
+        longest: the other context at which times are measured, if the text is that long.
+        seed: of the pass keys.
+
+    Returns:
+        The measurements as plain numbers and strings (JSON-serialisable).
     """
     start = now(device)
     console, output, topk = console or Console(), Path(output), sorted(set(topk))
@@ -385,33 +340,43 @@ def run(
         tokenizer, model = load_model()
     model.to(device)
     source, document = read_text(text)
-    ids = tokenizer(document[: 16 * tokens], return_tensors="pt").input_ids[0, :tokens].to(device)
-    longest = min(len(ids), model.config.max_position_embeddings - new_tokens)
-    if tokens > longest:
-        raise ValueError(f"tokens: expected at most {longest} for this text and this model, got {tokens}")
+    document = tokenizer(document[: 16 * max(tokens, longest)], return_tensors="pt").input_ids[0]
+    most = min(len(document), model.config.max_position_embeddings - new_tokens)
+    if tokens > most:
+        raise ValueError(f"tokens: expected at most {most} for this text and this model, got {tokens}")
+    document = document[: min(most, max(tokens, longest))].to(device)
+    ids = document[:tokens]
     console.print(f"[dim]{describe(device)}[/dim]", highlight=False)
     console.print(
         f"{len(model.model.layers)} layers in fp32, loaded in {now(device) - start:.0f} s. "
         f"Text: {source}, {tokens} tokens."
     )
 
-    retrieval_k = min(topk, key=lambda k: abs(k - tokens / 8))
-    with passes_progress(console, 1 + len(topk) + 2 * len(depths)) as show:
-        readings, observers = read_at_each(model, ids, topk, new_tokens, show)
-        pass_keys = retrieve(model, tokenizer, ids, retrieval_k, depths, show)
-    dense, *sparse = (summary(k, readings, observers, tokenizer) for k in readings)
+    middle = min(topk, key=lambda k: abs(k - tokens / 8))
+    contexts = sorted({len(ids), len(document)})
+    passes = 1 + 2 * len(topk) + 3 * len(depths) + 3 * len(contexts)
+    with passes_progress(console, passes) as show:
+        readings, selected = read_at_each(model, ids, topk, middle, new_tokens, show)
+        pass_keys = retrieve(model, tokenizer, ids, middle, depths, seed, show)
+        times = []
+        for context in contexts:
+            times += measure_times(model, document[:context], topk, middle, 16, show)
+    use_attention(model, DENSE)
+    dense, *sparse = (summary(kind, readings, tokenizer) for kind in readings)
 
     console.print(quality_table(dense, sparse))
     console.print(
-        "k: tokens that each query reads. The first k positions are dense, so compare the second half. "
-        "This training-free indexer costs as much as dense attention scores: it shows quality, not speed.",
+        "k: tokens that each query reads, of the distilled indexer the mean over layers. The first k "
+        "positions are dense, so compare the second half. The training-free indexer computes all of dense "
+        "attention's scores: it shows what quality k tokens can keep.",
         style="dim",
     )
+    console.print(times_table(times))
     console.print(continuation_table(dense, sparse))
-    console.print(pass_key_table(pass_keys, retrieval_k))
+    console.print(pass_key_table(pass_keys, middle))
     plots = ["model_quality.png", "model_selection.png"]
-    plot_quality(output / plots[0], sparse)
-    plot_selection(output / plots[1], observers[retrieval_k].indices)
+    plot_quality(output / plots[0], sparse, times)
+    plot_selection(output / plots[1], selected)
     return {
         "model": MODEL,
         "text": source,
@@ -420,43 +385,46 @@ def run(
         "threads": torch.get_num_threads(),
         "dense": dense,
         "sparse": sparse,
-        "pass_key_topk": retrieval_k,
+        "times": times,
+        "pass_key_topk": middle,
         "pass_keys": pass_keys,
         "plots": plots,
         "seconds": now(device) - start,
     }
 
 
-def read_at_each(model, ids: Tensor, topk: Sequence[int], new_tokens: int, show):
-    """Readings with dense attention (key None) and with each k, and the observers of the sparse ones."""
+def read_at_each(model, ids: Tensor, topk: Sequence[int], middle: int, new_tokens: int, show):
+    """Readings by indexer and k; what the distilled indexer selected at ``middle``, ``[s, k]`` by layer."""
     show("dense")
-    use_attention(model, None)
-    readings, observers = {None: read(model, ids, new_tokens)}, {}
-    for k in topk:
-        show(f"k = {k}")
-        use_attention(model, k)
-        observers[k] = Observer()
-        readings[k] = read(model, ids, new_tokens, observe=observers[k])
-    return readings, observers
+    use_attention(model, DENSE)
+    readings = {(DENSE, None): read(model, ids, new_tokens, sparse=False)}
+    selected: list[Tensor] = []
+    for indexer in INDEXERS:
+        for k in topk:
+            show(f"k = {k}, {indexer}")
+            use_attention(model, indexer, k)
+            with sa.record(model) as selections:
+                readings[indexer, k] = read(model, ids, new_tokens, sparse=True)
+            if (indexer, k) == (DISTILLED, middle):
+                selected = [selections[layer][0, : len(ids) - 1] for layer in selections]
+    return readings, selected
 
 
-def summary(k: int | None, readings: dict, observers: dict, tokenizer) -> dict:
-    """The reading at k in plain numbers and strings, beside the dense one; increases are in percent."""
-    reading, dense = readings[k], readings[None]
-    mass = observers[k].mass if k else [1.0]
+def summary(kind: tuple[str, int | None], readings: dict, tokenizer) -> dict:
+    """A reading in plain numbers and strings, beside the dense one; increases are in percent."""
+    reading, dense = readings[kind], readings[DENSE, None]
+    kept = reading.kept or [1.0]
     n = min(len(reading.continuation), len(dense.continuation))
     same = (reading.continuation[:n] == dense.continuation[:n]).int().cumprod(0).sum()
     return {
-        "name": str(k) if k else "dense",
-        "topk": k,
+        "indexer": kind[0],
+        "topk": kind[1],
         "perplexity": reading.perplexity,
         "increase": 100 * (reading.perplexity / dense.perplexity - 1),
         "second_half": reading.second_half,
         "second_half_increase": 100 * (reading.second_half / dense.second_half - 1),
-        "mass_kept": sum(mass) / len(mass),
-        "mass_kept_by_layer": mass,
-        "prefill_seconds": reading.prefill_seconds,
-        "decode_seconds": reading.decode_seconds,
+        "kept": sum(kept) / len(kept),
+        "kept_by_layer": kept,
         "continuation": tokenizer.decode(reading.continuation),
         "tokens_as_dense": int(same),
     }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import cli, index_logits
+from sparse_attn import cli
 from sparse_attn.ops.backends import native
 from sparse_attn.reference import sparse_mla
 from sparse_attn.testing import relative_error
@@ -214,11 +214,11 @@ def test_kernels_do_not_beat_the_arithmetic():
     assert not peak or work.operations / peak < 1.5 * taken
 
 
-def test_real_scores_are_those_of_the_model():
+def test_real_scores_rank_as_the_model_selects():
     pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import real_model
+    import sparse_attn.integrations.transformers as sa
     from bench import real
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
@@ -226,17 +226,15 @@ def test_real_scores_are_those_of_the_model():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
     ids = torch.randint(0, 99, (1, 50))
-    seen = {}
-
-    def observe(layer, q, k, indices, lse, scaling):
-        ks, ke = torch.tensor([[0], [50]]).int()
-        seen[layer] = index_logits(*real_model.training_free_indexer(q[-1:], k), ks, ke)
-
-    real_model.use_attention(model, 50)
-    model.model(ids, observe=observe)
-    real_model.use_attention(model, None)
-    for number, scores in real.scores_of(model, ids, layers=(0, 1)).items():
-        torch.testing.assert_close(scores, seen[number], rtol=1e-4, atol=1e-4)
+    size = {"n_heads": 4, "head_dim": 16, "rope_dim": 8}
+    indexers = sa.Indexers(64, dict.fromkeys(range(2), size))
+    scores = real.scores_of(model, ids, indexers, layers=(0, 1))
+    sa.attach(model, topk=[12, 50], indexer=indexers)
+    with sa.record(model) as selections:
+        model.model(ids)
+    best = scores[0][0, 1:49].topk(10).indices + 1
+    assert sorted(selections[0][0, -1].tolist()) == sorted([0, 49, *best.tolist()])
+    assert scores[1].shape == (1, 50) and scores[1].isfinite().all()
 
 
 def test_the_readme_shows_its_record():

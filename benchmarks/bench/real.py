@@ -1,4 +1,4 @@
-"""Index scores of a real model: of SmolLM2-135M over Python's language reference, as the demo indexes it."""
+"""Index scores of a real model: of SmolLM2-135M over Python's language reference, by the demo's indexer."""
 
 import functools
 import importlib.util
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from sparse_attn import index_logits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -25,29 +23,30 @@ def installed() -> bool:
 @functools.cache
 def scores(tokens: int) -> dict[int, Tensor]:
     """Layer -> the last token's scores, ``[1, tokens]`` fp32."""
-    from real_model import load_model, read_text
+    from real_model import distilled, load_model, read_text
 
     tokenizer, model = load_model()
     _, text = read_text(None)
     ids = tokenizer(text[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens]
-    return scores_of(model, ids)
+    return scores_of(model, ids, distilled())
 
 
-def scores_of(model, ids: Tensor, layers: Sequence[int] = LAYERS) -> dict[int, Tensor]:
+@torch.inference_mode()
+def scores_of(model, ids: Tensor, indexers, layers: Sequence[int] = LAYERS) -> dict[int, Tensor]:
     """The same for ids ``[1, tokens]`` and any Llama model, whose layers attend to every token."""
-    from real_model import training_free_indexer, use_attention
-
     found: dict[int, Tensor] = {}
 
-    def observe(layer: int, q: Tensor, k: Tensor, *_) -> None:
-        if layer in layers:
-            ke = torch.tensor([len(k)], dtype=torch.int32, device=k.device)
-            found[layer] = index_logits(*training_free_indexer(q[-1:], k), ke * 0, ke)
+    def observe(module, _, given: dict) -> None:
+        angles = [x[0] for x in given["position_embeddings"]]
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        indexer = indexers[module.layer_idx].to(ids.device)
+        found[module.layer_idx] = indexer.scores(given["hidden_states"][0], angles, last)
 
-    use_attention(model, ids.shape[1])
+    attention = [model.model.layers[layer].self_attn for layer in layers]
+    hooks = [module.register_forward_pre_hook(observe, with_kwargs=True) for module in attention]
     try:
-        with torch.inference_mode():
-            model.model(ids, use_cache=False, observe=observe)
+        model.model(ids, use_cache=False)
     finally:
-        use_attention(model, None)
+        for hook in hooks:
+            hook.remove()
     return found

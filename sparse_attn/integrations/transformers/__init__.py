@@ -41,6 +41,7 @@ from .distil import distill  # noqa: E402
 from .families import DENSE, SPARSE, SUPPORTED  # noqa: E402
 from .indexers import Indexers, load_indexer, save_indexer  # noqa: E402
 from .inputs import NAME, visible_rows  # noqa: E402
+from .kept import kept_attention  # noqa: E402
 from .latent import LatentAttention, check_kv_b_proj  # noqa: E402
 from .selections import Selections, record, replay  # noqa: E402
 
@@ -52,6 +53,7 @@ __all__ = [
     "disable",
     "distill",
     "enable",
+    "kept_attention",
     "load_indexer",
     "record",
     "replay",

@@ -1,11 +1,9 @@
 """Indexers distilled from the dense attention of a model: DeepSeek's warm-up.
 
 The model reads some texts with dense attention. Each layer's indexer then learns to score a token by the
-attention that it gets, the mean over the query heads. The loss is
-
-that of :func:`~.gradients.divergence`, over the tokens between a sequence's first one and the query's own, which
-are always selected. A query weighs as much as the attention that it pays to them. Layers are independent of
-each other.
+attention that it gets, the mean over the query heads. The loss is :func:`~.gradients.divergence` over the
+tokens between a sequence's first one and the query's own, which are always selected. A query weighs as much
+as the attention that it pays to them. Layers are independent of each other.
 
 Source: DeepSeek-V3.2 report, section 2.1, dense warm-up; there all queries weigh the same.
 """
@@ -36,6 +34,7 @@ WATCHED = f"{NAME}_watched"  # the name of dense attention that is watched, in t
 LAST = 64  # tokens at the end of a text that are always among its queries: there a text asks
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens at which it is measured what a layer loses
 ATTEMPTS = 3  # at a layer whose loss stays flat
+AT_A_TIME = 64  # queries of a step of the optimiser
 
 
 class Heads(NamedTuple):
@@ -64,7 +63,7 @@ def distill(
     index_rope_dim: int | None = None,
     steps: int = 400,
     queries: int = 256,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-2,
     folder: Path | str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -290,7 +289,7 @@ def _optimise(
         if step % len(examples) == 0:
             order = torch.randperm(len(examples), generator=generator).tolist()
         example = examples[order[step % len(examples)]]
-        some = torch.randperm(len(example.queries), generator=generator)[:128]
+        some = torch.randperm(len(example.queries), generator=generator)[:AT_A_TIME]
         with torch.enable_grad():
             loss = _loss(indexer, example, some.to(example.queries.device))
             optimiser.zero_grad()
@@ -321,8 +320,8 @@ def _between(t: Tensor, tokens: int) -> Tensor:
 def _lost(
     model: PreTrainedModel, layers: dict[int, nn.Module], text: Tensor, indexers: Indexers
 ) -> dict[int, Tensor]:
-    """By layer, ``[len(COUNTS)]``: the squared error of the attention's output with so few tokens, relative to
-    the stream that it is added to."""
+    """By layer, ``[len(COUNTS)]``: the squared error of the attention's output with so few tokens, relative
+    to the stream that it is added to."""
     t = torch.arange(len(text) // 4, len(text), max(1, len(text) // 256), device=model.device)
     lost: dict[int, Tensor] = {}
 

@@ -20,6 +20,7 @@ class GroupedAttention(SparseAttention):
 
     indexer: AttentionScores | HiddenStates | None  # None for a layer with a window
     adapting: list[Tensor] | None = None  # in :func:`adapt`, where the indexer's losses go
+    measured_by: Callable[..., None] | None = None  # in :func:`kept_attention`
 
     def selection(self, hidden_states: Tensor, kwargs: dict) -> dict:
         if not isinstance(self.indexer, HiddenStates):
@@ -74,6 +75,8 @@ class GroupedAttention(SparseAttention):
             return dense(query, key, value, mask, scaling, sliding_window)
         if indices is None:
             indices = self.indexer(query, key, mask, scaling)
+        if self.measured_by is not None:
+            self.measured_by(query, key, mask, indices, scaling)
         if self.adapting is not None:
             out, paid = attend_with_gradients(query, key, value, indices, scaling)
             if index_scores is not None:
