@@ -511,7 +511,7 @@ def test_splits_of_strided_outputs(multiprocessors):
 
 # Ranges that meet the edges of a program's share of the keys.
 
-KEYS = 512  # of a program
+KEYS = 256  # of a program: two tiles
 EDGES = [0, 1, 63, 64, 65, *(KEYS + i for i in (-1, 0, 1)), 2 * KEYS + 5]
 
 
