@@ -52,10 +52,14 @@ GPU = "test_gpu.py", "test_gpu_hopper.py"
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     # What takes long and cannot be divided comes first, so that all workers end together.
     items.sort(key=lambda item: (item.path.name != APART) + (item.path.name not in TOGETHER | {APART}))
-    if INTERPRETED:  # every third case is fast, but where the tests say themselves what is slow
+    if INTERPRETED:
+        others = [i for i in items if i.path.parent.name != "interpreted" and "backend" not in i.fixturenames]
+        config.hook.pytest_deselected(items=others)  # they do the same without the interpreter
+        items[:] = [item for item in items if item not in others]
+        # Every third case is fast, but where the tests say themselves what is slow.
         seen = Counter()
         for item in items:
             if item.path.name != "test_kernels.py":
