@@ -44,18 +44,27 @@ def pytest_configure(config):
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-# Files whose tests share something that takes long to make, one whose every case takes long, and those whose
-# cases compile kernels of their own.
+# Files whose tests share something that takes long to make, one whose every case takes long, those whose
+# cases compile kernels of their own, and long tests of other files.
 TOGETHER = {f"test_{name}.py" for name in ("cpu_instructions", "demo_model", "kernels_compile", "packaging")}
 APART = "test_kernels_interpreted.py"
 GPU = "test_gpu.py", "test_gpu_hopper.py"
+LONG = "test_every_mutant_is_killed", "test_the_kernels_for_arm64_run_under_an_emulator"
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     # What takes long and cannot be divided comes first, so that all workers end together.
-    items.sort(key=lambda item: (item.path.name != APART) + (item.path.name not in TOGETHER | {APART}))
-    if INTERPRETED:  # every third case is fast, but where the tests say themselves what is slow
+    def order(item):
+        long = item.path.name in TOGETHER or item.name in LONG
+        return 0 if item.path.name == APART else 1 if long else 2
+
+    items.sort(key=order)
+    if INTERPRETED:
+        others = [i for i in items if i.path.parent.name != "interpreted" and "backend" not in i.fixturenames]
+        config.hook.pytest_deselected(items=others)  # they do the same without the interpreter
+        items[:] = [item for item in items if item not in others]
+        # Every third case is fast, but where the tests say themselves what is slow.
         seen = Counter()
         for item in items:
             if item.path.name != "test_kernels.py":

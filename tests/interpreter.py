@@ -8,6 +8,7 @@ It also checks every load and store: each address must be that of an element of 
 two programs nor two lanes of one store may write the same address.
 """
 
+import functools
 import traceback
 
 import numpy as np
@@ -28,6 +29,7 @@ def pytest_configure() -> None:
     tl.map_elementwise = lambda function, *tensors, pack=1: function(*tensors)
     _guard_memory()
     _patch_language_once()
+    _remember_types()
 
 
 def _repair_types() -> None:
@@ -147,3 +149,21 @@ def _patch_language_once() -> None:
         return interpreter._LangPatchScope()  # nothing to restore after the launch
 
     interpreter._patch_lang = patch_lang
+
+
+def _remember_types() -> None:
+    """Every operation describes its types anew: once for each is enough, and a tenth faster."""
+    get_np_dtype, describe = functools.cache(interpreter._get_np_dtype), tl.block_type.__init__
+    pointers, known = np.dtype(np.uint64), {}
+
+    def np_dtype(dtype):
+        return pointers if dtype.scalar.is_ptr() else get_np_dtype(dtype.scalar)
+
+    def block_type(self, element_ty, shape):
+        key = str(element_ty), *(getattr(size, "value", size) for size in shape)
+        if key not in known:
+            describe(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        vars(self).update(known[key], element_ty=element_ty)
+
+    interpreter._get_np_dtype, tl.block_type.__init__ = np_dtype, block_type

@@ -13,7 +13,7 @@ from sparse_attn.testing import gqa_inputs, index_inputs, mla_inputs, selection_
 S_Q = 9
 ORDERS = [[4], [8, 4], [4, 0, 1, 4, 4, 7], list(range(S_Q))]  # each has query 4, at different places
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow, and has one thread
-THREADS, HEADS = ((1,), (2, 16)) if INTERPRETED else ((1, 2, 4), (2, 16, 128))
+THREADS, HEADS, TOPK = ((1,), (16,), 200) if INTERPRETED else ((1, 2, 4), (2, 16, 128), 600)
 
 
 def logits(dtype, paged):
@@ -26,14 +26,14 @@ def logits(dtype, paged):
     return inputs
 
 
-def attention(name, heads, dtype, topk=600):
+def attention(name, heads, dtype):
     if name == "sparse_mla":
-        return {**mla_inputs(S_Q, 900, heads, topk, 576, dtype=dtype), "d_v": 512}
-    return gqa_inputs(S_Q, 900, heads, 2, topk, 64, 64, dtype=dtype)
+        return {**mla_inputs(S_Q, 900, heads, TOPK, 576, dtype=dtype), "d_v": 512}
+    return gqa_inputs(S_Q, 900, heads, 2, TOPK, 64, 64, dtype=dtype)
 
 
 def packed_mla():
-    inputs = attention("sparse_mla", 64, torch.bfloat16)
+    inputs = attention("sparse_mla", min(64, HEADS[-1]), torch.bfloat16)
     return {**inputs, "kv": formats.pack_v32_kv(inputs["kv"].float().nan_to_num()[:, None])}
 
 
@@ -80,11 +80,12 @@ def of_queries(arguments, order, device):
 
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch):
-    """In the interpreter: otherwise a handful of queries would be divided as one is."""
+    """In the interpreter: otherwise a handful of queries would be divided as one is. Two parts are enough."""
     if INTERPRETED:
         from sparse_attn.kernels import configs
 
         monkeypatch.setattr(configs, "multiprocessors", lambda device: 4)
+        monkeypatch.setattr(configs, "INVARIANT_KEYS", 128)
 
 
 @pytest.mark.parametrize("name, make", CALLS.values(), ids=CALLS)

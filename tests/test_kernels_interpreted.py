@@ -11,32 +11,21 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 
 
-OTHERS = ("interpreted", "--ignore=interpreted/test_kernels.py", "test_writers.py")
-EVERY = (*OTHERS, "test_index.py", "test_sparse_attention.py", "test_conformance.py")
-EVERY += ("test_batch_invariance.py",)
+# Few processes, as each imports torch, and of the same length.
 PARTS = {
-    "attention kernels": ("interpreted/test_kernels.py", "-k", "mla or gqa"),
-    "other kernels": ("interpreted/test_kernels.py", "-k", "not (mla or gqa)"),
-    "writers, top-k, layers": OTHERS,
-    "indexer": ("test_index.py", "test_batch_invariance.py"),
-    "attention, facades": ("test_sparse_attention.py", "test_conformance.py"),
-}
-SLOW_PARTS = {
-    "attention kernels": ("interpreted/test_kernels.py", "-m", "slow", "-k", "mla or gqa"),
-    "other kernels": ("interpreted/test_kernels.py", "-m", "slow", "-k", "not (mla or gqa)"),
-    "all else": (*EVERY, "-m", "slow"),
+    "kernels": ["interpreted/test_kernels.py"],
+    "indexer, batch invariance": ["test_index.py", "test_batch_invariance.py"],
+    "all else": [
+        *("interpreted", "--ignore=interpreted/test_kernels.py", "test_writers.py"),
+        *("test_sparse_attention.py", "test_conformance.py"),
+    ],
 }
 
 
-@pytest.mark.parametrize("arguments", PARTS.values(), ids=PARTS)
-def test_in_the_interpreter(arguments):
-    run_in_the_interpreter(*arguments)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments", SLOW_PARTS.values(), ids=SLOW_PARTS)
-def test_more_in_the_interpreter(arguments):
-    run_in_the_interpreter(*arguments)
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", PARTS.values(), ids=PARTS)
+def test_in_the_interpreter(files, marked):
+    run_in_the_interpreter(*files, "-m", marked)
 
 
 def run_in_the_interpreter(*arguments):

@@ -95,7 +95,7 @@ def environment(folder, *install):
     parents = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (own / "dependencies.pth").write_text("\n".join(parents))
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
-    offline = ("--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed")
+    offline = ("--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-compile")
     run(*pip, "install", *offline, *install, cwd=folder)
     return python, own
 

@@ -4,6 +4,7 @@ No GPU is needed, and none has run it yet.
 """
 
 import ast
+import functools
 import importlib.util
 import math
 import os
@@ -85,6 +86,7 @@ def merge_parts(outs, lses, out, lse, attn_sink, maxima, max_logits):
     max_logits.copy_(maxima.amax(0))
 
 
+@functools.lru_cache(maxsize=4)  # to compile it takes as long as to run it
 def load(source=SOURCE, splits=1, merge=merge_parts):
     """The kernel's module in the emulator; its launcher takes that number of splits."""
     return emulator.load_module(
@@ -287,9 +289,9 @@ def splits(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_splits_of_two_segments(run, splits, seed):
+def test_splits_of_two_segments(run, splits):
     """Of 3 + 2 pairs: their border lies within a share, or between two; the last row is empty."""
+    seed = splits % 4
     inputs = inputs_of(331, s_q=5, seed=seed, attn_sink=torch.randn(64), **extra_segment(201, s_q=5))
     inputs["topk_length"] = int32(INT_MAX, 129, 0, 257, INT_MIN)
     inputs["extra_topk_length"] = int32(INT_MAX, 1, 200, -3, 0)

@@ -213,8 +213,9 @@ def gqa(mesh):
 
 
 def layers():
-    """Each kind on two ranks; on more each over all keys or with one of the ways to divide heads and keys."""
+    """Each kind on two ranks and on three; on more one of them with each way to divide heads and keys."""
     for number, mesh in enumerate(meshes()):
+        plain = [lambda mesh: same_steps(SparseMLA, MLA, mesh)]
         interleaved = [
             lambda mesh: same_steps(SparseMLA, MLA, mesh, 64),
             lambda mesh: same_steps(SparseMLA, MLA, mesh, 128, dtype=torch.bfloat16),
@@ -225,10 +226,10 @@ def layers():
             lambda mesh: mesh.size() == 3 or same_steps(SparseMLA, FP8, mesh, cache_dtype=E4M3),
         ]
         if mesh.size() <= 3:
-            chosen = interleaved + kinds
+            chosen = plain + interleaved + kinds
         else:
-            chosen = interleaved if number == 0 else [kinds[number % 3]]
-        for same in (lambda mesh: same_steps(SparseMLA, MLA, mesh), *chosen):
+            chosen = plain + interleaved[1:] if number == 0 else [kinds[number % 3]]
+        for same in chosen:
             same(mesh)
 
 
@@ -275,14 +276,14 @@ def little_workspace():
 
 def layers_in_a_little_workspace():
     """Keys are gathered in many parts, queries attend in many."""
-    if dist.get_world_size() > 4:  # nothing new, and slow
+    world = dist.get_world_size()
+    if world > 4:  # nothing new, and slow
         return
-    meshes_with_keys = [mesh for mesh in meshes() if "cp" in mesh.mesh_dim_names]
+    mesh = mesh_of(tp=2, cp=2) if world == 4 else mesh_of(cp=world)
     with little_workspace():
-        for number, mesh in enumerate(meshes_with_keys[:2]):
-            same_steps(SparseMLA, MLA, mesh, 4)
-            if number == 0:
-                same_steps(SparseGQA, gqa(mesh), mesh)
+        same_steps(SparseMLA, MLA, mesh, 4)
+        if world < 4:
+            same_steps(SparseGQA, gqa(mesh), mesh)
 
 
 # What is said of bytes

@@ -1,6 +1,6 @@
 """What torchrun starts: tiny models divided by transformers' own plans, before and after enable().
 
-    torchrun --nproc-per-node 2 tests/hf/parallel.py FOLDER
+    torchrun --nproc-per-node 2 tests/hf/parallel.py FOLDER [KIND ...]
 
 Each rank compares with the whole model, which it makes itself. Rank 0 prints a line of JSON for each kind.
 """
@@ -23,12 +23,12 @@ from sparse_attn.checkpoint import dequantize_blocks
 WITHOUT_LINEAR = {kind: {"layer_types": ["indexed_attention"] * 3} for kind in ("glm5", "glm5-shared")}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kinds: list[str]) -> None:
     dist.init_process_group("gloo")
     transformers.logging.set_verbosity_error()
     torch.manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (2, 70))
-    for kind in KINDS:
+    for kind in kinds:
         whole = make(kind, **WITHOUT_LINEAR.get(kind, {}))
         if dist.get_rank() == 0:
             whole.save_pretrained(folder / kind)
@@ -103,4 +103,4 @@ def replicas(ids) -> None:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2:] or [*KINDS])

@@ -22,6 +22,14 @@ from tiny import (
 from sparse_attn import index_logits
 
 STATIC = [(kind, static) for kind in KINDS for static in (False, True) if (kind, static) != ("v4", True)]
+CHUNKS = {"decode": [60] + [1] * 10, "chunks": [33, 27, 10], "short-first": [20, 1, 1, 48]}
+# Static caches take the ways in turn.
+FED = [
+    (kind, static, name)
+    for n, kind in enumerate(KINDS)
+    for static, name in [*((False, name) for name in CHUNKS), (True, [*CHUNKS][n % 3])]
+    if (kind, static) in STATIC
+]
 PADS_DIFFER = {"v4", "m3", "m3-vl"}  # padding is part of what the model computes
 
 
@@ -36,12 +44,9 @@ def ids():
     return torch.randint(3, VOCABULARY, (2, 70))
 
 
-@pytest.mark.parametrize(("kind", "static"), STATIC)
-@pytest.mark.parametrize(
-    "chunks", [[60] + [1] * 10, [33, 27, 10], [20, 1, 1, 48]], ids=["decode", "chunks", "short-first"]
-)
-def test_logits_of_prefill_chunks_and_decode(ids, kind, chunks, static):
-    dense, sparse = (logits(m, ids, chunks, empty_cache(m, static)) for m in models(kind))
+@pytest.mark.parametrize(("kind", "static", "fed"), FED)
+def test_logits_of_prefill_chunks_and_decode(ids, kind, static, fed):
+    dense, sparse = (logits(m, ids, CHUNKS[fed], empty_cache(m, static)) for m in models(kind))
     assert_same(sparse, dense)
     assert_same(models(kind)[1](ids, use_cache=False).logits, dense)
 
@@ -66,9 +71,13 @@ GENERATION = {
     "sampled-beams": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
     "lookup": {"prompt_lookup_num_tokens": 3},
 }
-LEFT_PADDED = [(kind, name, (70, 31)) for kind in KINDS for name in GENERATION if name != "lookup"]
-if "v4" in KINDS:
-    LEFT_PADDED.remove(("v4", "static", (70, 31)))
+SAMPLED = ("sampling", "sampled-beams")  # to a model as greedy and beams are: each kind takes one of them
+LEFT_PADDED = [
+    (kind, name, (70, 31))
+    for n, kind in enumerate(KINDS)
+    for name in GENERATION
+    if name not in ("lookup", SAMPLED[n % 2]) and (kind, name) != ("v4", "static")
+]
 OTHERS = [(kind, "greedy", (70, 70)) for kind in KINDS]
 OTHERS += [(kind, "lookup", (90,)) for kind in KINDS if kind not in STATEFUL]
 

@@ -6,6 +6,7 @@ which run in the interpreter too.
 
 import contextlib
 import mmap
+from itertools import product
 
 import pytest
 import torch
@@ -34,14 +35,63 @@ from sparse_attn.testing import (
 NAN, INF = float("nan"), float("inf")
 MAP_NORESERVE = 0x4000  # Linux; the mmap module has the name from Python 3.13 on
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-ARCHITECTURES = [80, 86, 90, 100, 120]
+ARCHITECTURES = [90, 80, 86, 100, 120]
 slow = pytest.mark.slow
 
 
-@pytest.fixture(params=[pytest.param(sm, marks=[] if sm == 90 else slow) for sm in ARCHITECTURES])
+@pytest.fixture
 def architecture(request, monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: request.param)
     return request.param
+
+
+def on_architectures(names, cases, program):
+    """Each case, on every architecture where the interpreter runs another program; all but sm_90 are slow.
+
+    ``program(arch, *case)``: what the kernel is compiled with there.
+    """
+    params = []
+    for case in cases:
+        seen = []
+        for arch in ARCHITECTURES:
+            if (one := program(arch, *case)) not in seen:
+                seen.append(one)
+                params.append(pytest.param(arch, *case, marks=[] if arch == 90 else slow))
+    return pytest.mark.parametrize(f"architecture, {names}", params, indirect=["architecture"])
+
+
+def entry(table, arch, heads=None):
+    """Of a table, without warps and stages, which the interpreter does not know; of attention by heads."""
+    found, block_h = configs.nearest(table, arch), None
+    if heads is not None:  # as attention_tiling does
+        block_h = min((size for size in found if size >= heads), default=max(found))
+        found = found[block_h]
+    return block_h, found._replace(num_warps=0, num_stages=0)
+
+
+def mla_program(arch, h_q, dtype=torch.bfloat16, name=None):
+    """Over rows of q's dtype, or over a quantised cache."""
+    if name is None:
+        return entry(configs.SPARSE_MLA_FP32 if dtype == torch.float32 else configs.SPARSE_MLA, arch, h_q)
+    table = configs.SPARSE_MLA_FP8 if name == "v32" else configs.SPARSE_MLA_PACKED
+    table = configs.SPARSE_MLA_FP32 if dtype == torch.float32 else table
+    return entry(table, arch, h_q), arch >= 89  # has_native_fp8
+
+
+def gqa_program(arch, heads, dtype):
+    h_q, h_kv = heads
+    table = configs.SPARSE_GQA_FP32 if dtype == torch.float32 else configs.SPARSE_GQA
+    return entry(table, arch, h_q // h_kv)
+
+
+def index_program(arch, dtype):
+    return entry(configs.INDEX_LOGITS_FP32 if dtype == torch.float32 else configs.INDEX_LOGITS, arch)
+
+
+def quantised_index_program(arch, forms, *others):
+    native = arch >= 89
+    fp8_product = native and forms == ("e4m3", "e4m3", 128)
+    return entry(configs.INDEX_LOGITS_FP8 if fp8_product else configs.INDEX_LOGITS_QUANTISED, arch), native
 
 
 def wide(inputs):
@@ -93,8 +143,7 @@ def int32(*values):
 # Every configuration: a partial block of heads, partial and wholly invalid tiles, both segments.
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("h_q", [1, 17, 70])
+@on_architectures("h_q, dtype", product([1, 17, 70], [torch.bfloat16, torch.float32]), mla_program)
 def test_mla_configurations(architecture, h_q, dtype):
     inputs = mla_inputs(3, 90, h_q, topk=201, dtype=dtype)
     inputs["indices"][0, 64:128] = -1  # no tile size sees a valid index here
@@ -105,16 +154,16 @@ def test_mla_configurations(architecture, h_q, dtype):
     run_mla(inputs, d_v=24)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("h_q, h_kv", [(3, 3), (80, 2)])
-def test_gqa_configurations(architecture, h_q, h_kv, dtype):
+@on_architectures("heads, dtype", product([(3, 3), (80, 2)], [torch.bfloat16, torch.float32]), gqa_program)
+def test_gqa_configurations(architecture, heads, dtype):
+    h_q, h_kv = heads
     inputs = gqa_inputs(3, 90, h_q, h_kv, topk=201, d=40, d_v=24, per_head=True, dtype=dtype)
     inputs["indices"][0, :, 64:128] = -1
     inputs.update(topk_length=int32(130, 201, 77), attn_sink=torch.randn(h_q))
     run_gqa(inputs)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@on_architectures("dtype", product(FLOATS), index_program)
 def test_index_configurations(architecture, dtype):
     run_index(index_inputs(4, 300, heads=17, d=40, dtype=dtype))
 
@@ -138,7 +187,6 @@ PAGE_SIZE = 8
 CODES = torch.arange(256, dtype=torch.uint8)
 FINITE = CODES[(CODES & 0x7F) != 0x7F]  # of e4m3
 FORMATS = formats.KV_FORMATS
-EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 
 
 def packed_cache(name, parts):
@@ -200,10 +248,11 @@ def run_quantised(inputs):
     return run_mla(inputs, 512, unpacked=rows)
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("h_q, multiprocessors", [(5, 1), (33, 108)])
-def test_mla_over_quantised_caches(architecture, name, h_q, multiprocessors, monkeypatch):
-    monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
+@on_architectures(
+    "name, h_q", product(FORMATS, [5, 33]), lambda arch, name, h_q: mla_program(arch, h_q, name=name)
+)
+def test_mla_over_quantised_caches(architecture, name, h_q, monkeypatch):
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 1 if h_q == 5 else 108)
     kv, indices = quantised_segment(name, 3, 130)
     extra_kv, extra_indices = quantised_segment(name, 3, 9)
     indices[0, 32:96] = -1  # no tile size sees a valid index here
@@ -229,8 +278,11 @@ def test_mla_over_segments_of_two_formats(name, other):
     run_quantised({"q": plain["q"], **{n.removeprefix("extra_"): x for n, x in extra.items()}, **swapped})
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@on_architectures(
+    "name, dtype",
+    product(FORMATS, [torch.bfloat16, torch.float32]),
+    lambda arch, name, dtype: mla_program(arch, 1, dtype, name),
+)
 def test_mla_of_every_code_and_scale(architecture, name, dtype):
     """One selected token per query: out is that token's value, bit for bit."""
     codes, scale, *ropes = quantised_parts(name, 12)
@@ -258,7 +310,7 @@ def test_mla_of_every_code_and_scale(architecture, name, dtype):
 PARTS = [(name, part) for name in FORMATS for part in ("value", "scale", "rope")]
 
 
-@pytest.mark.parametrize(
+@on_architectures(
     "name, where",
     [
         (name, part)
@@ -266,6 +318,7 @@ PARTS = [(name, part) for name in FORMATS for part in ("value", "scale", "rope")
         if not (name.startswith("v41_fp4") and part == "value")  # e2m1 has no NaN
         and not (name not in ("v32", "v4") and part == "rope")
     ],
+    lambda arch, name, where: mla_program(arch, 2, name=name),
 )
 def test_mla_shows_nan_of_a_selected_token(architecture, name, where):
     parts = quantised_parts(name, 3)
@@ -291,10 +344,14 @@ def test_mla_over_tokens_in_any_pages(name):
         assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("d_qk, d_v", [(576, 512), (40, 24)])
-def test_mla_over_pages_apart(architecture, dtype, d_qk, d_v):
+@on_architectures(
+    "widths, dtype",
+    product([(576, 512), (40, 24)], FLOATS),
+    lambda arch, _, dtype: mla_program(arch, 5, dtype),
+)
+def test_mla_over_pages_apart(architecture, widths, dtype):
     """Rows of q's dtype, in pages with NaN between them."""
+    d_qk, d_v = widths
     rows = mla_inputs(3, 56, 5, topk=70, d_qk=d_qk, dtype=dtype)
     rows["kv"].nan_to_num_()
     buffer = torch.full((7, 11, d_qk + 3), NAN, dtype=dtype)
@@ -306,15 +363,20 @@ def test_mla_over_pages_apart(architecture, dtype, d_qk, d_v):
         assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
 
 
-@pytest.mark.parametrize(
-    "forms, d",
-    [("e4m3 e4m3", 128), ("bf16 e4m3", 128), ("e2m1 e2m1", 128), ("e4m3 e2m1", 128), ("e2m1 e2m1", 64)],
+FORMS = [(q, k, 128) for q, k in (("e4m3", "e4m3"), ("bf16", "e4m3"), ("e2m1", "e2m1"), ("e4m3", "e2m1"))]
+FORMS += [("e2m1", "e2m1", 64)]
+
+
+@on_architectures(
+    "forms, heads, page_size",
+    [(forms, *rest) for forms, rest in product(FORMS, [(5, None), (70, 48), (5, 64), (33, 128)])],
+    quantised_index_program,
 )
-@pytest.mark.parametrize("heads, page_size", [(5, None), (70, 48), (5, 64), (33, 128)])
-def test_quantised_index_configurations(architecture, forms, d, heads, page_size):
+def test_quantised_index_configurations(architecture, forms, heads, page_size):
     """The e4m3 product of sm_89 and newer, and everything that is decoded before."""
+    *forms, d = forms
     inputs, table = index_inputs(5, 300, heads, d, dtype=torch.bfloat16), None
-    for name, form in zip("qk", forms.split(), strict=True):
+    for name, form in zip("qk", forms, strict=True):
         x = inputs[name]
         if form == "e4m3":
             inputs[name] = formats.to_e4m3(x.float())
@@ -449,7 +511,7 @@ def test_splits_of_strided_outputs(multiprocessors):
 
 # Ranges that meet the edges of a program's share of the keys.
 
-KEYS = 512  # of a program
+KEYS = 256  # of a program: two tiles
 EDGES = [0, 1, 63, 64, 65, *(KEYS + i for i in (-1, 0, 1)), 2 * KEYS + 5]
 
 
