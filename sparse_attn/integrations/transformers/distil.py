@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,8 +96,8 @@ def distill(
     """
     layers = full_layers(model)
     hidden_size = model.config.get_text_config().hidden_size
-    _check(texts, index_n_heads, index_head_dim, steps, queries)
     rope_dim = index_head_dim // 2 if index_rope_dim is None else index_rope_dim
+    _check(texts, index_n_heads, index_head_dim, rope_dim, steps, queries)
     size = {"n_heads": index_n_heads, "head_dim": index_head_dim, "rope_dim": rope_dim}
     indexers = Indexers(hidden_size, {number: dict(size) for number in layers}).to(model.device)
     held_out = max(1, len(texts) // 10)
@@ -116,7 +117,7 @@ def distill(
                 indexers[number].load_state_dict(load_file(file))
             else:
                 examples = [_Example.of(text, number, model.device) for text in files]
-                _train(indexers[number], examples, steps, learning_rate, seed)
+                _train(indexers[number], number, examples, steps, learning_rate, seed)
                 _save(indexers[number].state_dict(), file, run)
         lost = [_lost(model, layers, text, indexers) for text in texts[-held_out:]]
     indexers.counts = list(COUNTS)
@@ -146,7 +147,9 @@ def _save(tensors: dict[str, Tensor], file: Path, digest: str) -> None:
     part.rename(file)
 
 
-def _check(texts: Sequence[Tensor], heads: int, head_dim: int, steps: int, queries: int) -> None:
+def _check(
+    texts: Sequence[Tensor], heads: int, head_dim: int, rope_dim: int, steps: int, queries: int
+) -> None:
     if len(texts) < 2:
         raise ValueError(f"texts: expected two at least, got {len(texts)}")
     for number, text in enumerate(texts):
@@ -160,6 +163,10 @@ def _check(texts: Sequence[Tensor], heads: int, head_dim: int, steps: int, queri
             raise ValueError(f"{name}: expected 1 at least, got {value}")
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"index_head_dim: expected a multiple of 4, got {head_dim}")
+    if rope_dim < 2 or rope_dim % 2 or rope_dim > head_dim:
+        raise ValueError(
+            f"index_rope_dim: expected an even number up to index_head_dim={head_dim}, got {rope_dim}"
+        )
 
 
 # The dense attention
@@ -254,7 +261,9 @@ class _Example(NamedTuple):
         return cls(hidden_states, (cos, sin), queries, attention)
 
 
-def _train(indexer: HiddenStates, examples: list[_Example], steps: int, rate: float, seed: int) -> None:
+def _train(
+    indexer: HiddenStates, number: int, examples: list[_Example], steps: int, rate: float, seed: int
+) -> None:
     for attempt in range(ATTEMPTS):
         generator = torch.Generator().manual_seed(seed + attempt)
         _initialise(indexer, examples, generator)
@@ -262,6 +271,7 @@ def _train(indexer: HiddenStates, examples: list[_Example], steps: int, rate: fl
         quarter = max(1, len(losses) // 4)
         if sum(losses[-quarter:]) < 0.98 * sum(losses[:quarter]) or len(losses) < 8:
             return  # it learned; a layer whose relus all died has a flat loss
+    warnings.warn(f"layer {number} did not learn in {ATTEMPTS} attempts", stacklevel=3)
 
 
 @torch.no_grad()
