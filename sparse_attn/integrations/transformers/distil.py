@@ -81,7 +81,7 @@ def distill(
         texts: token ids, ``[tokens]`` each; two at least.
         index_n_heads: index heads of a layer.
         index_head_dim: dimensions of an index head.
-        index_rope_dim: of those, how many are rotated; by default half of them.
+        index_rope_dim: of those, how many are rotated; by default half of them, at most what the model rotates.
         steps: of the optimiser for each layer.
         queries: of a text, for which the attention is stored.
         learning_rate: of AdamW at its highest.
@@ -96,20 +96,23 @@ def distill(
     """
     layers = full_layers(model)
     hidden_size = model.config.get_text_config().hidden_size
-    rope_dim = index_head_dim // 2 if index_rope_dim is None else index_rope_dim
-    _check(texts, index_n_heads, index_head_dim, rope_dim, steps, queries)
-    size = {"n_heads": index_n_heads, "head_dim": index_head_dim, "rope_dim": rope_dim}
-    indexers = Indexers(hidden_size, {number: dict(size) for number in layers}).to(model.device)
+    _check(texts, index_n_heads, index_head_dim, index_rope_dim, steps, queries)
     held_out = max(1, len(texts) // 10)
     with contextlib.ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
         files = [place / f"text-{number}.safetensors" for number in range(len(texts) - held_out)]
-        digests = [_digest(text.tolist(), queries, seed) for text in texts]
+        weights = model.get_input_embeddings().weight[:64].double().sum().item()
+        digests = [_digest(weights, text.tolist(), queries, seed) for text in texts]
         for number, file in enumerate(tqdm(files, "dense attention", disable=not progress)):
             if not _finished(file, digests[number]):
                 stored = _read(model, layers, texts[number], queries, seed + number)
                 _save(stored, file, digests[number])
+        with safe_open(files[0], "pt") as first:
+            model_dim = first.get_slice("cos").get_shape()[-1]
+        rope_dim = index_rope_dim or min(index_head_dim // 2, model_dim)
+        size = {"n_heads": index_n_heads, "head_dim": index_head_dim, "rope_dim": rope_dim}
+        indexers = Indexers(hidden_size, {number: dict(size) for number in layers}).to(model.device)
         run = _digest(size, steps, learning_rate, digests)
         for number in tqdm(layers, "layers", disable=not progress):
             file = place / f"layer-{number}.safetensors"
@@ -148,7 +151,7 @@ def _save(tensors: dict[str, Tensor], file: Path, digest: str) -> None:
 
 
 def _check(
-    texts: Sequence[Tensor], heads: int, head_dim: int, rope_dim: int, steps: int, queries: int
+    texts: Sequence[Tensor], heads: int, head_dim: int, rope_dim: int | None, steps: int, queries: int
 ) -> None:
     if len(texts) < 2:
         raise ValueError(f"texts: expected two at least, got {len(texts)}")
@@ -163,7 +166,7 @@ def _check(
             raise ValueError(f"{name}: expected 1 at least, got {value}")
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"index_head_dim: expected a multiple of 4, got {head_dim}")
-    if rope_dim < 2 or rope_dim % 2 or rope_dim > head_dim:
+    if rope_dim is not None and (rope_dim < 2 or rope_dim % 2 or rope_dim > head_dim):
         raise ValueError(
             f"index_rope_dim: expected an even number up to index_head_dim={head_dim}, got {rope_dim}"
         )
