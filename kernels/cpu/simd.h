@@ -148,16 +148,6 @@ inline void transpose(Float* rows) {
 
 #else
 
-inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
-  int n = 0;
-  for (; chosen; chosen &= chosen - 1, n++) {
-    const int lane = __builtin_ctz(chosen);
-    values[n] = x[lane];
-    positions[n] = base + lane;
-  }
-  return n;
-}
-
 #if defined(__AVX2__)
 
 inline Float load(const bfloat16* p) {
@@ -204,7 +194,34 @@ inline void transpose(Float* rows) {
     }
 }
 
+// The lanes that each of the 256 choices takes, a byte for each.
+struct ChosenLanes {
+  uint64_t of[256] = {};
+  constexpr ChosenLanes() {
+    for (uint64_t chosen = 0; chosen < 256; chosen++)
+      for (uint64_t lane = 0, shift = 0; lane < 8; lane++)
+        if (chosen >> lane & 1) of[chosen] |= lane << shift, shift += 8;
+  }
+};
+inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
+  static constexpr ChosenLanes lanes;
+  const __m256i lane = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes.of[chosen])));
+  _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(x, lane));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions), _mm256_add_epi32(lane, _mm256_set1_epi32(base)));
+  return __builtin_popcount(chosen);
+}
+
 #else
+
+inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
+  int n = 0;
+  for (; chosen; chosen &= chosen - 1, n++) {
+    const int lane = __builtin_ctz(chosen);
+    values[n] = x[lane];
+    positions[n] = base + lane;
+  }
+  return n;
+}
 
 #if defined(__aarch64__)
 inline Float load(const bfloat16* p) { return (Float)vshll_n_u16(vld1_u16(&p->bits), 16); }
