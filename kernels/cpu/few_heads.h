@@ -12,9 +12,11 @@ namespace {
 template <class Rows>
 class FewHeads {
   using T = typename Rows::Element;
-  static constexpr int kBlock = 64;           // rows at a time
-  static constexpr int kRows = kTileVectors;  // of a register tile
-  static constexpr int kHeads = 4;
+  static constexpr int kBlock = 64;  // rows at a time
+  static constexpr int kHeads =
+      4;  // of a register tile, which has as many rows or columns as fit beside them
+  static constexpr int kTile = kTileRows * kTileVectors;
+  static constexpr int kRows = kTile;    // at most
   static constexpr float kSlack = 8.0f;  // see OnlineSoftmax
 
  public:
@@ -39,6 +41,7 @@ class FewHeads {
   void run() {
     const int64_t kv_head = unit_.head / group_, kv_heads = unit_.heads / group_;
     const int64_t n = rows_.select(unit_.t, kv_head);
+    std::memset(sums_, 0, kBlock * lanes_ * kWidth * sizeof(float));  // those of lanes without a head stay so
     for (int64_t h = 0; h < unit_.heads; h++) {
       to_words<Fp32>(args_.dtype, query_head(args_, unit_.t, unit_.head + h), args_.d_qk, q_ + h * depth_,
                      depth_);
@@ -71,12 +74,19 @@ class FewHeads {
   const T* key(int64_t i, int64_t g) const { return rows_.keys()[i] + g * args_.segments[0].k_head; }
   const T* value(int64_t i, int64_t g) const { return rows_.values()[i] + g * args_.segments[0].v_head; }
 
+  // Powers of two.
+  static constexpr int tile_rows(int heads) {
+    int rows = 1;
+    while (2 * rows * heads <= kTile) rows *= 2;
+    return rows;
+  }
+
   // Fills scores_[row][lane], with a lane for each head of the group.
   void scores(int64_t g, int rows) {
-    if (lanes_ > group_) std::memset(sums_, 0, rows * lanes_ * kWidth * sizeof(float));
     for (int h = 0; h < group_; h += kHeads) {
       const float* q = q_ + (g * group_ + h) * depth_;
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
+        constexpr int kRows = tile_rows(heads);
         int r = 0;
         for (; r + kRows <= rows; r += kRows) dots<kRows, heads>(g, q, r, h);
         for (; r < rows; r++) dots<1, heads>(g, q, r, h);
@@ -145,9 +155,9 @@ class FewHeads {
   }
 
   void accumulate(int64_t g, int rows) {
-    constexpr int kVectors = kTileVectors;
     for (int h = 0; h < group_; h += kHeads)
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
+        constexpr int kVectors = std::min(4, tile_rows(heads));
         for (int64_t c = 0; c < args_.d_v; c += kVectors * kWidth) {
           const int64_t whole = (args_.d_v - c) / kWidth;
           float* acc = acc_ + (g * group_ + h) * columns_ + c;

@@ -374,6 +374,17 @@ inline Float sum_each(const float* vectors) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
   };
   return halves(halves(b[0], b[1]), halves(b[2], b[3]));
+#elif defined(__AVX2__)
+  __m256 a[4], b[2];
+  for (int i = 0; i < 4; i++) {
+    const __m256 x = load(vectors + 8 * i), y = load(vectors + 8 * (i + 4));
+    a[i] = _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  }
+  for (int i = 0; i < 2; i++) {
+    const __m256 x = a[2 * i], y = a[2 * i + 1];
+    b[i] = _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(b[0], b[1], 0x44), _mm256_shuffle_ps(b[0], b[1], 0xee));
 #else
   Float rows[kWidth];
   for (int i = 0; i < kWidth; i++) rows[i] = load(vectors + i * kWidth);
