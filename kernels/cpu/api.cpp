@@ -123,6 +123,38 @@ void for_chunks(int64_t n, int threads, const F& f) {
                [&](int64_t i) { f(i * kRows, std::min(n, (i + 1) * kRows)); });
 }
 
+int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Whether to copy the rows of each kv head to memory of their own before queries read them. That pays if they
+// lie apart and are read often: otherwise they share memory pages, and sets of the cache, with other heads.
+bool copies_heads(const AttentionArgs& args) {
+  constexpr int64_t kReads = 4, kMost = 256 << 20;
+  const Segment& rows = args.segments[0];
+  return args.n_segments == 1 && rows.page_size <= 1 && rows.v != rows.k && rows.k_row >= 2 * args.d_qk &&
+         args.s_q * rows.topk >= kReads * rows.s_kv &&
+         rows.s_kv * (args.d_qk + args.d_v) * element_bytes(args.dtype) <= kMost;
+}
+
+// Arguments of which every kv head is a copy, in `memory`, of that one.
+AttentionArgs copy_head(const AttentionArgs& args, int64_t kv_head, int threads, char* memory) {
+  const int64_t bytes = element_bytes(args.dtype), k_bytes = args.d_qk * bytes, v_bytes = args.d_v * bytes;
+  const Segment& from = args.segments[0];
+  char* values = memory + from.s_kv * k_bytes;
+  const char* k = static_cast<const char*>(from.k) + kv_head * from.k_head * bytes;
+  const char* v = static_cast<const char*>(from.v) + kv_head * from.v_head * bytes;
+  for_chunks(from.s_kv, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      std::memcpy(memory + i * k_bytes, k + i * from.k_row * bytes, k_bytes);
+      std::memcpy(values + i * v_bytes, v + i * from.v_row * bytes, v_bytes);
+    }
+  });
+  AttentionArgs copy = args;
+  Segment& rows = copy.segments[0];
+  rows.k = memory, rows.v = values, rows.k_row = args.d_qk, rows.v_row = args.d_v;
+  rows.k_head = rows.v_head = 0;
+  return copy;
+}
+
 }  // namespace
 
 int32_t sparse_attn_isas() { return kCount; }
@@ -255,20 +287,28 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
                                     : k.attend_packed;
     return many_or_few[args->dtype];
   });
+  const bool copied = few && plain && copies_heads(*args);
   // The heads of one kv head; or all, if each kv head has few, they share their indices, and their rows lie
   // side by side. One call serves such a range, or a part of it. All queries come before the next range, so
   // that the rows of one kv head stay in the processor's cache.
   const Segment& first_rows = args->segments[0];
-  const bool joined = few && first_rows.indices_head == 0 && first_rows.k_head <= first_rows.k_row;
+  const bool joined = few && !copied && first_rows.indices_head == 0 && first_rows.k_head <= first_rows.k_row;
   const int64_t range = joined ? args->h_q : group, unit = few ? group : kHeadUnit;
   int64_t block = few ? range : std::min(group, kMaxHeads);
   while (block > unit && args->s_q * (args->h_q / block) < threads) block = round_up((block + 1) / 2, unit);
   const int64_t blocks = (range + block - 1) / block, ranges = args->h_q / range;
-  parallel_for(ranges * args->s_q * blocks, threads, [&](int64_t i) {
-    const int64_t first = i / (args->s_q * blocks) * range, t = i / blocks % args->s_q;
-    const int64_t head = first + i % blocks * block;
-    attend(*args, t, head, std::min(head + block, first + range));
-  });
+  const auto attend_ranges = [&](const AttentionArgs& from, int64_t begin, int64_t end) {
+    parallel_for((end - begin) * args->s_q * blocks, threads, [&](int64_t i) {
+      const int64_t first = (begin + i / (args->s_q * blocks)) * range, t = i / blocks % args->s_q;
+      const int64_t head = first + i % blocks * block;
+      attend(from, t, head, std::min(head + block, first + range));
+    });
+  };
+  if (!copied) return attend_ranges(*args, 0, ranges);
+  Workspace workspace(Workspace::kRow,
+                      first_rows.s_kv * (args->d_qk + args->d_v) * element_bytes(args->dtype));
+  char* memory = workspace.take<char>(0);
+  for (int64_t i = 0; i < ranges; i++) attend_ranges(copy_head(*args, i, threads, memory), i, i + 1);
 }
 
 void sparse_attn_write(int32_t isa, int32_t threads, const WriteArgs* args) {
