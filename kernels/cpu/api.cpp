@@ -126,13 +126,13 @@ void for_chunks(int64_t n, int threads, const F& f) {
 int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // Whether to copy the rows of each kv head to memory of their own before queries read them. That pays if they
-// lie apart and are read often: otherwise they share memory pages, and sets of the cache, with other heads.
+// are read often and those of all heads do not fit into a cache: the rows of one do, and lie in fewer pages.
 bool copies_heads(const AttentionArgs& args) {
-  constexpr int64_t kReads = 4, kMost = 256 << 20;
+  constexpr int64_t kReads = 8, kCache = 16 << 20, kMost = 256 << 20;
   const Segment& rows = args.segments[0];
-  return args.n_segments == 1 && rows.page_size <= 1 && rows.v != rows.k && rows.k_row >= 2 * args.d_qk &&
-         args.s_q * rows.topk >= kReads * rows.s_kv &&
-         rows.s_kv * (args.d_qk + args.d_v) * element_bytes(args.dtype) <= kMost;
+  const int64_t head = rows.s_kv * (args.d_qk + args.d_v) * element_bytes(args.dtype);
+  return args.n_segments == 1 && rows.page_size <= 1 && rows.v != rows.k && args.h_kv > 1 && head <= kMost &&
+         head * args.h_kv > kCache && args.s_q * rows.topk >= kReads * rows.s_kv;
 }
 
 // Arguments of which every kv head is a copy, in `memory`, of that one.

@@ -33,7 +33,7 @@ class FewHeads {
         top_(memory.template take<float>(unit.heads)),
         highest_(memory.template take<float>(unit.heads)),
         total_(memory.template take<float>(unit.heads)),
-        sums_(memory.template take<float>((kBlock + kRows) * kFewHeads * kWidth)),
+        sums_(memory.template take<float>((kBlock + kWidth) * kFewHeads * kWidth)),
         scores_(memory.template take<float>(kBlock * kFewHeads)) {
     for (lanes_ = 1; lanes_ < group_;) lanes_ *= 2;
   }
@@ -70,14 +70,10 @@ class FewHeads {
   }
 
  private:
-  // Row i of the block, in the unit's g-th kv head.
-  const T* key(int64_t i, int64_t g) const { return rows_.keys()[i] + g * args_.segments[0].k_head; }
-  const T* value(int64_t i, int64_t g) const { return rows_.values()[i] + g * args_.segments[0].v_head; }
-
-  // Powers of two.
+  // The rows, or vectors of columns, of a register tile beside so many heads: a power of two.
   static constexpr int tile_rows(int heads) {
     int rows = 1;
-    while (2 * rows * heads <= kTile) rows *= 2;
+    while (2 * rows * heads <= kTileRows * kTileVectors) rows *= 2;
     return rows;
   }
 
@@ -86,9 +82,9 @@ class FewHeads {
     for (int h = 0; h < group_; h += kHeads) {
       const float* q = q_ + (g * group_ + h) * depth_;
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
-        constexpr int kRows = tile_rows(heads);
+        constexpr int kTogether = tile_rows(heads);
         int r = 0;
-        for (; r + kRows <= rows; r += kRows) dots<kRows, heads>(g, q, r, h);
+        for (; r + kTogether <= rows; r += kTogether) dots<kTogether, heads>(g, q, r, h);
         for (; r < rows; r++) dots<1, heads>(g, q, r, h);
       });
     }
@@ -98,7 +94,7 @@ class FewHeads {
   template <int R, int H>
   void dots(int64_t g, const float* q, int row, int head) {
     const T* k[R];
-    for (int r = 0; r < R; r++) k[r] = key(row + r, g);
+    for (int r = 0; r < R; r++) k[r] = rows_.keys()[row + r] + g * args_.segments[0].k_head;
     for (int r = row; head == 0 && r < row + R && r < next_.rows; r++)
       rows_.prefetch_key(next_.row + r, next_.kv_head);
     Float c[R][H];
@@ -177,18 +173,21 @@ class FewHeads {
   template <int H, int N, class Load>
   void add_values(int64_t g, int rows, int64_t column, int head, float* acc, Load&& load_values) {
     const int fetched = head == 0 ? next_.rows : 0;
+    const T* const* value_rows = rows_.values();
+    const int64_t offset = g * args_.segments[0].v_head + column;
+    const float* probabilities = scores_ + head;
     Float c[H][N];
     FromMatrix{acc, columns_}(0, c);
     for (int r = 0; r < rows; r++) {
       if (r < fetched) rows_.prefetch_value(next_.row + r, next_.kv_head, column, N * kWidth);
-      const T* row = value(r, g) + column;
-      const float* probabilities = scores_ + r * lanes_ + head;
-      Float values[N];
-      unrolled<N>([&](auto n) ALWAYS_INLINE { values[n] = load_values(row + n * kWidth); });
-      unrolled<H>([&](auto h) ALWAYS_INLINE {
-        const Float p = splat(probabilities[h]);
-        unrolled<N>([&](auto n) ALWAYS_INLINE { c[h][n] = fma(p, values[n], c[h][n]); });
+      const T* row = value_rows[r] + offset;
+      Float p[H];
+      unrolled<H>([&](auto h) ALWAYS_INLINE { p[h] = splat(probabilities[h]); });
+      unrolled<N>([&](auto n) ALWAYS_INLINE {
+        const Float values = load_values(row + n * kWidth);
+        unrolled<H>([&](auto h) ALWAYS_INLINE { c[h][n] = fma(p[h], values, c[h][n]); });
       });
+      probabilities += lanes_;
     }
     ToMatrix{acc, columns_}(0, c);
   }
