@@ -50,7 +50,7 @@ class GroupScorer {
       if (!seeing) continue;
       const bool missing = std::find(keys, keys + n, zeros_) != keys + n;
       pack(keys, n, next);
-      const int64_t step = kRows / args_.heads;
+      const int64_t step = kRows / std::max<int64_t>(1, args_.heads);
       for (int64_t i = 0; i < seeing; i += step) {
         const int64_t queries = std::min(step, seeing - i);
         multiply(seeing_ + i, queries, n);
