@@ -1,15 +1,15 @@
 // Lightning-indexer scores of a few heads: keys are the columns of register tiles, and the heads of several
 // queries their rows. The keys are transposed once for all of these queries.
 //
-// A score is a sum over d and then over heads, in a lane of its own. So its bits do not depend on the queries
-// and keys beside it.
+// A score has the same bits as if its query were scored alone: over d it is summed in order, and over heads
+// in the order of sum_each.
 #pragma once
 
 #include "indexer.h"
 
 namespace {
 
-constexpr int64_t kFewIndexHeads = 8;
+constexpr int kFewIndexHeads = 8;
 
 // Consecutive queries of one sequence.
 struct QueryGroup {
@@ -50,7 +50,7 @@ class GroupScorer {
       if (!seeing) continue;
       const bool missing = std::find(keys, keys + n, zeros_) != keys + n;
       pack(keys, n, next);
-      const int64_t step = kRows / std::max<int64_t>(1, args_.heads);
+      const int64_t step = kRows / args_.heads;
       for (int64_t i = 0; i < seeing; i += step) {
         const int64_t queries = std::min(step, seeing - i);
         multiply(seeing_ + i, queries, n);
@@ -137,19 +137,20 @@ class GroupScorer {
                         kKeys, nullptr);
   }
 
-  // Writes n scores of the group's query i from those of its heads.
+  // Writes n scores of the group's query i from those of its heads. They are added as score_each adds them,
+  // where head h is in lane h % kWidth of a vector.
   void weigh(int64_t i, const float* scores, int64_t n, float* out) const {
-    constexpr int kVectors = kKeys / kWidth;
     const float* weights = args_.weights + (group_.t + i) * args_.weights_query;
-    Float total[kVectors];
-    unrolled<kVectors>([&](auto v) ALWAYS_INLINE { total[v] = Float{}; });
-    for (int64_t h = 0; h < args_.heads; h++, scores += kKeys) {
-      const Float weight = splat(weights[h]);
-      unrolled<kVectors>(
-          [&](auto v) ALWAYS_INLINE { total[v] = fma(relu(load(scores + v * kWidth)), weight, total[v]); });
-    }
-    unrolled<kVectors>([&](auto v) ALWAYS_INLINE {
-      if (v * kWidth < n) store_tail(out + v * kWidth, total[v], n - v * kWidth);
+    with_constant<kFewIndexHeads>(static_cast<int>(args_.heads), [&](auto heads) {
+      for (int64_t s = 0; s < n; s += kWidth) {
+        Float lanes[kWidth];
+        unrolled<kWidth>([&](auto lane) ALWAYS_INLINE {
+          lanes[lane] = Float{};
+          for (int h = lane; h < heads; h += kWidth)
+            lanes[lane] = fma(relu(load(scores + h * kKeys + s)), splat(weights[h]), lanes[lane]);
+        });
+        store_tail(out + s, sum_lanes(lanes), n - s);
+      }
     });
   }
 
@@ -162,10 +163,11 @@ class GroupScorer {
   int64_t* seeing_;
 };
 
-// All queries of a sequence together if they have few heads, else one at a time.
+// Consecutive queries of a sequence together if they have few heads, else one at a time. A query alone is not
+// worth the transposition of its keys.
 template <class Scorer>
 void score_plain(const IndexArgs& args, const ScoreBlock& block) {
-  if (args.heads > kFewIndexHeads) return score_each<Scorer>(args, block);
+  if (args.heads < 1 || args.heads > kFewIndexHeads) return score_each<Scorer>(args, block);
   using Group = GroupScorer<typename Scorer::Math, typename Scorer::Key>;
   for (int64_t i = 0; i < block.queries;) {
     QueryGroup group{args, block.t + i, 1};
@@ -174,7 +176,9 @@ void score_plain(const IndexArgs& args, const ScoreBlock& block) {
       group.queries++;
     const Range seen = within(visible_to_some(args, group.t, group.queries), block.range);
     float* out = block.out + i * block.out_query + seen.begin - block.range.begin;
-    if (seen.begin < seen.end)
+    if (group.queries == 1)
+      score_each<Scorer>(args, {group.t, 1, seen, out, block.out_query});
+    else if (seen.begin < seen.end)
       with_workspace<Group>(group, [&](Group& scorer) { scorer.run(seen, out, block.out_query); });
     i += group.queries;
   }

@@ -394,6 +394,20 @@ inline Float sum_each(const float* vectors) {
 #endif
 }
 
+// The sum of kWidth vectors, lane by lane, in the order in which sum_each adds the lanes of one.
+inline Float sum_lanes(const Float* x) {
+#if defined(__AVX512F__)
+  const auto four = [&](int i) { return (x[i] + x[i + 2]) + (x[i + 1] + x[i + 3]); };
+  return (four(0) + four(4)) + (four(8) + four(12));
+#elif defined(__AVX2__)
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#else
+  Float total = x[0];
+  for (int i = 1; i < kWidth; i++) total += x[i];
+  return total;
+#endif
+}
+
 // Prefetches into the L1 cache (Locality 3) or the L2 cache (2).
 template <int Locality = 3>
 inline void prefetch_line(const void* p) {
