@@ -229,6 +229,61 @@ def test_logits_at_model_shapes(isa, dtype, heads, d):
     assert_close(sparse_attn.index_logits(**inputs), reference.index_logits(**wide(inputs)))
 
 
+def of_query(inputs, t):
+    """The arguments of index_logits or sparse_gqa for one of their queries."""
+    per_query = {"q", "weights", "ks", "ke", "indices", "topk_length"}
+    return {name: x[t : t + 1] if name in per_query and x is not None else x for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("heads", range(1, 10))
+@pytest.mark.parametrize("d", [7, 33, 64])
+def test_few_index_heads_score_a_query_alike_alone_and_beside_others(isa, dtype, heads, d):
+    group = 192 // heads  # queries that are scored together, at most
+    inputs = index_inputs(2 * group + 1, 150, heads, d, dtype=dtype)
+    assert_close(sparse_attn.index_logits(**inputs), reference.index_logits(**wide(inputs)))
+    inputs["k"][60:80] = float("nan")  # some queries see them, some do not
+    inputs["ke"][::3] = 60
+    together = sparse_attn.index_logits(**inputs)
+    assert not together[::3].isnan().any() and together.isnan().any()
+    picked = sparse_attn.lightning_topk(**inputs, topk=20)
+    assert torch.equal(picked, sparse_attn.select_topk(together, 20, inputs["ks"], inputs["ke"]))
+    for t in (0, 1, group - 1, group, 2 * group):
+        assert same_bits(sparse_attn.index_logits(**of_query(inputs, t)), together[t : t + 1])
+        some = {name: x if name == "k" else x[t:] for name, x in inputs.items()}
+        assert same_bits(sparse_attn.index_logits(**some), together[t:])
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+@pytest.mark.parametrize("page_size", [1, 7, 64])
+def test_few_index_heads_in_pages_of_several_sequences(isa, dtype, page_size):
+    ends = torch.tensor([0, 1, 1, 40, 49], dtype=torch.int32)  # the last query belongs to no sequence
+    inputs = index_inputs(50, 300, 4, 40, dtype=dtype)
+    k, table = to_pages(inputs.pop("k").nan_to_num(), page_size)
+    tables = table.repeat(4, 1)
+    tables[3] = tables[3].flip(0)
+    tables[:, 3] = -1
+    tables[2, 1] = len(k)
+    together = sparse_attn.index_logits(**inputs, k=k, block_table=tables, cu_seqlens_q=ends)
+    assert (together[-1] == -torch.inf).all() and (
+        together[1:40, page_size : 2 * page_size] == -torch.inf
+    ).all()
+    for t in range(49):
+        row = int((ends[1:] <= t).sum())
+        alone = sparse_attn.index_logits(**of_query(inputs, t), k=k, block_table=tables[row : row + 1])
+        assert same_bits(alone, together[t : t + 1])
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+def test_a_prefill_that_copies_the_rows_of_a_head(isa, dtype):
+    """Those of all heads fill more than 16 MB; a single query reads them where they are."""
+    inputs = gqa_inputs(64, 4200 if dtype == torch.bfloat16 else 2100, 16, 8, 600, 128, 128, dtype=dtype)
+    together = sparse_attn.sparse_gqa(**inputs, return_lse=True)
+    for t in (0, 31, 63):
+        alone = sparse_attn.sparse_gqa(**of_query(inputs, t), return_lse=True)
+        assert same_bits(alone, [part[t : t + 1] for part in together])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("heads", [5, 64])
 def test_infinities_in_a_visible_key_follow_the_definition(isa, dtype, heads):

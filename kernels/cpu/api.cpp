@@ -102,17 +102,13 @@ auto find_score(int32_t isa, const IndexArgs& args) {
   return find(isa, [&](const Kernels& k) { return (plain ? k.score : k.score_packed)[args.dtype]; });
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-Range visible(const IndexArgs& args, int64_t t) {
-  const int64_t begin = std::clamp<int64_t>(args.ks[t], 0, args.width);
-  return {begin, std::max(begin, std::clamp<int64_t>(args.ke[t], 0, args.width))};
+// Consecutive queries, which are scored together: few heads share the reading of keys that way.
+int64_t queries_at_a_time(const IndexArgs& args, int64_t most) {
+  return std::clamp<int64_t>(most, 1, std::max<int64_t>(1, kScoreRows / std::max<int64_t>(1, args.heads)));
 }
 
-// Into how many slices to cut the range of each query: several if there are too few queries for all threads.
-int64_t slices_for(int64_t s_q, int threads) { return s_q >= 4 * threads ? 1 : threads; }
+// Into how many slices to cut the positions: several if there are too few groups of queries for all threads.
+int64_t slices_for(int64_t groups, int threads) { return groups >= 4 * threads ? 1 : threads; }
 
 Range slice(Range range, int64_t part, int64_t parts) {
   const int64_t n = range.end - range.begin;
@@ -125,6 +121,38 @@ void for_chunks(int64_t n, int threads, const F& f) {
   constexpr int64_t kRows = 32;
   parallel_for((n + kRows - 1) / kRows, threads,
                [&](int64_t i) { f(i * kRows, std::min(n, (i + 1) * kRows)); });
+}
+
+int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Whether to copy the rows of each kv head to memory of their own before queries read them. That pays if they
+// are read often and those of all heads do not fit into a cache: the rows of one do, and lie in fewer pages.
+bool copies_heads(const AttentionArgs& args) {
+  constexpr int64_t kReads = 8, kCache = 16 << 20, kMost = 256 << 20;
+  const Segment& rows = args.segments[0];
+  const int64_t head = rows.s_kv * (args.d_qk + args.d_v) * element_bytes(args.dtype);
+  return args.n_segments == 1 && rows.page_size <= 1 && rows.v != rows.k && args.h_kv > 1 && head <= kMost &&
+         head * args.h_kv > kCache && args.s_q * rows.topk >= kReads * rows.s_kv;
+}
+
+// Arguments of which every kv head is a copy, in `memory`, of that one.
+AttentionArgs copy_head(const AttentionArgs& args, int64_t kv_head, int threads, char* memory) {
+  const int64_t bytes = element_bytes(args.dtype), k_bytes = args.d_qk * bytes, v_bytes = args.d_v * bytes;
+  const Segment& from = args.segments[0];
+  char* values = memory + from.s_kv * k_bytes;
+  const char* k = static_cast<const char*>(from.k) + kv_head * from.k_head * bytes;
+  const char* v = static_cast<const char*>(from.v) + kv_head * from.v_head * bytes;
+  for_chunks(from.s_kv, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      std::memcpy(memory + i * k_bytes, k + i * from.k_row * bytes, k_bytes);
+      std::memcpy(values + i * v_bytes, v + i * from.v_row * bytes, v_bytes);
+    }
+  });
+  AttentionArgs copy = args;
+  Segment& rows = copy.segments[0];
+  rows.k = memory, rows.v = values, rows.k_row = args.d_qk, rows.v_row = args.d_v;
+  rows.k_head = rows.v_head = 0;
+  return copy;
 }
 
 }  // namespace
@@ -162,15 +190,19 @@ int32_t sparse_attn_isa_supported(int32_t isa) { return kIsas[isa].kernels && kI
 void sparse_attn_index_logits(int32_t isa, int32_t threads, const IndexArgs* args, float* out,
                               int64_t out_query) {
   const auto score = find_score(isa, *args);
-  const int64_t parts = slices_for(args->s_q, threads);
-  parallel_for(args->s_q * parts, threads, [&](int64_t i) {
-    const int64_t t = i / parts;
-    const Range seen = visible(*args, t), all = slice({0, args->width}, i % parts, parts);
-    const Range mine = {std::clamp(seen.begin, all.begin, all.end), std::clamp(seen.end, all.begin, all.end)};
-    float* row = out + t * out_query;
-    std::fill(row + all.begin, row + mine.begin, -__builtin_inff());
-    if (mine.begin < mine.end) score(*args, t, mine.begin, mine.end, row + mine.begin);
-    std::fill(row + mine.end, row + all.end, -__builtin_inff());
+  const int64_t group = queries_at_a_time(*args, args->s_q), groups = (args->s_q + group - 1) / group;
+  const int64_t parts = slices_for(groups, threads);
+  parallel_for(groups * parts, threads, [&](int64_t i) {
+    const int64_t first = i / parts * group, n = std::min(group, args->s_q - first);
+    const Range mine = slice({0, args->width}, i % parts, parts);
+    const Range some = within(visible_to_some(*args, first, n), mine);
+    float* rows = out + first * out_query;
+    if (some.begin < some.end) score(*args, {first, n, some, rows + some.begin, out_query});
+    for (int64_t t = first; t < first + n; t++) {
+      const Range seen = within(visible(*args, t), mine);
+      std::fill(out + t * out_query + mine.begin, out + t * out_query + seen.begin, -__builtin_inff());
+      std::fill(out + t * out_query + seen.end, out + t * out_query + mine.end, -__builtin_inff());
+    }
   });
 }
 
@@ -190,36 +222,39 @@ void sparse_attn_lightning_topk(int32_t isa, int32_t threads, const IndexArgs* a
   const auto score = find_score(isa, *args);
   const auto select = find(isa, [](const Kernels& k) { return k.select; });
   const int64_t row_bytes = std::max<int64_t>(1, args->width * sizeof(float));
-  const int64_t rows = std::max<int64_t>(1, workspace_bytes / row_bytes);  // in memory at a time
-  const auto select_from = [&](const float* row, int64_t t) {
+  const int64_t rows = std::max<int64_t>(1, workspace_bytes / row_bytes);     // in memory at a time
+  const auto select_from = [&](const float* row, int64_t first, int64_t t) {  // row[0] is at position first
     const Range seen = visible(*args, t);
     int32_t* indices = out + t * out_query;
-    select(row, seen.begin, seen.end - seen.begin, topk, indices);
+    select(row + seen.begin - first, seen.begin, seen.end - seen.begin, topk, indices);
     for (int64_t i = 0; scores && i < topk; i++)
-      scores[t * scores_query + i] = indices[i] < 0 ? -__builtin_inff() : row[indices[i] - seen.begin];
+      scores[t * scores_query + i] = indices[i] < 0 ? -__builtin_inff() : row[indices[i] - first];
   };
-  if (args->s_q >= threads && rows >= threads) {  // a thread selects from a row that is still in its cache
-    parallel_for(args->s_q, threads, [&](int64_t t) {
-      const Range seen = visible(*args, t);
-      Workspace workspace(Workspace::kRow, row_bytes);
-      float* row = workspace.take<float>(0);
-      if (seen.begin < seen.end) score(*args, t, seen.begin, seen.end, row);
-      select_from(row, t);
+  if (args->s_q >= threads && rows >= threads) {  // a thread selects from rows that are still in its cache
+    const int64_t share = threads > 1 ? args->s_q / (4 * threads) : args->s_q;
+    const int64_t group = queries_at_a_time(*args, std::min(share, rows / threads));
+    parallel_for((args->s_q + group - 1) / group, threads, [&](int64_t i) {
+      const int64_t first = i * group, n = std::min(group, args->s_q - first);
+      const Range some = visible_to_some(*args, first, n);
+      Workspace workspace(Workspace::kRow, n * row_bytes);
+      float* logits = workspace.take<float>(0);
+      if (some.begin < some.end) score(*args, {first, n, some, logits, args->width});
+      for (int64_t j = 0; j < n; j++) select_from(logits + j * args->width, some.begin, first + j);
     });
     return;
   }
-  const int64_t batch = std::min(rows, args->s_q);
+  const int64_t batch = std::min(rows, args->s_q), group = queries_at_a_time(*args, batch);
   Workspace workspace(Workspace::kRow, batch * row_bytes);
   float* logits = workspace.take<float>(0);
   for (int64_t first = 0; first < args->s_q; first += batch) {
     const int64_t n = std::min(batch, args->s_q - first);
-    parallel_for(n * threads, threads, [&](int64_t i) {
-      const int64_t t = first + i / threads;
-      const Range seen = visible(*args, t), mine = slice(seen, i % threads, threads);
-      float* row = logits + (t - first) * args->width;
-      if (mine.begin < mine.end) score(*args, t, mine.begin, mine.end, row + mine.begin - seen.begin);
+    parallel_for((n + group - 1) / group * threads, threads, [&](int64_t i) {
+      const int64_t t = i / threads * group, queries = std::min(group, n - t);
+      const Range mine = slice(visible_to_some(*args, first + t, queries), i % threads, threads);
+      float* rows = logits + t * args->width + mine.begin;
+      if (mine.begin < mine.end) score(*args, {first + t, queries, mine, rows, args->width});
     });
-    parallel_for(n, threads, [&](int64_t i) { select_from(logits + i * args->width, first + i); });
+    parallel_for(n, threads, [&](int64_t i) { select_from(logits + i * args->width, 0, first + i); });
   }
 }
 
@@ -252,20 +287,28 @@ void sparse_attn_attend(int32_t isa, int32_t threads, const AttentionArgs* args)
                                     : k.attend_packed;
     return many_or_few[args->dtype];
   });
+  const bool copied = few && plain && copies_heads(*args);
   // The heads of one kv head; or all, if each kv head has few, they share their indices, and their rows lie
   // side by side. One call serves such a range, or a part of it. All queries come before the next range, so
   // that the rows of one kv head stay in the processor's cache.
   const Segment& first_rows = args->segments[0];
-  const bool joined = few && first_rows.indices_head == 0 && first_rows.k_head <= first_rows.k_row;
+  const bool joined = few && !copied && first_rows.indices_head == 0 && first_rows.k_head <= first_rows.k_row;
   const int64_t range = joined ? args->h_q : group, unit = few ? group : kHeadUnit;
   int64_t block = few ? range : std::min(group, kMaxHeads);
   while (block > unit && args->s_q * (args->h_q / block) < threads) block = round_up((block + 1) / 2, unit);
   const int64_t blocks = (range + block - 1) / block, ranges = args->h_q / range;
-  parallel_for(ranges * args->s_q * blocks, threads, [&](int64_t i) {
-    const int64_t first = i / (args->s_q * blocks) * range, t = i / blocks % args->s_q;
-    const int64_t head = first + i % blocks * block;
-    attend(*args, t, head, std::min(head + block, first + range));
-  });
+  const auto attend_ranges = [&](const AttentionArgs& from, int64_t begin, int64_t end) {
+    parallel_for((end - begin) * args->s_q * blocks, threads, [&](int64_t i) {
+      const int64_t first = (begin + i / (args->s_q * blocks)) * range, t = i / blocks % args->s_q;
+      const int64_t head = first + i % blocks * block;
+      attend(from, t, head, std::min(head + block, first + range));
+    });
+  };
+  if (!copied) return attend_ranges(*args, 0, ranges);
+  Workspace workspace(Workspace::kRow,
+                      first_rows.s_kv * (args->d_qk + args->d_v) * element_bytes(args->dtype));
+  char* memory = workspace.take<char>(0);
+  for (int64_t i = 0; i < ranges; i++) attend_ranges(copy_head(*args, i, threads, memory), i, i + 1);
 }
 
 void sparse_attn_write(int32_t isa, int32_t threads, const WriteArgs* args) {

@@ -233,19 +233,6 @@ class Probabilities<Bf16Dot> {
 };
 #endif
 
-// scores[token][head] of n rows; the queries lie in panels of heads. Like multiply_values it is compiled once
-// for all element types.
-template <class Math>
-[[gnu::noinline]] void multiply_keys(const typename Math::Word* const* rows, int64_t n,
-                                     const typename Math::Word* queries, int64_t words, int64_t depth,
-                                     int64_t heads, float* scores, int64_t stride, const Fetch& later) {
-  for_each_panel(heads / kWidth, [&](int64_t v, auto width) {
-    const Panel<Math, width> panel = {queries + v * kWidth * depth};
-    for_each_tile<Math, width>(RowsAt<Math>{rows}, panel, words, n, FromZero{},
-                               ToMatrix{scores + v * kWidth, stride}, v ? nullptr : &later);
-  });
-}
-
 // acc[head][column] = what the sums so far count + P V; `alpha` is the factor of each head's sums.
 template <class Math, class ValueWords>
 [[gnu::noinline]] void multiply_values(const Transposed<Math>& p, const ValueWords& values, int64_t heads,
@@ -295,8 +282,8 @@ class TileEngine {
   }
 
   void scores(float* scores, const Fetch& later) const {
-    multiply_keys<Math>(rows_, n_, queries_.panels, queries_.words, queries_.depth, group_.columns(), scores,
-                        group_.stride(), later);
+    multiply_rows<Math>(rows_, n_, queries_.panels, queries_.words, queries_.depth, group_.columns(), scores,
+                        group_.stride(), &later);
   }
 
   // acc = acc * alpha + P V, or acc = P V if alpha is null.

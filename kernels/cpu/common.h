@@ -75,6 +75,40 @@ struct AttentionArgs {
   float softmax_scale;  // not zero
 };
 
+// Positions [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range within(Range range, Range bounds) {
+  return {std::clamp(range.begin, bounds.begin, bounds.end), std::clamp(range.end, bounds.begin, bounds.end)};
+}
+
+// The positions that query t sees.
+inline Range visible(const IndexArgs& args, int64_t t) {
+  const int64_t begin = std::clamp<int64_t>(args.ks[t], 0, args.width);
+  return {begin, std::max(begin, std::clamp<int64_t>(args.ke[t], 0, args.width))};
+}
+
+// From the first position that one of n queries sees to the last.
+inline Range visible_to_some(const IndexArgs& args, int64_t t, int64_t n) {
+  Range all = {args.width, 0};
+  for (int64_t i = t; i < t + n; i++) {
+    const Range seen = visible(args, i);
+    if (seen.begin < seen.end) all = {std::min(all.begin, seen.begin), std::max(all.end, seen.end)};
+  }
+  return all.begin < all.end ? all : Range{0, 0};
+}
+
+// Scores of consecutive queries at positions within a range: that of query t + i at position s belongs at
+// out[i * out_query + s - range.begin].
+struct ScoreBlock {
+  int64_t t, queries;
+  Range range;
+  float* out;
+  int64_t out_query;
+};
+
 struct SelectArgs {
   const float* logits;  // [s_q, s_kv]
   const int32_t* ks;
@@ -156,10 +190,10 @@ struct QuantiseArgs {
 // The kernels of one instruction set. Where an entry is null, the next lower set's kernel runs.
 struct Kernels {
   const char* name;
-  // Writes the scores of query t at positions [begin, end), which must exist, to out[0 .. end - begin).
-  void (*score[kDTypes])(const IndexArgs&, int64_t t, int64_t begin, int64_t end, float* out);
+  // Writes a block's scores where the query sees the position, and anything in the rest of the block.
+  void (*score[kDTypes])(const IndexArgs&, const ScoreBlock&);
   // The same for quantised keys.
-  void (*score_packed[kDTypes])(const IndexArgs&, int64_t t, int64_t begin, int64_t end, float* out);
+  void (*score_packed[kDTypes])(const IndexArgs&, const ScoreBlock&);
   // Writes the positions of the topk largest of n logits to out[0 .. topk). x[i] is at position begin + i.
   void (*select)(const float* x, int64_t begin, int64_t n, int64_t topk, int32_t* out);
   // Attention of heads [head, head_end) of query t: at most kMaxHeads, all of one kv head.
@@ -179,7 +213,8 @@ struct Kernels {
 enum PeakKind : int32_t { kPeakFp32 = 0, kPeakBf16 = 1 };
 
 constexpr int64_t kMaxHeads = 128;
-constexpr int64_t kMaxRow = 1024;  // values of a row that writers take
-constexpr int64_t kHeadUnit = 16;  // a range of heads is split at multiples of it
+constexpr int64_t kScoreRows = 192;  // heads of all queries of a ScoreBlock, approximately
+constexpr int64_t kMaxRow = 1024;    // values of a row that writers take
+constexpr int64_t kHeadUnit = 16;    // a range of heads is split at multiples of it
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

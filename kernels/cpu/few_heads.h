@@ -12,9 +12,11 @@ namespace {
 template <class Rows>
 class FewHeads {
   using T = typename Rows::Element;
-  static constexpr int kBlock = 64;           // rows at a time
-  static constexpr int kRows = kTileVectors;  // of a register tile
-  static constexpr int kHeads = 4;
+  static constexpr int kBlock = 64;  // rows at a time
+  static constexpr int kHeads =
+      4;  // of a register tile, which has as many rows or columns as fit beside them
+  static constexpr int kTile = kTileRows * kTileVectors;
+  static constexpr int kRows = kTile;    // at most
   static constexpr float kSlack = 8.0f;  // see OnlineSoftmax
 
  public:
@@ -31,7 +33,7 @@ class FewHeads {
         top_(memory.template take<float>(unit.heads)),
         highest_(memory.template take<float>(unit.heads)),
         total_(memory.template take<float>(unit.heads)),
-        sums_(memory.template take<float>((kBlock + kRows) * kFewHeads * kWidth)),
+        sums_(memory.template take<float>((kBlock + kWidth) * kFewHeads * kWidth)),
         scores_(memory.template take<float>(kBlock * kFewHeads)) {
     for (lanes_ = 1; lanes_ < group_;) lanes_ *= 2;
   }
@@ -39,6 +41,7 @@ class FewHeads {
   void run() {
     const int64_t kv_head = unit_.head / group_, kv_heads = unit_.heads / group_;
     const int64_t n = rows_.select(unit_.t, kv_head);
+    std::memset(sums_, 0, kBlock * lanes_ * kWidth * sizeof(float));  // those of lanes without a head stay so
     for (int64_t h = 0; h < unit_.heads; h++) {
       to_words<Fp32>(args_.dtype, query_head(args_, unit_.t, unit_.head + h), args_.d_qk, q_ + h * depth_,
                      depth_);
@@ -67,18 +70,21 @@ class FewHeads {
   }
 
  private:
-  // Row i of the block, in the unit's g-th kv head.
-  const T* key(int64_t i, int64_t g) const { return rows_.keys()[i] + g * args_.segments[0].k_head; }
-  const T* value(int64_t i, int64_t g) const { return rows_.values()[i] + g * args_.segments[0].v_head; }
+  // The rows, or vectors of columns, of a register tile beside so many heads: a power of two.
+  static constexpr int tile_rows(int heads) {
+    int rows = 1;
+    while (2 * rows * heads <= kTileRows * kTileVectors) rows *= 2;
+    return rows;
+  }
 
   // Fills scores_[row][lane], with a lane for each head of the group.
   void scores(int64_t g, int rows) {
-    if (lanes_ > group_) std::memset(sums_, 0, rows * lanes_ * kWidth * sizeof(float));
     for (int h = 0; h < group_; h += kHeads) {
       const float* q = q_ + (g * group_ + h) * depth_;
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
+        constexpr int kTogether = tile_rows(heads);
         int r = 0;
-        for (; r + kRows <= rows; r += kRows) dots<kRows, heads>(g, q, r, h);
+        for (; r + kTogether <= rows; r += kTogether) dots<kTogether, heads>(g, q, r, h);
         for (; r < rows; r++) dots<1, heads>(g, q, r, h);
       });
     }
@@ -88,7 +94,7 @@ class FewHeads {
   template <int R, int H>
   void dots(int64_t g, const float* q, int row, int head) {
     const T* k[R];
-    for (int r = 0; r < R; r++) k[r] = key(row + r, g);
+    for (int r = 0; r < R; r++) k[r] = rows_.keys()[row + r] + g * args_.segments[0].k_head;
     for (int r = row; head == 0 && r < row + R && r < next_.rows; r++)
       rows_.prefetch_key(next_.row + r, next_.kv_head);
     Float c[R][H];
@@ -145,9 +151,9 @@ class FewHeads {
   }
 
   void accumulate(int64_t g, int rows) {
-    constexpr int kVectors = kTileVectors;
     for (int h = 0; h < group_; h += kHeads)
       with_constant<kHeads>(group_ - h < kHeads ? group_ - h : kHeads, [&](auto heads) {
+        constexpr int kVectors = std::min(4, tile_rows(heads));
         for (int64_t c = 0; c < args_.d_v; c += kVectors * kWidth) {
           const int64_t whole = (args_.d_v - c) / kWidth;
           float* acc = acc_ + (g * group_ + h) * columns_ + c;
@@ -167,18 +173,21 @@ class FewHeads {
   template <int H, int N, class Load>
   void add_values(int64_t g, int rows, int64_t column, int head, float* acc, Load&& load_values) {
     const int fetched = head == 0 ? next_.rows : 0;
+    const T* const* value_rows = rows_.values();
+    const int64_t offset = g * args_.segments[0].v_head + column;
+    const float* probabilities = scores_ + head;
     Float c[H][N];
     FromMatrix{acc, columns_}(0, c);
     for (int r = 0; r < rows; r++) {
       if (r < fetched) rows_.prefetch_value(next_.row + r, next_.kv_head, column, N * kWidth);
-      const T* row = value(r, g) + column;
-      const float* probabilities = scores_ + r * lanes_ + head;
-      Float values[N];
-      unrolled<N>([&](auto n) ALWAYS_INLINE { values[n] = load_values(row + n * kWidth); });
-      unrolled<H>([&](auto h) ALWAYS_INLINE {
-        const Float p = splat(probabilities[h]);
-        unrolled<N>([&](auto n) ALWAYS_INLINE { c[h][n] = fma(p, values[n], c[h][n]); });
+      const T* row = value_rows[r] + offset;
+      Float p[H];
+      unrolled<H>([&](auto h) ALWAYS_INLINE { p[h] = splat(probabilities[h]); });
+      unrolled<N>([&](auto n) ALWAYS_INLINE {
+        const Float values = load_values(row + n * kWidth);
+        unrolled<H>([&](auto h) ALWAYS_INLINE { c[h][n] = fma(p[h], values, c[h][n]); });
       });
+      probabilities += lanes_;
     }
     ToMatrix{acc, columns_}(0, c);
   }

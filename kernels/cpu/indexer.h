@@ -10,6 +10,11 @@
 
 namespace {
 
+inline const void* index_query(const IndexArgs& args, int64_t t, int64_t head = 0) {
+  return static_cast<const char*>(args.q) +
+         (t * args.q_query + head * args.q_head) * element_bytes(args.dtype);
+}
+
 // The weights of one query, with zeros at the end of the last vector.
 class HeadWeights {
  public:
@@ -68,11 +73,11 @@ template <class Math>
 }
 
 // The scorer of one query on register tiles.
-template <class Math, class KeyElement>
+template <class MathType, class KeyElement>
 class TileScorer {
-  using Word = typename Math::Word;
-
  public:
+  using Math = MathType;
+  using Word = typename Math::Word;
   using Key = KeyElement;
   static constexpr int kKeys = 48;     // at a time: a multiple of a tile's rows and of kWidth
   static constexpr int kAhead = 96;    // keys are prefetched so many before they are scored
@@ -131,7 +136,8 @@ class TileScorer {
 // Calls f(page, offset in it, n positions, next page or -1, their scores) for positions [begin, end) of query
 // t, page by page. Positions in pages that do not exist get -inf, and so do all of a query of no sequence.
 template <class F>
-void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out, F&& f) {
+void for_each_page(const IndexArgs& args, int64_t t, Range range, float* out, F&& f) {
+  const auto [begin, end] = range;
   const int64_t row = table_row(args, t);
   if (row == args.tables) {
     std::fill(out, out + (end - begin), -__builtin_inff());
@@ -151,22 +157,34 @@ void for_each_page(const IndexArgs& args, int64_t t, int64_t begin, int64_t end,
   }
 }
 
-template <class Scorer>
-void prepare_plain(const IndexArgs& args, int64_t t, Scorer& scorer) {
-  const char* q = static_cast<const char*>(args.q) + t * args.q_query * element_bytes(args.dtype);
-  scorer.prepare(args.dtype, q, args.q_head, args.weights + t * args.weights_query);
+// Calls f(query, the positions of the block that it sees, their scores).
+template <class F>
+void for_each_query(const IndexArgs& args, const ScoreBlock& block, F&& f) {
+  for (int64_t i = 0; i < block.queries; i++) {
+    const Range mine = within(visible(args, block.t + i), block.range);
+    float* out = block.out + i * block.out_query + mine.begin - block.range.begin;
+    if (mine.begin < mine.end) f(block.t + i, mine, out);
+  }
 }
 
 template <class Scorer>
-void score_plain(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
+void prepare_plain(const IndexArgs& args, int64_t t, Scorer& scorer) {
+  scorer.prepare(args.dtype, index_query(args, t), args.q_head, args.weights + t * args.weights_query);
+}
+
+// One query at a time.
+template <class Scorer>
+void score_each(const IndexArgs& args, const ScoreBlock& block) {
   const auto* k = static_cast<const typename Scorer::Key*>(args.k);
   with_workspace<Scorer>(args, [&](Scorer& scorer) {
-    prepare_plain(args, t, scorer);
-    for_each_page(args, t, begin, end, out,
-                  [&](int64_t page, int64_t offset, int64_t n, int64_t next, float* scores) {
-                    const auto* after = next < 0 ? nullptr : k + next * args.k_page;
-                    scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, after, scores);
-                  });
+    for_each_query(args, block, [&](int64_t t, Range range, float* out) {
+      prepare_plain(args, t, scorer);
+      for_each_page(args, t, range, out,
+                    [&](int64_t page, int64_t offset, int64_t n, int64_t next, float* scores) {
+                      const auto* after = next < 0 ? nullptr : k + next * args.k_page;
+                      scorer.run(k + page * args.k_page + offset * args.k_row, args.k_row, n, after, scores);
+                    });
+    });
   });
 }
 
@@ -217,13 +235,15 @@ class PackedScorer {
 };
 
 template <class Scorer>
-void score_packed(const IndexArgs& args, int64_t t, int64_t begin, int64_t end, float* out) {
+void score_packed(const IndexArgs& args, const ScoreBlock& block) {
   with_workspace<PackedScorer<Scorer>>(args, [&](PackedScorer<Scorer>& scorer) {
-    scorer.prepare(t);
-    for_each_page(args, t, begin, end, out,
-                  [&](int64_t page, int64_t offset, int64_t n, int64_t, float* scores) {
-                    scorer.run(page, offset, n, scores);
-                  });
+    for_each_query(args, block, [&](int64_t t, Range range, float* out) {
+      scorer.prepare(t);
+      for_each_page(args, t, range, out,
+                    [&](int64_t page, int64_t offset, int64_t n, int64_t, float* scores) {
+                      scorer.run(page, offset, n, scores);
+                    });
+    });
   });
 }
 

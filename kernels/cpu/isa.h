@@ -2,7 +2,7 @@
 #pragma once
 
 #include "few_heads.h"
-#include "indexer.h"
+#include "few_index_heads.h"
 #include "peak.h"
 #include "topk.h"
 #include "writers.h"

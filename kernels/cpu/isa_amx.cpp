@@ -6,7 +6,7 @@ extern const Kernels kernels_avx512;
 // bf16 tensors use tiles. A few heads would leave most of a tile empty, so AVX512 serves them.
 extern const Kernels kernels_amx = {
     "amx",
-    {score_plain<AmxScorer>},
+    {score_each<AmxScorer>},
     {score_packed<AmxScorer>},
     nullptr,
     {attend_plain<AmxEngine>},

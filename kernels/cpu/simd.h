@@ -117,9 +117,10 @@ inline int append(Bits chosen, Float x, int base, float* values, int* positions)
   return __builtin_popcount(chosen);
 }
 
-// Transposes a square of 32-bit words: row i of the result is column i of r.
-inline void transpose(__m512i* r) {
-  __m512i t[16];
+// Transposes a square of 32-bit words: row i of the result is column i of rows.
+inline void transpose(Float* rows) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_castps_si512(rows[i]);
   for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -142,31 +143,10 @@ inline void transpose(__m512i* r) {
     r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
     r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
   }
-}
-inline void transpose(const void* from, ptrdiff_t from_words, void* to, ptrdiff_t to_words) {
-  __m512i r[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(static_cast<const int32_t*>(from) + i * from_words);
-  transpose(r);
-  for (int i = 0; i < 16; i++) _mm512_storeu_si512(static_cast<int32_t*>(to) + i * to_words, r[i]);
+  for (int i = 0; i < 16; i++) rows[i] = _mm512_castsi512_ps(r[i]);
 }
 
 #else
-
-inline void transpose(const void* from, ptrdiff_t from_words, void* to, ptrdiff_t to_words) {
-  for (int i = 0; i < kWidth; i++)
-    for (int j = 0; j < kWidth; j++)
-      static_cast<int32_t*>(to)[i * to_words + j] = static_cast<const int32_t*>(from)[j * from_words + i];
-}
-
-inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
-  int n = 0;
-  for (; chosen; chosen &= chosen - 1, n++) {
-    const int lane = __builtin_ctz(chosen);
-    values[n] = x[lane];
-    positions[n] = base + lane;
-  }
-  return n;
-}
 
 #if defined(__AVX2__)
 
@@ -196,7 +176,52 @@ inline Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
 inline Bits greater(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 inline Bits at_least(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 
+// Transposes a square of 32-bit words: row i of the result is column i of rows.
+inline void transpose(Float* rows) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 4; i++) {  // rows i and i + 4 side by side, by halves
+    r[i] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      rows[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      rows[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+    }
+}
+
+// The lanes that each of the 256 choices takes, a byte for each.
+struct ChosenLanes {
+  uint64_t of[256] = {};
+  constexpr ChosenLanes() {
+    for (uint64_t chosen = 0; chosen < 256; chosen++)
+      for (uint64_t lane = 0, shift = 0; lane < 8; lane++)
+        if (chosen >> lane & 1) of[chosen] |= lane << shift, shift += 8;
+  }
+};
+inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
+  static constexpr ChosenLanes lanes;
+  const __m256i lane = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes.of[chosen])));
+  _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(x, lane));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions), _mm256_add_epi32(lane, _mm256_set1_epi32(base)));
+  return __builtin_popcount(chosen);
+}
+
 #else
+
+inline int append(Bits chosen, Float x, int base, float* values, int* positions) {
+  int n = 0;
+  for (; chosen; chosen &= chosen - 1, n++) {
+    const int lane = __builtin_ctz(chosen);
+    values[n] = x[lane];
+    positions[n] = base + lane;
+  }
+  return n;
+}
 
 #if defined(__aarch64__)
 inline Float load(const bfloat16* p) { return (Float)vshll_n_u16(vld1_u16(&p->bits), 16); }
@@ -250,12 +275,25 @@ inline Bits bits_of(Int lanes) {
   return bits;
 }
 #endif
+inline void transpose(Float* rows) {
+  Float columns[kWidth];
+  for (int i = 0; i < kWidth; i++)
+    for (int j = 0; j < kWidth; j++) columns[i][j] = rows[j][i];
+  std::memcpy(rows, columns, sizeof columns);
+}
 inline Float max(Float a, Float b) { return select(a > b, a, b); }
 inline Bits greater(Float a, Float b) { return bits_of(a > b); }
 inline Bits at_least(Float a, Float b) { return bits_of(a >= b); }
 
 #endif
 #endif
+
+inline void transpose(const void* from, ptrdiff_t from_words, void* to, ptrdiff_t to_words) {
+  Float rows[kWidth];
+  for (int i = 0; i < kWidth; i++) rows[i] = load(static_cast<const float*>(from) + i * from_words);
+  transpose(rows);
+  for (int i = 0; i < kWidth; i++) store(static_cast<float*>(to) + i * to_words, rows[i]);
+}
 
 // max(a, b) is b if either is NaN, so max(constant, x) keeps a NaN of x. So does ARM's instruction, which
 // gives NaN if either is.
@@ -336,11 +374,36 @@ inline Float sum_each(const float* vectors) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
   };
   return halves(halves(b[0], b[1]), halves(b[2], b[3]));
+#elif defined(__AVX2__)
+  __m256 a[4], b[2];
+  for (int i = 0; i < 4; i++) {
+    const __m256 x = load(vectors + 8 * i), y = load(vectors + 8 * (i + 4));
+    a[i] = _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  }
+  for (int i = 0; i < 2; i++) {
+    const __m256 x = a[2 * i], y = a[2 * i + 1];
+    b[i] = _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(b[0], b[1], 0x44), _mm256_shuffle_ps(b[0], b[1], 0xee));
 #else
-  float transposed[kWidth * kWidth];
-  transpose(vectors, kWidth, transposed, kWidth);
-  Float total = load(transposed);
-  for (int i = 1; i < kWidth; i++) total += load(transposed + i * kWidth);
+  Float rows[kWidth];
+  for (int i = 0; i < kWidth; i++) rows[i] = load(vectors + i * kWidth);
+  transpose(rows);
+  for (int i = 1; i < kWidth; i++) rows[0] += rows[i];
+  return rows[0];
+#endif
+}
+
+// The sum of kWidth vectors, lane by lane, in the order in which sum_each adds the lanes of one.
+inline Float sum_lanes(const Float* x) {
+#if defined(__AVX512F__)
+  const auto four = [&](int i) { return (x[i] + x[i + 2]) + (x[i + 1] + x[i + 3]); };
+  return (four(0) + four(4)) + (four(8) + four(12));
+#elif defined(__AVX2__)
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#else
+  Float total = x[0];
+  for (int i = 1; i < kWidth; i++) total += x[i];
   return total;
 #endif
 }

@@ -262,6 +262,19 @@ inline void for_each_panel(int64_t vectors, F&& f) {
                                 [&](auto width) { f(v, width); });
 }
 
+// c[row][column] of n rows of words; the columns lie in panels, each `depth` words deep. Like multiply_values
+// it is compiled once for all element types.
+template <class Math>
+[[gnu::noinline]] void multiply_rows(const typename Math::Word* const* rows, int64_t n,
+                                     const typename Math::Word* panels, int64_t words, int64_t depth,
+                                     int64_t columns, float* c, int64_t stride, const Fetch* later) {
+  for_each_panel(columns / kWidth, [&](int64_t v, auto width) {
+    const Panel<Math, width> panel = {panels + v * kWidth * depth};
+    for_each_tile<Math, width>(RowsAt<Math>{rows}, panel, words, static_cast<int>(n), FromZero{},
+                               ToMatrix{c + v * kWidth, stride}, v ? nullptr : later);
+  });
+}
+
 // A row of d elements as n_words words, zeros at the end.
 template <class Math, class T>
 inline void to_words(const T* row, int64_t d, typename Math::Word* words, int64_t n_words) {
@@ -285,6 +298,15 @@ inline void to_words(int32_t dtype, const void* row, int64_t d, typename Math::W
     with_element(dtype, [&](auto element) {
       to_words<Math>(static_cast<const decltype(element)*>(row), d, words, n_words);
     });
+}
+
+// A vector of words of a row, in the type that transpose() takes.
+template <class Math, class T>
+inline Float load_words(const T* row) {
+  if constexpr (Math::kPerWord == 2)
+    return load(reinterpret_cast<const float*>(row));
+  else
+    return load(row);
 }
 
 // Whether rows of d elements are words already, so that tiles can read them in place.

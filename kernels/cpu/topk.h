@@ -11,11 +11,10 @@
 
 namespace {
 
-// An integer for each float, in the same order; NaN is the lowest.
-inline uint32_t key_of(float x) {
-  const uint32_t u = bit_cast<uint32_t>(x + 0.0f);  // -0 becomes +0
-  const uint32_t key = u ^ (static_cast<uint32_t>(static_cast<int32_t>(u) >> 31) | 0x80000000u);
-  return x == x ? key : 0;
+// An unsigned integer for each float, in the same order; NaN is the lowest.
+inline Int keys_of(Float x) {
+  const Int u = bit_cast<Int>(x + Float{});  // -0 becomes +0
+  return (u ^ (u >> 31 | INT32_MIN)) & (x == x);
 }
 inline float value_of(uint32_t key) { return bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
@@ -27,14 +26,17 @@ struct Threshold {
 // The k-th largest of n values, 1 <= k <= n; it may be -inf or NaN. Each round divides the interval of keys
 // that contains it into bins, counts the keys in each bin, and continues in the bin of the k-th.
 inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
-  constexpr int kBits = 10;
+  constexpr int kBits = 8;
   constexpr uint32_t kBins = 1u << kBits;
   constexpr int64_t kChunk = 256;
-  uint32_t keys[kChunk], count[2][kBins + 1];
+  uint32_t keys[kChunk], count[2][kBins];
   const auto for_each_chunk = [&](auto&& f) {
     for (int64_t i = 0; i < n; i += kChunk) {
       const int64_t m = n - i < kChunk ? n - i : kChunk;
-      for (int64_t j = 0; j < m; j++) keys[j] = key_of(x[i + j]);
+      for (int64_t j = 0; j < m; j += kWidth) {
+        const Int vector = keys_of(load_tail(x + i + j, m - j));
+        std::memcpy(keys + j, &vector, sizeof vector);
+      }
       f(m);
     }
   };
@@ -51,8 +53,8 @@ inline Threshold kth_largest(const float* x, int64_t n, int64_t k) {
     std::memset(count, 0, sizeof count);
     for_each_chunk([&](int64_t m) {
       for (int64_t j = 0; j < m; j++) {
-        const uint32_t offset = keys[j] - low;                     // huge for a key below low
-        count[j & 1][offset <= last ? offset >> shift : kBins]++;  // two counters: equal keys come in runs
+        const uint32_t offset = keys[j] - low;                // huge for a key below low
+        if (offset <= last) count[j & 1][offset >> shift]++;  // two counters: equal keys come in runs
       }
     });
     uint32_t bin = last >> shift;

@@ -6,7 +6,7 @@
 
 class Workspace {
  public:
-  enum Kind { kKernel, kRow };  // for one kernel; for logits, which two kernels share
+  enum Kind { kKernel, kRow };  // for one kernel; for what several share: logits, and copies of rows
   static constexpr size_t kKept = 8u << 20;
 
   Workspace(Kind kind, size_t bytes);  // a thread has at most one of each kind
