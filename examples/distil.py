@@ -2,12 +2,14 @@
 
     python examples/distil.py --output smollm2-135m-indexer.safetensors
 
-The texts are documentation of installed packages, with passages to be found again hidden in some of them.
+The texts are documentation of installed packages, their descriptions and licences, with numbers to be found
+again hidden in some of them.
 A run that was stopped goes on where it was, if it is given a --folder.
 """
 
 import argparse
 import ast
+import importlib.metadata
 import importlib.util
 import random
 import sys
@@ -50,6 +52,19 @@ def documentation(seed: int = 0) -> Iterator[str]:
             yield text[:20000]
 
 
+def descriptions(seed: int = 0) -> Iterator[str]:
+    """Descriptions and licences of the installed packages in a random order, but for the GNU licences, with
+    which the demo's indexer is judged."""
+    made = []
+    for distribution in importlib.metadata.distributions():
+        made.append(distribution.metadata.get_payload())
+        licences = (file for file in distribution.files or () if file.name.startswith(("LICENSE", "COPYING")))
+        made += [file.locate().read_text("utf-8", "ignore") for file in licences if file.locate().exists()]
+    made = sorted({text[:20000] for text in made if len(text) > 2000 and "GNU" not in text})
+    random.Random(seed).shuffle(made)
+    yield from made
+
+
 def passages(rng: random.Random, count: int) -> list[tuple[str, str]]:
     """Facts to hide in a text, each with the question that asks for it and the answer."""
     names = rng.sample([f"{thing} of {place}" for thing in THINGS for place in PLACES], count)
@@ -64,12 +79,12 @@ def passages(rng: random.Random, count: int) -> list[tuple[str, str]]:
     return made
 
 
-def training_texts(tokenizer, count: int, seed: int = 0) -> list[Tensor]:
+def training_texts(tokenizer, source: Iterator[str], count: int, seed: int = 0) -> list[Tensor]:
     """Token ids ``[tokens]`` of texts whose lengths are LENGTHS in turn.
 
     Two of three hide some passages, and end with questions for them and the answers.
     """
-    rng, source = random.Random(seed), documentation(seed)
+    rng = random.Random(seed)
     texts = []
     for number in range(count):
         length = LENGTHS[number % len(LENGTHS)]
@@ -91,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("smollm2-135m-indexer.safetensors"))
     parser.add_argument("--folder", type=Path, help="where a run that is stopped goes on (default: none)")
-    parser.add_argument("--texts", type=int, default=16, help="how many (default 16)")
+    parser.add_argument("--texts", type=int, default=32, help="how many (default 32)")
     parser.add_argument("--steps", type=int, default=500, help="for each layer (default 500)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -103,7 +118,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_model()
-    texts = training_texts(tokenizer, options.texts)
+    texts = training_texts(tokenizer, documentation(), options.texts // 2)
+    texts += training_texts(tokenizer, descriptions(), options.texts - options.texts // 2, seed=1)
     size = {"index_n_heads": 4, "index_head_dim": 32}  # half as wide as usual, hardly worse here
     indexers = sa.distill(model.to(options.device), texts, **size, steps=options.steps, folder=options.folder)
     sa.save_indexer(indexers, options.output)

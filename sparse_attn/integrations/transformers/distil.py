@@ -13,7 +13,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,37 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from .attach import full_layers
 from .gradients import divergence
 from .indexers import HiddenStates, Indexers
-from .inputs import NAME
+from .lost import measure_lost
+from .watched import Heads, between, watched
 
-WATCHED = f"{NAME}_watched"  # the name of dense attention that is watched, in transformers' registries
 LAST = 64  # tokens at the end of a text that are always among its queries: there a text asks
-COUNTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens at which it is measured what a layer loses
 ATTEMPTS = 3  # at a layer whose loss stays flat
 AT_A_TIME = 64  # queries of a step of the optimiser
-
-
-class Heads(NamedTuple):
-    """What an attention layer has read of one text, and what it computes with."""
-
-    hidden_states: Tensor  # [T, hidden_size]
-    angles: tuple[Tensor, Tensor]  # cos and sin, [T, d]
-    query: Tensor  # [kv_heads, group, T, d]
-    key: Tensor  # [kv_heads, T, d]
-    value: Tensor  # [kv_heads, T, d_v]
-    scaling: float
-
-    def attention(self, t: Tensor) -> Tensor:
-        """``[kv_heads, group, n, T]`` fp32: what queries at positions ``t`` ``[n]`` pay to every token."""
-        scores = (self.query[:, :, t] @ self.key[:, None].transpose(-1, -2)).float() * self.scaling
-        future = torch.arange(scores.shape[-1], device=t.device) > t[:, None]
-        return scores.masked_fill_(future, -torch.inf).softmax(-1)
 
 
 def distill(
@@ -81,7 +61,7 @@ def distill(
         texts: token ids, ``[tokens]`` each; two at least.
         index_n_heads: index heads of a layer.
         index_head_dim: dimensions of an index head.
-        index_rope_dim: of those, how many are rotated; by default half of them, at most what the model rotates.
+        index_rope_dim: of those, how many are rotated; by default half of them, at most the model's own.
         steps: of the optimiser for each layer.
         queries: of a text, for which the attention is stored.
         learning_rate: of AdamW at its highest.
@@ -122,9 +102,7 @@ def distill(
                 examples = [_Example.of(text, number, model.device) for text in files]
                 _train(indexers[number], number, examples, steps, learning_rate, seed)
                 _save(indexers[number].state_dict(), file, run)
-        lost = [_lost(model, layers, text, indexers) for text in texts[-held_out:]]
-    indexers.counts = list(COUNTS)
-    indexers.lost = {number: torch.stack([x[number] for x in lost]).mean(0).tolist() for number in layers}
+    measure_lost(model, layers, indexers, texts[-held_out:], progress)
     return indexers.eval()
 
 
@@ -175,49 +153,6 @@ def _check(
 # The dense attention
 
 
-@contextlib.contextmanager
-def _watched(
-    model: PreTrainedModel, layers: dict[int, nn.Module], watch: Callable[[int, Heads], None]
-) -> Iterator[None]:
-    """Call ``watch`` at the attention of each layer, while the model reads one text without a cache."""
-    before = model.config.get_text_config()._attn_implementation
-    given: dict[nn.Module, dict[str, Any]] = {}
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given[module] = {"hidden_states": args[0] if args else kwargs["hidden_states"], **kwargs}
-
-    def attend(number: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float):
-        held = given.pop(module)
-        angles = tuple(x[0].float() for x in held["position_embeddings"])
-        grouped = query[0].unflatten(0, (key.shape[1], -1))
-        watch(number, Heads(held["hidden_states"][0], angles, grouped, key[0], value[0], scaling))
-
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in layers.values()]
-    for number, module in layers.items():
-        module._watched_by = (attend, number)  # pyright: ignore[reportAttributeAccessIssue]
-    model.set_attn_implementation(WATCHED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        for handle, module in zip(handles, layers.values(), strict=True):
-            handle.remove()
-            del module._watched_by
-
-
-def _watched_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
-):
-    if hasattr(module, "_watched_by"):
-        attend, number = module._watched_by
-        attend(number, module, query, key, value, options.get("scaling") or query.shape[-1] ** -0.5)
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
-
-
-AttentionInterface.register(WATCHED, _watched_attention)
-AttentionMaskInterface.register(WATCHED, sdpa_mask)
-
-
 @torch.no_grad()
 def _read(
     model: PreTrainedModel, layers: dict[int, nn.Module], text: Tensor, queries: int, seed: int
@@ -232,7 +167,7 @@ def _read(
         stored[f"hidden_states.{number}"] = heads.hidden_states.bfloat16()
         stored.setdefault("cos", heads.angles[0]), stored.setdefault("sin", heads.angles[1])
 
-    with _watched(model, layers, watch):
+    with watched(model, layers, watch):
         model.base_model(text[None].to(model.device), use_cache=False)
     return stored
 
@@ -317,50 +252,4 @@ def _optimise(
 def _loss(indexer: HiddenStates, example: _Example, some: Tensor) -> Tensor:
     t = example.queries[some]
     scores = indexer.scores(example.hidden_states.float(), example.angles, t)
-    return divergence(example.attention[some].float(), scores, _between(t, scores.shape[1])).mean()
-
-
-def _between(t: Tensor, tokens: int) -> Tensor:
-    """``[n, T]``: whether a token lies between the first one and that of the query."""
-    s = torch.arange(tokens, device=t.device)
-    return (s > 0) & (s < t[:, None])
-
-
-# What a layer loses
-
-
-@torch.no_grad()
-def _lost(
-    model: PreTrainedModel, layers: dict[int, nn.Module], text: Tensor, indexers: Indexers
-) -> dict[int, Tensor]:
-    """By layer, ``[len(COUNTS)]``: the squared error of the attention's output with so few tokens, relative
-    to the stream that it is added to."""
-    t = torch.arange(len(text) // 4, len(text), max(1, len(text) // 256), device=model.device)
-    lost: dict[int, Tensor] = {}
-
-    def watch(number: int, heads: Heads) -> None:
-        scores = indexers[number].scores(heads.hidden_states.float(), heads.angles, t)
-        scores.masked_fill_(~_between(t, len(text)), -torch.inf)
-        scores[:, 0] = torch.inf
-        scores[torch.arange(len(t)), t] = torch.inf
-        rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
-        attention = heads.attention(t)
-        project = _output_projection(layers[number])
-        outs = []
-        for count in (len(text), *COUNTS):
-            kept = attention * (rank < count)
-            out = (kept / kept.sum(-1, keepdim=True)).to(heads.value.dtype) @ heads.value[:, None]
-            outs.append(project(out.flatten(0, 1).transpose(0, 1).flatten(1)).float())
-        lost[number] = torch.stack([(out - outs[0]).square().sum(-1).mean() for out in outs[1:]])
-
-    with _watched(model, layers, watch):
-        states = model.base_model(text[None].to(model.device), use_cache=False, output_hidden_states=True)
-    for number in layers:
-        stream = states.hidden_states[number][0, t].float().square().sum(-1).mean()
-        lost[number] = (lost[number] / stream).cpu()
-    return lost
-
-
-def _output_projection(layer: nn.Module) -> nn.Linear:
-    """The last linear layer of an attention module but for its indexer: models name it differently."""
-    return [module for name, module in layer.named_children() if isinstance(module, nn.Linear)][-1]
+    return divergence(example.attention[some].float(), scores, between(t, scores.shape[1])).mean()
