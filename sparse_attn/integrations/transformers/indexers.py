@@ -41,20 +41,32 @@ class AttentionScores(Indexer, nn.Module):
         """
         (batch, heads, s_q, _), rows = query.shape, key.shape[2]
         visible = Visible.of(mask, s_q, rows)
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        keys = key[:, :, None].transpose(-1, -2)
 
         def select(t: slice) -> Tensor:
-            table = visible.part(t).table(rows)
             if rows <= self.index_topk:
-                return table
-            hidden = (table < 0)[:, None, None]
-            scores = (grouped[:, :, :, t] @ keys).to(torch.promote_types(query.dtype, torch.float32))
-            attention = scores.mul_(scaling).masked_fill_(hidden, -torch.inf).softmax(-1)
-            attention = attention.sum((1, 2)).masked_fill_(table < 0, -torch.inf)  # [B, s_q, T]
-            return select_topk(attention.flatten(0, 1), self.index_topk).unflatten(0, table.shape[:2])
+                return visible.part(t).table(rows)
+            stop = rows - s_q + t.stop  # rows behind are the future of all of them
+            hidden = visible.part(t).table(rows)[..., :stop] < 0
+            attention = attention_paid(query[:, :, t], key[:, :, :stop], hidden, scaling)
+            attention.masked_fill_(hidden, -torch.inf)
+            return select_topk(attention.flatten(0, 1), self.index_topk).unflatten(0, hidden.shape[:2])
 
         return self.selected(select, query_chunks(s_q, 4 * batch * heads * rows), query.transpose(1, 2))
+
+
+def attention_paid(query: Tensor, key: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+    """Dense attention to every row, summed over the heads, ``[B, s_q, rows]`` in fp32 (fp64 for fp64).
+
+    Args:
+        query: ``[B, heads, s_q, d]``.
+        key: ``[B, kv_heads, rows, d]``.
+        hidden: ``[B, s_q, rows]``, True for rows that a query does not read.
+    """
+    s_q = query.shape[2]
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, kv_heads, group * s_q, d]
+    scores = (grouped @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores.mul_(scaling).unflatten(2, (-1, s_q)).masked_fill_(hidden[:, None, None], -torch.inf)
+    return scores.softmax(-1).sum((1, 2))
 
 
 class HiddenStates(TokenIndexer, nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .grouped import GroupedAttention
+from .indexers import attention_paid
 from .inputs import Visible, query_chunks
 
 EVERY = 8  # queries of which one is measured
@@ -47,15 +48,12 @@ def _measure(
     (batch, heads, s_q, _), rows = query.shape, key.shape[2]
     visible = Visible.of(mask, s_q, rows)
     every = torch.arange(s_q // 2, s_q, EVERY, device=query.device)
-    keys = key[:, :, None].mT  # [B, kv_heads, 1, d, T]
     shares = []
     for part in query_chunks(len(every), 4 * batch * heads * rows):
         t = every[part]
         first, stop = visible.first[:, t], visible.stop[:, t]
         hidden = Visible(first, stop, visible.rows).table(rows) < 0
-        grouped = query[:, :, t].unflatten(1, (key.shape[1], -1))
-        scores = ((grouped @ keys).float() * scaling).masked_fill_(hidden[:, None, None], -torch.inf)
-        attention = scores.softmax(-1).mean((1, 2))  # [B, n, T]
+        attention = attention_paid(query[:, :, t], key, hidden, scaling) / heads
         selected = indices[:, t]
         of_each = attention.gather(2, selected.clamp_min(0).long()).masked_fill(selected < 0, 0.0)
         shares.append(of_each.sum(-1)[~hidden.all(-1)])
