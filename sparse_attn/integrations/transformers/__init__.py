@@ -120,7 +120,8 @@ def attach(model: PreTrainedModel, *, topk: int | Sequence[int], indexer: Indexe
             _change_class(module, attached_class(type(module)))
         weight = next(module.parameters())
         one = made.get(number)
-        module.indexer = None if one is None else one.to(weight.device, weight.dtype)
+        found = None if one is None else one.to(weight.device, weight.dtype)
+        module.indexer = found  # pyright: ignore[reportArgumentType]
     if before != NAME:
         setattr(model, BEFORE, before)
         _set_implementation(model, NAME)

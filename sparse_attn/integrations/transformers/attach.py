@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .families import DENSE, accepted_by, subclass
 from .grouped import GroupedAttention
-from .indexers import AttentionScores, Indexers
+from .indexers import AttentionScores, HiddenStates, Indexers
 
 ATTACHED: dict[type[nn.Module], type[nn.Module]] = {}  # transformers' class: ours
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' registry, as the modules of its models call it
@@ -89,7 +89,7 @@ def _check_layer(model: PreTrainedModel, module: Any) -> None:
 
 def indexers_of(
     layers: dict[int, nn.Module], topk: int | Sequence[int], indexer: "Indexers | None", hidden_size: int
-) -> dict[int, nn.Module]:
+) -> "dict[int, AttentionScores] | dict[int, HiddenStates]":
     """An indexer for each layer that reads all tokens, with its number of tokens.
 
     Raises:

@@ -82,7 +82,8 @@ def distill(
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
         files = [place / f"text-{number}.safetensors" for number in range(len(texts) - held_out)]
-        weights = model.get_input_embeddings().weight[:64].double().sum().item()
+        embeddings: Any = model.get_input_embeddings()
+        weights = embeddings.weight[:64].double().sum().item()
         digests = [_digest(weights, text.tolist(), queries, seed) for text in texts]
         for number, file in enumerate(tqdm(files, "dense attention", disable=not progress)):
             if not _finished(file, digests[number]):
@@ -232,11 +233,10 @@ def _optimise(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
     )
-    losses = []
-    for step in range(steps):
-        if step % len(examples) == 0:
-            order = torch.randperm(len(examples), generator=generator).tolist()
-        example = examples[order[step % len(examples)]]
+    losses, order = [], []
+    for _ in range(steps):
+        order = order or torch.randperm(len(examples), generator=generator).tolist()[::-1]
+        example = examples[order.pop()]
         some = torch.randperm(len(example.queries), generator=generator)[:AT_A_TIME]
         with torch.enable_grad():
             loss = _loss(indexer, example, some.to(example.queries.device))

@@ -52,7 +52,7 @@ def subclass(theirs: type, mixin: type, **attributes) -> type:
     """In this module's namespace, so that models can be pickled."""
     name = f"Sparse{theirs.__name__}"
     globals()[name] = ours = type(name, (mixin, theirs), {"__module__": __name__, **attributes})
-    DENSE[ours] = theirs
+    DENSE[ours] = theirs  # pyright: ignore[reportArgumentType]
     return ours
 
 

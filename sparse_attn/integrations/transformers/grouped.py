@@ -70,21 +70,22 @@ class GroupedAttention(SparseAttention):
                 raise TypeError(
                     f"{name}: {type(self).__name__} does not know this option, got {option!r:.60}"
                 )
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         if self.indexer is None:
             return dense(query, key, value, mask, scaling, sliding_window)
-        if indices is None:
-            indices = self.indexer(query, key, mask, scaling)
+        selected: Tensor = self.indexer(query, key, mask, scaling) if indices is None else indices
         if self.measured_by is not None:
-            self.measured_by(query, key, mask, indices, scaling)
+            self.measured_by(query, key, mask, selected, scaling)
         if self.adapting is not None:
-            out, paid = attend_with_gradients(query, key, value, indices, scaling)
+            out, paid = attend_with_gradients(query, key, value, selected, scaling)
             if index_scores is not None:
                 first, stop, _ = Visible.of(mask, query.shape[2], key.shape[2])
-                ranked = (indices > first[..., None]) & (indices < stop[..., None] - 1)  # not always selected
+                ranked = (selected > first[..., None]) & (
+                    selected < stop[..., None] - 1
+                )  # not always selected
                 self.adapting.append(divergence(paid, index_scores, ranked).mean())
             return out
-        return attend_grouped(query, key, value, lambda t: indices[:, t], scaling)
+        return attend_grouped(query, key, value, lambda t: selected[:, t], scaling)
 
 
 def _angles(position_embeddings: Any) -> tuple[Tensor, Tensor]:

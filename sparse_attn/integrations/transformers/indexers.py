@@ -218,8 +218,8 @@ def load_indexer(path: str | Path) -> Indexers:
             )
         config = json.loads(metadata["config"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    by_layer = ({int(number): value for number, value in config[name].items()} for name in ("sizes", "lost"))
-    indexers = Indexers(config["hidden_size"], *by_layer, config["counts"])
+    sizes, lost = ({int(n): value for n, value in config[name].items()} for name in ("sizes", "lost"))
+    indexers = Indexers(config["hidden_size"], sizes, lost, config["counts"])
     indexers.layers.load_state_dict(weights)
     return indexers.eval()
 
@@ -235,7 +235,8 @@ class IndexKeys:
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
         """Append ``keys`` ``[B, S, d]``; all of them so far, ``[B, T, d]``."""
-        layers, number = self.cache.layers, self.model_layers + layer_idx
+        layers: list[Any] = self.cache.layers
+        number = self.model_layers + layer_idx
         while len(layers) <= number:
             layers.append(self._new(len(layers)))
         held, indexed = (layers[i].get_seq_length() for i in (layer_idx, number))

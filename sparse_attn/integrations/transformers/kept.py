@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ def kept_attention(model: PreTrainedModel) -> Iterator[dict[int, list[float]]]:
     Raises:
         TypeError: a model without indexers.
     """
-    layers = [m for m in model.modules() if isinstance(m, GroupedAttention) and m.indexer is not None]
+    layers: list[Any] = [
+        m for m in model.modules() if isinstance(m, GroupedAttention) and m.indexer is not None
+    ]
     if not layers:
         raise TypeError(f"model: expected one that attach() changed, got {type(model).__name__}")
     kept: dict[int, list[float]] = {}

@@ -5,6 +5,7 @@ is, from the model's predictions when this layer alone is sparse.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def measure_lost(
     errors = [_errors(model, layers, indexers, text) for text in texts]
     text = texts[-1][:TOKENS].to(model.device)
     dense = _predictions(model, text)
-    indexers.counts = list(COUNTS)
+    indexers.counts = [*COUNTS]
     for number in tqdm(layers, "what each layer loses", disable=not progress):
         with watched(model, {number: layers[number]}, _sparse(indexers)):
             sparse = _predictions(model, text)
@@ -67,7 +68,8 @@ def _predictions(model: PreTrainedModel, text: Tensor) -> Tensor:
     """``[n, vocabulary]`` fp32 logarithms, at some positions behind the first quarter."""
     at = torch.arange(len(text) // 4, len(text), EVERY, device=model.device)
     states = model.base_model(text[None], use_cache=False).last_hidden_state[0, at]
-    return model.get_output_embeddings()(states).float().log_softmax(-1)
+    project: Any = model.get_output_embeddings()
+    return project(states).float().log_softmax(-1)
 
 
 def _errors(

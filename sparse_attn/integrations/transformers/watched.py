@@ -42,7 +42,7 @@ def watched(
 
     What it returns, ``[T, heads, d_v]``, is what the layer's attention gives, unless that is None.
     """
-    before = model.config.get_text_config()._attn_implementation
+    before: Any = model.config.get_text_config()._attn_implementation
     given: dict[nn.Module, dict[str, Any]] = {}
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -56,7 +56,7 @@ def watched(
 
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in layers.values()]
     for number, module in layers.items():
-        module._watched_by = (attend, number)  # pyright: ignore[reportAttributeAccessIssue]
+        module._watched_by = (attend, number)  # pyright: ignore[reportArgumentType]
     model.set_attn_implementation(WATCHED)
     try:
         yield
