@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("smollm2-135m-indexer.safetensors"))
     parser.add_argument("--folder", type=Path, help="where a run that is stopped goes on (default: none)")
     parser.add_argument("--texts", type=int, default=32, help="how many (default 32)")
-    parser.add_argument("--steps", type=int, default=500, help="for each layer (default 500)")
+    parser.add_argument("--steps", type=int, default=600, help="for each layer (default 600)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     options = parser.parse_args()

@@ -193,10 +193,10 @@ def test_indexers_are_saved_and_loaded(llama, tmp_path, ids):
 
 def test_allocation_follows_what_layers_lose():
     size = {"n_heads": 1, "head_dim": 4, "rope_dim": 4}
-    lost = {0: [8.0, 4.0, 0.0], 1: [0.2, 0.1, 0.0], 2: [4.0, 2.0, 0.0]}
+    lost = {0: [8.0, 4.0, 1.0], 1: [0.2, 0.1, 0.0], 2: [4.0, 1.0, 0.25]}
     indexers = sa.Indexers(8, dict.fromkeys(lost, size), lost, [16, 64, 256])
     ks = indexers.allocate(64)
-    assert ks[0] > ks[2] > ks[1] and 60 <= sum(ks) / 3 <= 64
+    assert 128 >= ks[0] > ks[2] > ks[1] >= 32 and 60 <= sum(ks) / 3 <= 64
     assert sa.Indexers(8, dict.fromkeys(lost, size)).allocate(64) == [64] * 3
 
 

@@ -166,7 +166,7 @@ def _read(
         parts = [heads.attention(part).mean((0, 1)) for part in t.split(64)]
         stored[f"attention.{number}"] = torch.cat(parts).half()
         stored[f"hidden_states.{number}"] = heads.hidden_states.bfloat16()
-        stored.setdefault("cos", heads.angles[0]), stored.setdefault("sin", heads.angles[1])
+        stored["cos"], stored["sin"] = heads.angles  # the same in every layer
 
     with watched(model, layers, watch):
         model.base_model(text[None].to(model.device), use_cache=False)

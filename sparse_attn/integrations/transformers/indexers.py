@@ -174,28 +174,27 @@ class Indexers(nn.Module):
         return self.layers[str(layer_idx)]  # pyright: ignore[reportReturnType]
 
     def allocate(self, topk: int) -> list[int]:
-        """Tokens for each layer, ``topk`` on average, so that the layers together lose least.
-
-        All the same if what they lose is unknown.
+        """Tokens for each layer, ``topk`` on average, so that the layers together lose least; between half of
+        ``topk`` and twice that, since other texts lose elsewhere. All the same if what they lose is unknown.
         """
         if not self.lost:
             return [topk] * len(self.sizes)
         counts = torch.tensor([float(k) for k in self.counts]).log()
-        lost = torch.tensor([self.lost[number] for number in self.sizes])
+        lost = torch.tensor([self.lost[number] for number in self.sizes]).clamp_min(1e-9).log()
 
         def at(layer: int, k: int) -> float:
             x = torch.tensor(float(k)).log().clamp(counts[0], counts[-1])
             right = int(torch.searchsorted(counts, x).clamp(1, len(counts) - 1))
             share = (x - counts[right - 1]) / (counts[right] - counts[right - 1])
-            return float(torch.lerp(lost[layer, right - 1], lost[layer, right], share))
+            return float(torch.lerp(lost[layer, right - 1], lost[layer, right], share).exp())
 
         step = max(1, topk // 16)
-        ks = [max(3, topk // 4)] * len(self.sizes)
+        ks = [max(3, topk // 2)] * len(self.sizes)
         saved = [at(i, k) - at(i, k + step) for i, k in enumerate(ks)]
         for _ in range((topk * len(ks) - sum(ks)) // step):
             best = max(range(len(ks)), key=saved.__getitem__)
             ks[best] += step
-            saved[best] = at(best, ks[best]) - at(best, ks[best] + step)
+            saved[best] = at(best, ks[best]) - at(best, ks[best] + step) if ks[best] < 2 * topk else -1.0
         return ks
 
 
