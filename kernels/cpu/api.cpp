@@ -123,8 +123,6 @@ void for_chunks(int64_t n, int threads, const F& f) {
                [&](int64_t i) { f(i * kRows, std::min(n, (i + 1) * kRows)); });
 }
 
-int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 // Whether to copy the rows of each kv head to memory of their own before queries read them. That pays if they
 // are read often and those of all heads do not fit into a cache: the rows of one do, and lie in fewer pages.
 bool copies_heads(const AttentionArgs& args) {

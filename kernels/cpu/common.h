@@ -75,6 +75,8 @@ struct AttentionArgs {
   float softmax_scale;  // not zero
 };
 
+inline int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 // Positions [begin, end).
 struct Range {
   int64_t begin, end;

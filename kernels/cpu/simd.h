@@ -331,7 +331,6 @@ inline void with_element(int32_t dtype, F&& f) {
   if (dtype == kFloat16) return f(float16{});
   f(float{});
 }
-inline int64_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // 2^x for x <= 0 or a little above; 2^-126 for x below -126. Relative error 3e-8.
 inline Float exp2(Float x) {

@@ -38,7 +38,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .adapt import adapt  # noqa: E402
 from .attach import ATTACHED, attached_class, grouped_layers, indexers_of  # noqa: E402
 from .distil import distill  # noqa: E402
-from .families import DENSE, SPARSE, SUPPORTED  # noqa: E402
+from .families import DENSE, SPARSE, SUPPORTED, attention_names  # noqa: E402
 from .indexers import Indexers, load_indexer, save_indexer  # noqa: E402
 from .inputs import NAME, visible_rows  # noqa: E402
 from .kept import kept_attention  # noqa: E402
@@ -78,7 +78,7 @@ def enable(model: PreTrainedModel) -> None:
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     changed = [module for module in model.modules() if type(module) in SPARSE]
     if not changed and not any(type(module) in DENSE for module in model.modules()):
-        found = sorted({name for m in model.modules() if (name := type(m).__name__).endswith("Attention")})
+        found = attention_names(model)
         raise TypeError(
             f"model: expected one of {', '.join(SUPPORTED)} (transformers {transformers.__version__}, "
             f"{TESTED}), got {model.config.model_type} with {', '.join(found) or 'no attention layer'}"

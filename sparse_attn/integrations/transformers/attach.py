@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .families import DENSE, accepted_by, subclass
+from .families import DENSE, accepted_by, attention_names, subclass
 from .grouped import GroupedAttention
 from .indexers import AttentionScores, HiddenStates, Indexers
 
@@ -44,7 +44,7 @@ def grouped_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             number: Any = module.layer_idx
             found[number] = module
     if not any(_window(module) is None for module in found.values()):
-        names = sorted({name for m in model.modules() if (name := type(m).__name__).endswith("Attention")})
+        names = attention_names(model)
         what = f"with {', '.join(names)}" if names else "without attention"
         raise TypeError(
             f"model: expected a decoder whose layers read all tokens through {INTERFACE}, got "
@@ -62,16 +62,21 @@ def _window(module: Any) -> int | None:
     return getattr(module, "sliding_window", None) if getattr(module, "is_sliding", True) else None
 
 
+def _theirs(module: nn.Module) -> type[nn.Module]:
+    """transformers' class of a module, whether it was changed or not."""
+    return DENSE.get(type(module), type(module))
+
+
 def _calls_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(DENSE.get(type(module), type(module)).forward)
+    forward = inspect.unwrap(_theirs(module).forward)
     return INTERFACE in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def _check_layer(model: PreTrainedModel, module: Any) -> None:
-    name = DENSE.get(type(module), type(module)).__name__
+    theirs = _theirs(module)
 
     def refuse(reason: str) -> None:
-        raise TypeError(f"model: cannot attach to {model.config.model_type}: {name} {reason}")
+        raise TypeError(f"model: cannot attach to {model.config.model_type}: {theirs.__name__} {reason}")
 
     if type(module) in DENSE and type(module) not in ATTACHED.values():
         refuse("has an indexer of its own, which enable() made sparse")
@@ -82,7 +87,7 @@ def _check_layer(model: PreTrainedModel, module: Any) -> None:
     for attribute, meaning in CHANGING.items():
         if getattr(module, attribute, None) is not None:
             refuse(f"has {meaning} ({attribute}), which sparse_gqa does not compute here")
-    takes = inspect.signature(inspect.unwrap(DENSE.get(type(module), type(module)).forward)).parameters
+    takes = inspect.signature(theirs.forward).parameters
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes.values()):
         refuse("does not hand keyword arguments on to the attention function")
 

@@ -13,11 +13,10 @@ class SparseAttention:
     """Mixed into an attention class of transformers, beside an ``attend`` that its forward calls."""
 
     accepted: frozenset[str]  # names of arguments
-    adapting: Any = None  # not None where gradients are wanted and known
     __getattr__: Callable[[str], Any]  # for type checkers: the other attributes are those of transformers
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Any:
-        check(self, hidden_states, kwargs, gradients=self.adapting is not None)
+        check(self, hidden_states, kwargs)
         for name in ("cache", "past_key_values"):
             if name in kwargs:
                 kwargs[name] = growing(kwargs[name])

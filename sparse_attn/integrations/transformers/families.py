@@ -44,6 +44,11 @@ def accepted_by(theirs: type) -> frozenset[str]:
     return frozenset(inspect.signature(theirs.forward).parameters) | ACCEPTED
 
 
+def attention_names(model: nn.Module) -> list[str]:
+    """Names of the classes of a model's attention layers."""
+    return sorted({name for m in model.modules() if (name := type(m).__name__).endswith("Attention")})
+
+
 def _rotation(module, name: str | None) -> dict:
     return {} if name is None else {"rotation": staticmethod(getattr(module, name))}
 

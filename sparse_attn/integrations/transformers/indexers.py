@@ -104,7 +104,7 @@ class HiddenStates(TokenIndexer, nn.Module):
         cos, sin = (x[None] for x in position_embeddings)
         states = hidden_states[None]
         q = self._rotate(self._query(states[:, t], None), (cos[:, t], sin[:, t]))[0]  # [n, heads, d]
-        k = self._rotate(self._key(states)[:, :, None], (cos, sin))[0, :, 0]  # [T, d]
+        k = self._rotated_key(states, (cos, sin))[0]  # [T, d]
         dots = (q.flatten(0, 1) @ k.mT).view(*q.shape[:2], -1).relu()
         return (head_weights(self, hidden_states[t])[:, None] @ dots)[:, 0]
 
@@ -113,7 +113,7 @@ class HiddenStates(TokenIndexer, nn.Module):
     ) -> Tensor:
         """Index scores ``[B, S, k]`` of the tokens ``indices`` ``[B, S, k]``, those of the same sequences."""
         q = self._rotate(self._query(hidden_states, None), position_embeddings)
-        k = self._rotate(self._key(hidden_states)[:, :, None], position_embeddings)[:, :, 0]
+        k = self._rotated_key(hidden_states, position_embeddings)
         sequence = torch.arange(len(k), device=k.device)[:, None, None]
         rows = k[sequence, indices.clamp_min(0).long()]  # [B, S, k, d]
         dots = torch.einsum("bshd,bskd->bshk", q, rows).relu()

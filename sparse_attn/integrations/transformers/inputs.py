@@ -144,19 +144,17 @@ class Visible(NamedTuple):
         return torch.where((row >= self.first[..., None]) & (row < self.stop[..., None]), row, -1)
 
 
-def check(layer: Any, hidden_states: Tensor, kwargs: dict, gradients: bool = False) -> None:
-    """Raise ValueError for a mode or TypeError for an argument with which a layer's result would be wrong.
-
-    ``gradients``: the layer has a backward.
-    """
+def check(layer: Any, hidden_states: Tensor, kwargs: dict) -> None:
+    """Raise ValueError for a mode or TypeError for an argument with which a layer's result would be wrong."""
     name = type(layer).__name__
-    if layer.training and not gradients:
+    has_backward = getattr(layer, "adapting", None) is not None
+    if layer.training and not has_backward:
         raise ValueError(
             f"model: expected evaluation mode, got training mode in {name}: sparse_attn is for inference "
             "and has no backward (so no gradient checkpointing); call model.eval(), or disable(model) "
             "to train"
         )
-    if torch.is_grad_enabled() and hidden_states.requires_grad and not gradients:
+    if torch.is_grad_enabled() and hidden_states.requires_grad and not has_backward:
         raise ValueError(
             "gradients: sparse_attn is for inference and has no backward, but the hidden states require "
             "grad; call the model under torch.no_grad() or torch.inference_mode()"

@@ -29,7 +29,7 @@ class TokenIndexer(Indexer):
     ) -> Tensor:
         """Rows of the cache that each new token attends to, ``[B, S, topk]`` int32, -1 padded."""
         cache = past_key_values if cache is None else cache
-        k = self._rotate(self._key(hidden_states)[:, :, None], position_embeddings)[:, :, 0]
+        k = self._rotated_key(hidden_states, position_embeddings)
         if cache is not None:
             k = cache.update_indexer(k, self.layer_idx)
         (batch, rows, d), s_q = k.shape, hidden_states.shape[1]
@@ -57,6 +57,10 @@ class TokenIndexer(Indexer):
     def _key(self, hidden_states: Tensor) -> Tensor:
         """``[B, s_q, head_dim]``."""
         return self.k_norm(self.wk(hidden_states))
+
+    def _rotated_key(self, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        """``[B, s_q, head_dim]``, as it is stored."""
+        return self._rotate(self._key(hidden_states)[:, :, None], position_embeddings)[:, :, 0]
 
     def _rotate(self, x: Tensor, position_embeddings: Any) -> Tensor:
         """``x`` ``[B, s_q, heads, head_dim]`` with its RoPE dimensions rotated."""
