@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("smollm2-135m-indexer.safetensors"))
     parser.add_argument("--folder", type=Path, help="where a run that is stopped goes on (default: none)")
     parser.add_argument("--texts", type=int, default=32, help="how many (default 32)")
-    parser.add_argument("--steps", type=int, default=600, help="for each layer (default 600)")
+    parser.add_argument("--steps", type=int, default=2000, help="for each layer (default 2000)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     options = parser.parse_args()
@@ -120,7 +120,7 @@ def main() -> None:
     tokenizer, model = load_model()
     texts = training_texts(tokenizer, documentation(), options.texts // 2)
     texts += training_texts(tokenizer, descriptions(), options.texts - options.texts // 2, seed=1)
-    size = {"index_n_heads": 4, "index_head_dim": 32}  # half as wide as usual, hardly worse here
+    size = {"index_n_heads": 4, "index_head_dim": 64, "index_rope_dim": 16}
     indexers = sa.distill(model.to(options.device), texts, **size, steps=options.steps, folder=options.folder)
     sa.save_indexer(indexers, options.output)
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")

@@ -5,7 +5,7 @@ attention. Here every layer, at every position, attends to the k tokens that an 
 
 training-free: those that dense attention pays most to. It computes all of dense attention's scores, so it
     shows what quality k tokens can keep, not how fast they are.
-distilled: those that a narrow lightning indexer ranks highest (4 heads of 32 per layer, 6 MB in all), which
+distilled: those that a narrow lightning indexer ranks highest (4 heads of 64 per layer, 6 MB in all), which
     learned from the dense attention. examples/distil.py made it, from texts that are not read here.
 """
 

@@ -59,6 +59,19 @@ def test_what_is_distilled_keeps_more_attention(model, texts):
     assert sum(indexers.allocate(24)) <= 2 * 24
 
 
+def test_what_a_layer_loses_is_how_far_predictions_are_off(model, texts):
+    indexers = sa.distill(model, texts, steps=20, **OPTIONS)
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    ids, behind = texts[-1][None], len(texts[-1]) // 4
+    dense = model(ids).logits[0, behind:].log_softmax(-1)
+    for number, topk in itertools.product(indexers.lost, (32, 64)):
+        sa.attach(model, topk=[topk if layer == number else 200 for layer in indexers.lost], indexer=indexers)
+        sparse = model(ids).logits[0, behind:].log_softmax(-1)
+        sa.disable(model)
+        nats = (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+        assert indexers.lost[number][indexers.counts.index(topk)] == pytest.approx(nats, rel=0.4)
+
+
 def test_a_run_that_was_stopped_goes_on(model, texts, tmp_path, monkeypatch):
     train, trained = distil._train, []
 

@@ -44,7 +44,7 @@ def distill(
     index_rope_dim: int | None = None,
     steps: int = 400,
     queries: int = 256,
-    learning_rate: float = 2e-2,
+    learning_rate: float = 5e-2,
     folder: Path | str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -54,7 +54,7 @@ def distill(
     Texts should be as long as those that the indexers will serve, and contain what they will be asked for:
     an indexer that never saw a question about something far away does not find it. The last tenth of the
     texts (at least one) is not trained on: there it is measured what each layer loses at how few tokens, from
-    which :func:`attach` gives each layer its share.
+    which :func:`attach` gives each layer its share. That keeps what 4,096 tokens activate, for a backward.
 
     Args:
         model: on any device; its weights stay as they are.
@@ -64,7 +64,7 @@ def distill(
         index_rope_dim: of those, how many are rotated; by default half of them, at most the model's own.
         steps: of the optimiser for each layer.
         queries: of a text, for which the attention is stored.
-        learning_rate: of AdamW at its highest.
+        learning_rate: of AdamW at its highest, relative to the weights at the start.
         folder: where the attention and finished layers are stored, so that a run that was stopped goes on;
             by default a temporary one. It takes ``2 * tokens * (hidden_size + queries)`` bytes per text and
             layer.
@@ -203,24 +203,30 @@ class _Example(NamedTuple):
 def _train(
     indexer: HiddenStates, number: int, examples: list[_Example], steps: int, rate: float, seed: int
 ) -> None:
+    """With hidden states scaled to a mean square of 1, so that one rate suits all layers."""
+    some = torch.cat([x.hidden_states[::64] for x in examples]).float()
+    rms = some.square().mean().sqrt()
+    scaled = [x._replace(hidden_states=x.hidden_states / rms) for x in examples]
     for attempt in range(ATTEMPTS):
         generator = torch.Generator().manual_seed(seed + attempt)
-        _initialise(indexer, examples, generator)
-        losses = _optimise(indexer, examples, steps, rate / 2**attempt, generator)
+        _initialise(indexer, some.mean(0) / rms, generator)
+        losses = _optimise(indexer, scaled, steps, rate / 2**attempt, generator)
         quarter = max(1, len(losses) // 4)
         if sum(losses[-quarter:]) < 0.98 * sum(losses[:quarter]) or len(losses) < 8:
-            return  # it learned; a layer whose relus all died has a flat loss
-    warnings.warn(f"layer {number} did not learn in {ATTEMPTS} attempts", stacklevel=3)
+            break  # it learned; a layer whose relus all died has a flat loss
+    else:
+        warnings.warn(f"layer {number} did not learn in {ATTEMPTS} attempts", stacklevel=3)
+    with torch.no_grad():
+        for linear in (indexer.wq_b, indexer.wk, indexer.weights_proj):
+            linear.weight /= rms
 
 
 @torch.no_grad()
-def _initialise(indexer: HiddenStates, examples: list[_Example], generator: torch.Generator) -> None:
-    """Weights for which q, k and the heads' weights are about 1, whatever the scale of the hidden states."""
-    some = torch.cat([x.hidden_states[::64] for x in examples]).float()
-    rms, mean = some.square().mean().sqrt(), some.mean(0)
+def _initialise(indexer: HiddenStates, mean: Tensor, generator: torch.Generator) -> None:
+    """Weights for which q, k and the heads' weights are about 1, for hidden states with such a mean."""
     for linear in (indexer.wq_b, indexer.wk):
-        random = torch.randn(linear.weight.shape, generator=generator).to(some.device)
-        linear.weight.copy_(random / (rms * some.shape[1] ** 0.5))
+        random = torch.randn(linear.weight.shape, generator=generator).to(mean.device)
+        linear.weight.copy_(random / len(mean) ** 0.5)
     indexer.weights_proj.weight.copy_((mean / mean.square().sum()).expand(indexer.n_heads, -1))
 
 
@@ -228,6 +234,7 @@ def _optimise(
     indexer: HiddenStates, examples: list[_Example], steps: int, rate: float, generator: torch.Generator
 ) -> list[float]:
     """The loss at each step; the rate rises for a tenth of them and falls to nothing."""
+    rate = rate / indexer.wk.in_features**0.5
     optimiser = torch.optim.AdamW(indexer.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(

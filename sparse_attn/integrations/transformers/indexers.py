@@ -16,7 +16,8 @@ from .inputs import Visible, query_chunks
 from .selections import Indexer
 from .tokens import TokenIndexer, head_weights, lightning
 
-FORMAT = "sparse_attn.indexer/1"  # in a saved file
+FORMAT = "sparse_attn.indexer/2"  # in a saved file
+SCALE = ".scale"  # there, behind the name of a matrix: of its rows
 
 
 class AttentionScores(Indexer, nn.Module):
@@ -199,11 +200,18 @@ class Indexers(nn.Module):
 
 
 def save_indexer(indexers: Indexers, path: str | Path) -> None:
-    """Write indexers to a safetensors file, weights in bf16, with their config in its metadata."""
+    """Write indexers to a safetensors file, matrices in int8 with a scale for each row, with their config in
+    its metadata.
+    """
     if not isinstance(indexers, Indexers):
         raise TypeError(f"indexers: expected Indexers, got {type(indexers).__name__}")
     config = {name: getattr(indexers, name) for name in ("hidden_size", "sizes", "lost", "counts")}
-    weights = {name: x.detach().bfloat16().contiguous() for name, x in indexers.layers.state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    for name, x in indexers.layers.state_dict().items():
+        weights[name] = x = x.detach().float().contiguous()
+        if x.dim() == 2:
+            weights[name + SCALE] = scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            weights[name] = (x / scale).round().to(torch.int8)
     save_file(weights, path, {"format": FORMAT, "config": json.dumps(config)})
 
 
@@ -216,7 +224,11 @@ def load_indexer(path: str | Path) -> Indexers:
                 f"path: expected a file of save_indexer ({FORMAT}), got {metadata.get('format')!r}"
             )
         config = json.loads(metadata["config"])
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    scales = {name: weights.pop(name) for name in [*weights] if name.endswith(SCALE)}
+    for name, scale in scales.items():
+        name = name.removesuffix(SCALE)
+        weights[name] = weights[name] * scale
     sizes, lost = ({int(n): value for n, value in config[name].items()} for name in ("sizes", "lost"))
     indexers = Indexers(config["hidden_size"], sizes, lost, config["counts"])
     indexers.layers.load_state_dict(weights)

@@ -1,29 +1,29 @@
 """What each layer of a model loses at how few tokens, so that they can be shared out among layers.
 
-How a layer's loss falls with the tokens follows from the squared error of its attention's output; how much it
-is, from the model's predictions when this layer alone is sparse.
+Where a layer's attention reads few tokens its output is off by ``d``. What the model predicts, behind that
+token and all later ones, is then off by about ``(g d)^2 / 2`` nats. ``g`` is the gradient of the logarithm of
+the probability of tokens that are drawn from the predictions themselves, so that this is their Fisher
+information along ``d``. One pass forward and one backward give that of all layers.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .grouped import attend_grouped
-from .indexers import Indexers
-from .inputs import visible_rows
+from .indexers import HiddenStates, Indexers
 from .watched import Heads, between, watched
 
-COUNTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens at which the error is measured
-WEIGHED_AT = 128  # the one of them at which layers are sparse alone,
-TOKENS = 2048  # while the model reads at most so many
-EVERY = 4  # positions of which one is predicted
+COUNTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens at which it is measured
+QUERIES = 256  # of a text, at which it is measured
+TOKENS = 4096  # that are read of a text at most: what they activate is kept for the gradients
 
 
-@torch.no_grad()
 def measure_lost(
     model: PreTrainedModel,
     layers: dict[int, nn.Module],
@@ -35,70 +35,94 @@ def measure_lost(
 
     Args:
         layers: by their numbers.
-        texts: ``[tokens]`` each. The last one weighs the layers.
+        texts: ``[tokens]`` each.
     """
-    errors = [_errors(model, layers, indexers, text) for text in texts]
-    text = texts[-1][:TOKENS].to(model.device)
-    dense = _predictions(model, text)
     indexers.counts = [*COUNTS]
-    for number in tqdm(layers, "what each layer loses", disable=not progress):
-        with watched(model, {number: layers[number]}, _sparse(indexers)):
-            sparse = _predictions(model, text)
-        nats = (dense.exp() * (dense - sparse)).sum(-1).mean().clamp_min(0)
-        error = torch.stack([of[number] for of in errors]).mean(0)
-        at = error[COUNTS.index(WEIGHED_AT)]
-        indexers.lost[number] = (error * (nats / at if at > 0 else 0)).tolist()
+    texts = [text[:TOKENS].to(model.device) for text in texts]
+    with _frozen(model, indexers):
+        shown = tqdm(texts, "what layers lose", disable=not progress)
+        losses = [_lost(model, layers, indexers, text) for text in shown]
+    for number in layers:
+        lost = torch.stack([of[number] for of in losses]).mean(0)
+        indexers.lost[number] = lost.cummin(0).values.tolist()  # by chance more tokens may seem to lose more
 
 
-def _sparse(indexers: Indexers):
-    def watch(number: int, heads: Heads) -> Tensor:
-        indexer = indexers[number]
-        indexer.index_topk = WEIGHED_AT
-        tokens = len(heads.hidden_states)
-        mask = visible_rows(1, tokens, tokens, device=heads.hidden_states.device)
-        states, angles = heads.hidden_states[None].float(), (heads.angles[0][None], heads.angles[1][None])
-        indices = indexer(states, states, angles, mask)
-        q, k, v = heads.query.flatten(0, 1)[None], heads.key[None], heads.value[None]
-        return attend_grouped(q, k, v, lambda t: indices[:, t], heads.scaling)[0]
-
-    return watch
-
-
-def _predictions(model: PreTrainedModel, text: Tensor) -> Tensor:
-    """``[n, vocabulary]`` fp32 logarithms, at some positions behind the first quarter."""
-    at = torch.arange(len(text) // 4, len(text), EVERY, device=model.device)
-    states = model.base_model(text[None], use_cache=False).last_hidden_state[0, at]
-    project: Any = model.get_output_embeddings()
-    return project(states).float().log_softmax(-1)
+@contextlib.contextmanager
+def _frozen(*modules: nn.Module) -> Iterator[None]:
+    """Without gradients of weights."""
+    learning = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    for weight in learning:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in learning:
+            weight.requires_grad_(True)
 
 
-def _errors(
+@torch.enable_grad()
+def _lost(
     model: PreTrainedModel, layers: dict[int, nn.Module], indexers: Indexers, text: Tensor
 ) -> dict[int, Tensor]:
-    """By layer, ``[len(COUNTS)]``: the mean over some queries behind the first quarter."""
-    t = torch.arange(len(text) // 4, len(text), max(1, len(text) // 256), device=model.device)
-    lost: dict[int, Tensor] = {}
+    """By layer, ``[len(COUNTS)]`` fp32: the mean over some queries behind the first quarter."""
+    t = torch.arange(len(text) // 4, len(text), max(1, len(text) * 3 // 4 // QUERIES), device=model.device)
+    outs: dict[int, Tensor] = {}
+    errors: dict[int, Tensor] = {}
 
-    def watch(number: int, heads: Heads) -> None:
-        scores = indexers[number].scores(heads.hidden_states.float(), heads.angles, t)
-        scores.masked_fill_(~between(t, len(text)), -torch.inf)
-        scores[:, 0] = torch.inf
-        scores[torch.arange(len(t)), t] = torch.inf
-        rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
-        attention = heads.attention(t)
-        project = _output_projection(layers[number])
-        outs = []
-        for count in (len(text), *COUNTS):
-            kept = attention * (rank < count)
-            out = (kept / kept.sum(-1, keepdim=True)).to(heads.value.dtype) @ heads.value[:, None]
-            outs.append(project(out.flatten(0, 1).transpose(0, 1).flatten(1)).float())
-        lost[number] = torch.stack([(out - outs[0]).square().sum(-1).mean() for out in outs[1:]])
+    def watch(number: int, heads: Heads) -> Tensor:
+        outs[number] = _dense(heads)
+        errors[number] = _errors(indexers[number], heads, t)
+        return outs[number]
 
     with watched(model, layers, watch):
-        model.base_model(text[None].to(model.device), use_cache=False)
-    return lost
+        states = model.base_model(text[None], use_cache=False).last_hidden_state[0]
+    gradients = torch.autograd.grad(states, [*outs.values()], _of_own_predictions(model, states.detach()))
+    return {
+        number: (errors[number] * g[t].flatten(1).float()).sum(-1).square().mean(1) / 2
+        for number, g in zip(outs, gradients, strict=True)
+    }
 
 
-def _output_projection(layer: nn.Module) -> nn.Linear:
-    """The last linear layer of an attention module but for its indexer: models name it differently."""
-    return [module for name, module in layer.named_children() if isinstance(module, nn.Linear)][-1]
+def _dense(heads: Heads) -> Tensor:
+    """``[T, heads, d_v]``, with a gradient."""
+    group = heads.query.shape[1]
+    q = heads.query.flatten(0, 1)
+    k, v = (x.repeat_interleave(group, 0) for x in (heads.key, heads.value))
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=heads.scaling)
+    out = out[0].transpose(0, 1)
+    return out if out.requires_grad else out.requires_grad_()  # the first layer reads no weight that learns
+
+
+@torch.no_grad()
+def _errors(indexer: HiddenStates, heads: Heads, t: Tensor) -> Tensor:
+    """``[len(COUNTS), n, heads * d_v]``: what the outputs of queries ``t`` ``[n]`` are off by."""
+    tokens = len(heads.hidden_states)
+    errors = []
+    for part in t.split(64):
+        scores = indexer.scores(heads.hidden_states.float(), heads.angles, part)
+        scores.masked_fill_(~between(part, tokens), -torch.inf)
+        scores[:, 0] = torch.inf
+        scores[torch.arange(len(part)), part] = torch.inf
+        rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
+        attention, value = heads.attention(part), heads.value[:, None].float()
+        dense = attention @ value
+        for count in COUNTS:
+            kept = attention * (rank < count)
+            out = (kept @ value) / kept.sum(-1, keepdim=True)
+            errors.append((out - dense).flatten(0, 1).transpose(0, 1).flatten(1))
+    chunks = range(0, len(errors), len(COUNTS))
+    return torch.stack([torch.cat([errors[i + n] for i in chunks]) for n in range(len(COUNTS))])
+
+
+def _of_own_predictions(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The gradient of the last hidden states ``[T, hidden_size]``: of the log-probability of one drawn token
+    behind each."""
+    project: Any = model.get_output_embeddings()
+    generator = torch.Generator(states.device).manual_seed(0)
+    gradients = []
+    for part in states.split(256):  # the logits of all would take a vocabulary per token
+        part = part.requires_grad_()
+        logs = project(part).float().log_softmax(-1)
+        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+        gradients += torch.autograd.grad(logs.gather(1, drawn).sum(), part)
+    return torch.cat(gradients)
