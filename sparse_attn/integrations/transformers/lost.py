@@ -39,7 +39,7 @@ def measure_lost(
     """
     indexers.counts = [*COUNTS]
     texts = [text[:TOKENS].to(model.device) for text in texts]
-    with _frozen(model, indexers):
+    with _frozen(model):
         shown = tqdm(texts, "what layers lose", disable=not progress)
         losses = [_lost(model, layers, indexers, text) for text in shown]
     for number in layers:
@@ -48,9 +48,9 @@ def measure_lost(
 
 
 @contextlib.contextmanager
-def _frozen(*modules: nn.Module) -> Iterator[None]:
+def _frozen(model: nn.Module) -> Iterator[None]:
     """Without gradients of weights."""
-    learning = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in learning:
         weight.requires_grad_(False)
     try:
@@ -106,12 +106,13 @@ def _errors(indexer: HiddenStates, heads: Heads, t: Tensor) -> Tensor:
         rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
         attention, value = heads.attention(part), heads.value[:, None].float()
         dense = attention @ value
+        outs = []
         for count in COUNTS:
             kept = attention * (rank < count)
-            out = (kept @ value) / kept.sum(-1, keepdim=True)
-            errors.append((out - dense).flatten(0, 1).transpose(0, 1).flatten(1))
-    chunks = range(0, len(errors), len(COUNTS))
-    return torch.stack([torch.cat([errors[i + n] for i in chunks]) for n in range(len(COUNTS))])
+            outs.append((kept @ value) / kept.sum(-1, keepdim=True))
+        error = torch.stack(outs) - dense  # [len(COUNTS), kv_heads, group, n, d_v]
+        errors.append(error.flatten(1, 2).transpose(1, 2).flatten(2))
+    return torch.cat(errors, 1)
 
 
 def _of_own_predictions(model: PreTrainedModel, states: Tensor) -> Tensor:
